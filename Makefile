@@ -1,0 +1,60 @@
+# Everything runs in .venv, made once. Another Python: `make PYTHON=python3.12 quickstart`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help quickstart test lint types tests notebooks soak clean
+
+help:
+	@echo "make quickstart   install, run the grid configs/grids/quickstart.yaml, print its table"
+	@echo "make test         install, then lint, types, tests (with doctests) and notebooks"
+	@echo "make lint         ruff and the import contracts"
+	@echo "make types        mypy"
+	@echo "make tests        pytest, doctests included"
+	@echo "make notebooks    execute every notebook"
+	@echo "make soak         the long versions of the tests"
+	@echo "make clean        remove caches and build output; .venv and results stay"
+
+quickstart: .venv/installed
+	$(BIN)/cl-bench grid configs/grids/quickstart.yaml
+	$(BIN)/cl-bench report results/quickstart
+
+test: lint types tests notebooks
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/installed-dev
+	$(BIN)/mypy
+
+tests: .venv/installed-dev
+	$(BIN)/pytest --durations=10
+
+notebooks: .venv/installed-dev
+	$(BIN)/pytest --nbmake notebooks
+
+soak: .venv/installed-dev
+	$(BIN)/pytest -m soak
+
+clean:
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
+	find cl_bench strategies datamodules tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The two files mark what is installed, so a second call installs nothing; a change of pyproject.toml installs again.
+.venv/installed: pyproject.toml | $(BIN)/pip
+	@echo "Installing cl-bench into .venv; the first time takes a few minutes."
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | $(BIN)/pip
+	@echo "Installing cl-bench and its development tools into .venv; the first time takes a few minutes."
+	$(BIN)/python -m pip install -e '.[dev]'
+	@touch .venv/installed $@
+
+# pip comes last when an environment is made, so one that was interrupted is completed.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "cl-bench needs Python 3.11 or newer, which $(PYTHON) is not: name one that is, as in make PYTHON=python3.12 $(MAKECMDGOALS)." >&2; \
+		exit 1; }
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("cl_bench", "strategies", "datamodules")
+
+
+def printed(code: str, folder: Path) -> list[str]:
+    """The lines that a fresh interpreter, started in ``folder``, prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Yield the top-level name of every absolute import in ``file``."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def normalised(requirement: str) -> str:
+    """The name in ``requirement``, spelled as registries compare names."""
+    name = re.match(r"[\w.-]+", requirement)
+    assert name is not None, requirement
+    return re.sub(r"[-_.]+", "-", name[0]).lower()
+
+
+@pytest.fixture(scope="module")
+def dependencies(checkout: Path) -> list[str]:
+    requirements: list[str] = tomllib.loads((checkout / "pyproject.toml").read_text())["project"][
+        "dependencies"
+    ]
+    return requirements
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_resolves_to_this_checkout(package: str, checkout: Path, tmp_path: Path) -> None:
+    code = f"from importlib.util import find_spec; spec = find_spec('{package}'); print(spec and spec.origin)"
+    (origin,) = printed(code, tmp_path)
+    assert origin == str(checkout / package / "__init__.py"), (
+        f"`{package}` is found at {origin}, not in this checkout: install the suite, editable, in an "
+        "environment that holds no other package of this name."
+    )
+
+
+def test_results_are_read_and_reported_without_torch_or_lightning(checkout: Path, tmp_path: Path) -> None:
+    files = (checkout / "cl_bench" / "report").glob("*.py")
+    modules = ["cl_bench.cli", "cl_bench.results"] + [f"cl_bench.report.{file.stem}" for file in files]
+    heavy = {"torch", "torchvision", "lightning", "timm", "torchmetrics", "avalanche"}
+    code = f"import sys, {', '.join(modules)}\nfor name in {heavy} & set(sys.modules): print(name)"
+    assert printed(code, tmp_path) == []
+
+
+def test_every_import_is_a_declared_dependency(checkout: Path, dependencies: list[str]) -> None:
+    declared = {normalised(requirement) for requirement in dependencies}
+    owners = packages_distributions()
+    files = [file for package in PACKAGES for file in (checkout / package).rglob("*.py")]
+    names = {name for file in files for name in imported(file)} - sys.stdlib_module_names - set(PACKAGES)
+    undeclared = {name for name in names if declared.isdisjoint(map(normalised, owners.get(name, [name])))}
+    assert undeclared == set()
+
+
+def test_every_dependency_stands_beside_the_reason_for_its_bound(
+    checkout: Path, dependencies: list[str]
+) -> None:
+    lines = [line.strip() for line in (checkout / "pyproject.toml").read_text().splitlines()]
+    for requirement in dependencies:
+        place = next(i for i, line in enumerate(lines) if line.startswith(f'"{requirement}"'))
+        assert "  # " in lines[place] or lines[place - 1].startswith("#"), requirement
+
+
+def test_ci_runs_make_test_at_the_root_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+    record = tmp_path / "record"
+    recorder = tmp_path / "make"
+    recorder.write_text(f'#!/bin/sh\necho "$PWD $*" >> "{record}"\n')
+    recorder.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run([checkout / ".ci" / "run"], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    assert record.read_text() == f"{checkout} test\n"
