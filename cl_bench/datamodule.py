@@ -1,0 +1,423 @@
+"""The contract of a dataset: what it brings, and how its stream is served."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cl_bench.experience import Experience
+from cl_bench.stream import (
+    Indices,
+    Source,
+    Stream,
+    Transform,
+    class_order,
+    deal,
+    experience_sizes,
+    order_name,
+    require_one_division,
+)
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
+
+_TRAINING, _TEST, _PLAIN, _AUGMENTED = range(4)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a dataset brings.
+
+    Attributes:
+        train: Training images.
+        test: Test images.
+        class_names: Name of each original label.
+    """
+
+    train: Source
+    test: Source
+    class_names: Sequence[str]
+
+
+class ArraySource:
+    """A source held in memory.
+
+    Args:
+        images: Decoded images (N, 3, H, W), uint8.
+        targets: Original labels (N,).
+    """
+
+    def __init__(self, images: Tensor, targets: Sequence[int]) -> None:
+        self.images = images
+        self.targets = list(targets)
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of shape, pixels and labels."""
+        shape_and_labels = np.array([*self.images.shape, *self.targets], dtype="<i8")
+        return hashlib.sha256(shape_and_labels.tobytes() + self.images.numpy().tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return image ``index`` (3, H, W) with its original label."""
+        return self.images[index], self.targets[index]
+
+
+class StreamDataModule(LightningDataModule, ABC):
+    """A dataset dealt into a stream, one experience of which is served at a time.
+
+    A dataset is a subclass with a ``name`` that implements :meth:`sources`, :meth:`train_transform` and
+    :meth:`test_transform`; its transforms draw from torch's generator alone. What a loader yields is then a
+    function of the seed, the experience, the pass over it, the epoch and the image, whatever the number of
+    workers, and leaves torch's and NumPy's global generators as they were.
+
+    Args:
+        num_experiences: Number of equal experiences, T; null if num_classes_per_experience is given.
+        num_classes_per_experience: Size of equal experiences, or a list with the size of each.
+        order: Class order: identity, numpy:SEED, python:SEED, or a list of labels.
+        seed: Seed of the order of the images and of their augmentation; at least 0.
+        image_size: Height and width of the images, in pixels.
+        batch_size: Images in a batch of training.
+        test_batch_size: Images in a batch without gradients; twice batch_size if null.
+        num_workers: Processes that load images; they change the speed, never a batch.
+    """
+
+    name: str
+    """What paths and tables call the dataset."""
+
+    decoding: str = "uint8 RGB"
+    """How stored images become pixels; part of the protocol."""
+
+    def __init__(
+        self,
+        *,
+        num_experiences: int | None = None,
+        num_classes_per_experience: int | list[int] | None = None,
+        order: str | list[int] = "identity",
+        seed: int = 0,
+        image_size: int = 224,
+        batch_size: int = 64,
+        test_batch_size: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_experiences = num_experiences
+        self.num_classes_per_experience = num_classes_per_experience
+        self.order = order
+        self.seed = seed
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.test_batch_size = 2 * batch_size if test_batch_size is None else test_batch_size
+        self.num_workers = num_workers
+        self._served: _Served | None = None
+        self._experience: Experience | None = None
+
+    # What a dataset implements
+
+    @abstractmethod
+    def sources(self) -> Sources:
+        """Find the images and their labels.
+
+        Raises:
+            FileNotFoundError: If the data are not there.
+            ValueError: If they cannot be a dataset.
+        """
+
+    @abstractmethod
+    def train_transform(self) -> Transform:
+        """Return what turns a decoded image into a float tensor (3, H, W) in [0, 1], drawn anew each time."""
+
+    @abstractmethod
+    def test_transform(self) -> Transform:
+        """Return what turns a decoded image into a float tensor (3, H, W) in [0, 1], always the same."""
+
+    # The stream
+
+    def setup(self, stage: str = "fit") -> None:
+        """Check the arguments and deal the stream; a second call changes nothing.
+
+        Args:
+            stage: As Lightning names it; every stage needs the same.
+
+        Raises:
+            ValueError: If an argument or the data cannot be used.
+            FileNotFoundError: If the data are not there.
+        """
+        if self._served is None:
+            self._require_valid_arguments()
+            self._served = self._deal()
+
+    @property
+    def stream(self) -> Stream:
+        """The dealt stream."""
+        return self._dealt.stream
+
+    @property
+    def experiences(self) -> tuple[Experience, ...]:
+        """The experiences, in the order in which they are met."""
+        return self.stream.experiences
+
+    @property
+    def class_names(self) -> list[str]:
+        """Name of the class at each position."""
+        return [self._opened.class_names[label] for label in self.stream.order]
+
+    @property
+    def test_images(self) -> list[int]:
+        """Number of test images of the class at each position."""
+        counts: list[int] = np.bincount(self._dealt.test.positions).tolist()
+        return counts
+
+    @property
+    def order_name(self) -> str:
+        """Short name of the class order, as paths show it."""
+        return order_name(self.order)
+
+    @property
+    def stream_length(self) -> int:
+        """Number of experiences; the data are looked for only if the arguments alone do not tell."""
+        require_one_division(self.num_experiences, self.num_classes_per_experience)
+        if self.num_experiences is not None:
+            return self.num_experiences
+        if isinstance(self.num_classes_per_experience, list):
+            return len(self.num_classes_per_experience)
+        return len(self._sizes())
+
+    def protocol(self) -> dict[str, object]:
+        """Return what must be equal for two results on this dataset to stand side by side.
+
+        Raises:
+            ValueError: If a transform cannot be told from another by its text.
+        """
+        sources, dealt = self._opened, self._dealt
+        return {
+            "dataset": self.name,
+            "train_images": sources.train.fingerprint,
+            "test_images": sources.test.fingerprint,
+            "class_names": list(sources.class_names),
+            "decoding": self.decoding,
+            "image_size": self.image_size,
+            "train_transform": _text("train", dealt.train.transform),
+            "test_transform": _text("test", dealt.test.transform),
+        }
+
+    # The experience at hand
+
+    def enter(self, experience: Experience) -> None:
+        """Serve ``experience`` from now on: its training images, and test images of all classes up to it."""
+        self._experience = experience
+
+    @property
+    def experience(self) -> Experience:
+        """The experience being served."""
+        if self._experience is None:
+            raise RuntimeError("No experience is being served yet: call enter(experience) first.")
+        return self._experience
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Serve the training images of the experience, augmented, in an order that changes with the epoch."""
+        train = self._dealt.train
+        sampler = self._sampler(self._current(train), _TRAINING, shuffle=True)
+        return self._loader(train, sampler, self.batch_size)
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Serve the test images of all classes seen, mixed as the dataset holds them."""
+        test = self._dealt.test
+        seen = np.flatnonzero(test.positions < self.experience.classes.stop)
+        return self._loader(test, self._sampler(seen, _TEST), self.test_batch_size)
+
+    def augmented_dataloader(self, pass_index: int) -> DataLoader[Batch]:
+        """Serve every training image of the experience once, drawn as in training and anew for each pass.
+
+        Args:
+            pass_index: Which pass over the experience this is, from 0.
+        """
+        train = self._dealt.train
+        sampler = self._sampler(self._current(train), _AUGMENTED, pass_index)
+        return self._loader(train, sampler, self.test_batch_size)
+
+    def plain_dataloader(self) -> DataLoader[Batch]:
+        """Serve every training image of the experience once, transformed as at test time."""
+        plain = self._dealt.plain
+        return self._loader(plain, self._sampler(self._current(plain), _PLAIN), self.test_batch_size)
+
+    # How it is done
+
+    @cached_property
+    def _opened(self) -> Sources:
+        return self.sources()
+
+    @property
+    def _dealt(self) -> _Served:
+        if self._served is None:
+            raise RuntimeError("The stream is not dealt yet: call setup() first.")
+        return self._served
+
+    def _require_valid_arguments(self) -> None:
+        for name in ("image_size", "batch_size", "test_batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value} and must be at least 1: choose a larger one.")
+        for name in ("seed", "num_workers"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"{name} is {value} and cannot be negative: choose 0 or more.")
+
+    def _sizes(self) -> list[int]:
+        return experience_sizes(
+            len(self._opened.class_names), self.num_experiences, self.num_classes_per_experience
+        )
+
+    def _deal(self) -> _Served:
+        train, test, names = self._opened.train, self._opened.test, self._opened.class_names
+        augmented, plain = self.train_transform(), self.test_transform()
+        stream = deal(
+            train,
+            test,
+            class_order(self.order, len(names)),
+            self._sizes(),
+            train_transform=augmented,
+            test_transform=plain,
+        )
+        return _Served(
+            stream=stream,
+            train=DrawnImages(train, stream.order, augmented),
+            plain=DrawnImages(train, stream.order, plain),
+            test=DrawnImages(test, stream.order, plain),
+        )
+
+    def _current(self, images: DrawnImages) -> Indices:
+        """Return the images of the experience's classes; under the joint regime these are all classes."""
+        classes = self.experience.classes
+        return np.flatnonzero((images.positions >= classes.start) & (images.positions < classes.stop))
+
+    def _sampler(self, indices: Indices, *what: int, shuffle: bool = False) -> DrawSampler:
+        return DrawSampler(indices, (self.seed, self.experience.index, *what), shuffle=shuffle)
+
+    def _loader(self, images: DrawnImages, sampler: DrawSampler, batch_size: int) -> DataLoader[Batch]:
+        loader: DataLoader[Any] = DataLoader(
+            images,
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            # A loader draws a seed for its workers when it is iterated. No draw depends on it, and without a
+            # generator of its own it would come from the global one.
+            generator=torch.Generator(),
+        )
+        return loader
+
+
+class Draw(NamedTuple):
+    """One image to load.
+
+    Attributes:
+        image: Its index in the dataset.
+        seed: Seed of what its transform draws.
+    """
+
+    image: int
+    seed: int
+
+
+class DrawSampler(Sampler[Draw]):
+    """Draws of the images ``indices``, a function of the entropy and the epoch.
+
+    Args:
+        indices: Images of the dataset (N,).
+        entropy: What tells these draws from others: the seed, the experience, the pass over it.
+        shuffle: Whether the order changes with the epoch, too.
+    """
+
+    def __init__(self, indices: Indices, entropy: Sequence[int], *, shuffle: bool) -> None:
+        self.indices = indices
+        self.entropy = tuple(entropy)
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for ``epoch`` from now on; Lightning calls this at the start of each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of draws in an epoch."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Draw]:
+        """Yield every image once."""
+        # RandomState is frozen: its numbers are the same under every version of NumPy.
+        bits = np.random.MT19937(np.random.SeedSequence((*self.entropy, self.epoch)))
+        generator = np.random.RandomState(bits)
+        seeds = generator.randint(2**63 - 1, size=len(self), dtype=np.int64)
+        places = generator.permutation(len(self)) if self.shuffle else np.arange(len(self))
+        for image, seed in zip(self.indices[places].tolist(), seeds[places].tolist(), strict=True):
+            yield Draw(image, seed)
+
+
+class DrawnImages(Dataset[tuple[Tensor, int]]):
+    """The images of a whole source, transformed as drawn and labelled by position.
+
+    Args:
+        source: Decoded images with original labels.
+        order: Original label at each position.
+        transform: What is applied to each image.
+    """
+
+    def __init__(self, source: Source, order: Sequence[int], transform: Transform) -> None:
+        self.source = source
+        self.transform = transform
+        self.positions: Indices = np.argsort(order)[np.asarray(source.targets, dtype=np.int64)]
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
+        """Return the drawn image (3, H, W) and its position in the class order."""
+        image, _ = self.source[draw.image]
+        with _seeded(draw.seed):
+            transformed = self.transform(image)
+        return transformed, int(self.positions[draw.image])
+
+
+@dataclass(frozen=True)
+class _Served:
+    """The stream, and the datasets its loaders serve from; each spans the whole stream."""
+
+    stream: Stream
+    train: DrawnImages
+    plain: DrawnImages
+    test: DrawnImages
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator inside, and leave it as it was."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+def _text(name: str, transform: Transform) -> str:
+    """Return the transform as text."""
+    text = repr(transform)
+    if " at 0x" in text:
+        raise ValueError(
+            f"The {name} transform is described by a memory address, {text}, which no two runs share: "
+            "give it a __repr__ that names its settings."
+        )
+    return text

@@ -1,0 +1,217 @@
+"""A user's own images: one folder for each class, below ``train`` and below ``test``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from cl_bench.datamodule import Sources, StreamDataModule
+from cl_bench.stream import Transform
+
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class ImageFolder(StreamDataModule):
+    """Images under ``root/train/<class>/`` and ``root/test/<class>/``, with the same classes in both.
+
+    Classes and files are taken in the byte order of their names. What begins with a dot, and files without
+    the extension of an image beside others that have one, are no part of the dataset. Training crops at
+    random, resizes and mirrors; testing resizes and crops the centre.
+
+    Args:
+        root: Folder that holds ``train`` and ``test``.
+        name: What paths and tables call the dataset; the name of the root folder if null. Datasets whose
+            folders share a name need one each.
+        max_train_per_class: How many training images of each class to take, the first by name; all if null.
+        max_test_per_class: How many test images of each class to take, likewise.
+        train_scale: Smallest and largest share of the area of an image that a random crop covers.
+        train_interpolation: How a random crop is resized.
+        test_resize: Short side in pixels of a test image before its centre is cropped; 8/7 of image_size if
+            null, as 256 is of 224.
+        test_interpolation: How a test image is resized.
+        kwargs: As in every dataset.
+    """
+
+    decoding = "Pillow, converted to RGB"
+
+    def __init__(
+        self,
+        *,
+        root: str = "",
+        name: str | None = None,
+        max_train_per_class: int | None = None,
+        max_test_per_class: int | None = None,
+        train_scale: tuple[float, float] = (0.08, 1.0),
+        train_interpolation: Interpolation = "bilinear",
+        test_resize: int | None = None,
+        test_interpolation: Interpolation = "bilinear",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.root = root
+        self.name = name or (os.path.basename(os.path.abspath(root)) if root else "image_folder")
+        self.max_train_per_class = max_train_per_class
+        self.max_test_per_class = max_test_per_class
+        self.train_scale = train_scale
+        self.train_interpolation = train_interpolation
+        self.test_resize = test_resize
+        self.test_interpolation = test_interpolation
+
+    def sources(self) -> Sources:
+        """Find the files of every class; no image is opened."""
+        root = self._existing_root()
+        class_names = _shared_classes(root)
+        return Sources(
+            train=_source(root, "train", class_names, _checked_limit(self.max_train_per_class)),
+            test=_source(root, "test", class_names, _checked_limit(self.max_test_per_class)),
+            class_names=class_names,
+        )
+
+    def train_transform(self) -> Transform:
+        """Crop at random, resize and mirror."""
+        smallest, largest = self.train_scale
+        if not 0 < smallest <= largest <= 1:
+            raise ValueError(
+                f"train_scale is {smallest} to {largest}, and a crop covers a share of an image: "
+                "give two ascending numbers above 0 and up to 1."
+            )
+        interpolation = v2.InterpolationMode(self.train_interpolation)
+        crop = v2.RandomResizedCrop(self.image_size, scale=(smallest, largest), interpolation=interpolation)
+        return _to_tensor(crop, v2.RandomHorizontalFlip())
+
+    def test_transform(self) -> Transform:
+        """Resize the short side and crop the centre."""
+        short_side = round(self.image_size * 8 / 7) if self.test_resize is None else self.test_resize
+        if short_side < self.image_size:
+            raise ValueError(
+                f"Test images resized to {short_side} pixels are too small for a crop of {self.image_size}: "
+                f"set test_resize to {self.image_size} or more."
+            )
+        resize = v2.Resize(short_side, interpolation=v2.InterpolationMode(self.test_interpolation))
+        return _to_tensor(resize, v2.CenterCrop(self.image_size))
+
+    def _existing_root(self) -> Path:
+        if not self.root:
+            raise ValueError("No root is given: set --root to the folder that holds train and test.")
+        root = Path(self.root)
+        if not root.is_dir():
+            raise FileNotFoundError(
+                f"There is no folder {root}: set --root to the folder that holds train and test."
+            )
+        return root
+
+
+class FileSource:
+    """A source of image files, each decoded when it is asked for.
+
+    Args:
+        root: Folder below which the files lie.
+        files: Their paths below it (N,), with slashes.
+        targets: Their original labels (N,).
+    """
+
+    def __init__(self, root: Path, files: Sequence[str], targets: Sequence[int]) -> None:
+        self.root = root
+        self.files = files
+        self.targets = targets
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the sorted paths, one a line; the pixels are not read."""
+        return hashlib.sha256(b"\n".join(sorted(os.fsencode(file) for file in self.files))).hexdigest()
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Return image ``index`` in RGB with its original label.
+
+        Raises:
+            ValueError: If the file cannot be decoded.
+        """
+        path = self.root / self.files[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB"), self.targets[index]
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"The image {path} cannot be read ({error}): replace it, or remove it from the dataset."
+            ) from error
+
+
+def _to_tensor(*steps: v2.Transform) -> Transform:
+    """Return ``steps`` on a Pillow image, then its conversion to a float tensor (3, H, W) in [0, 1]."""
+    ending = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor())
+    transform: Transform = v2.Compose([*steps, *ending])
+    return transform
+
+
+def _checked_limit(limit: int | None) -> int | None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"A class cannot be limited to {limit} images: take at least 1, or null for all.")
+    return limit
+
+
+def _names(folder: Path, *, folders: bool) -> list[str]:
+    """Return the visible folders, or files, in ``folder`` in the byte order of their names."""
+    with os.scandir(folder) as entries:
+        visible = [entry for entry in entries if not entry.name.startswith(".")]
+        return sorted((entry.name for entry in visible if entry.is_dir() == folders), key=os.fsencode)
+
+
+def _shared_classes(root: Path) -> list[str]:
+    """Return the classes of both splits."""
+    train, test = _classes(root / "train"), _classes(root / "test")
+    for split, classes, other, others in (("train", train, "test", test), ("test", test, "train", train)):
+        alone = sorted(set(classes) - set(others), key=os.fsencode)
+        if alone:
+            raise ValueError(
+                f"The class {alone[0]} of {root} is in {split} but not in {other} "
+                f"({len(alone)} such): add its folder to {other}, or remove it from {split}."
+            )
+    return train
+
+
+def _classes(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: put one folder for each class into it.")
+    classes = _names(folder, folders=True)
+    if not classes:
+        raise ValueError(f"The folder {folder} is without a class: put one folder for each class into it.")
+    return classes
+
+
+def _source(root: Path, split: str, class_names: Sequence[str], limit: int | None) -> FileSource:
+    """Return the images of one split, class after class; the first ``limit`` of each."""
+    files, targets = [], []
+    for label, name in enumerate(class_names):
+        images = _images(root / split / name)[:limit]
+        files += [f"{split}/{name}/{image}" for image in images]
+        targets += [label] * len(images)
+    return FileSource(root, files, targets)
+
+
+def _images(folder: Path) -> list[str]:
+    """Return the image files of one class."""
+    files = _names(folder, folders=False)
+    if not files:
+        raise ValueError(
+            f"The class folder {folder} is empty: put images into it, or remove it from both splits."
+        )
+    images = [file for file in files if file.lower().endswith(EXTENSIONS)]
+    if not images:
+        raise ValueError(
+            f"None of the {len(files)} files in the class folder {folder} has the extension of an image: "
+            f"use one of {', '.join(EXTENSIONS)}."
+        )
+    return images
