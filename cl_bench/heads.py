@@ -1,0 +1,138 @@
+"""Classifiers that grow with the classes seen.
+
+A head maps features (B, d) to one column for each class seen, in class order. It grows before it learns, and
+its ``sizes`` tell a loader how to grow a fresh head until the saved state fits.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GrowingLinear(nn.Module):
+    """One linear layer for each experience; only the newest is trained.
+
+    Args:
+        feature_dim: Size of a feature, ``d``.
+        bias: Whether the layers have a bias.
+
+    >>> head = GrowingLinear(feature_dim=8)
+    >>> head.grow(2)
+    >>> head.grow(3)
+    >>> head(torch.zeros(4, 8)).shape, head.current(torch.zeros(4, 8)).shape
+    (torch.Size([4, 5]), torch.Size([4, 3]))
+    """
+
+    def __init__(self, feature_dim: int, bias: bool = True) -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+        self.bias = bias
+        self.parts = nn.ModuleList()
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of classes of each part."""
+        return [linear.out_features for linear in self._linears]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes seen."""
+        return sum(self.sizes)
+
+    def grow(self, num_classes: int) -> None:
+        """Freeze what is there and add a part for ``num_classes`` new classes, drawn as PyTorch draws it.
+
+        Raises:
+            ValueError: If there is no class to add.
+        """
+        _require_classes(num_classes)
+        self.parts.requires_grad_(False)
+        self.parts.append(nn.Linear(self.feature_dim, num_classes, bias=self.bias))
+
+    def current(self, features: Tensor) -> Tensor:
+        """Return the logits (B, classes of the newest part) of features (B, d)."""
+        logits: Tensor = self._linears[-1](features)
+        return logits
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits (B, classes seen) of features (B, d)."""
+        return torch.cat([linear(features) for linear in self._linears], dim=1)
+
+    @property
+    def _linears(self) -> list[nn.Linear]:
+        return [part for part in self.parts if isinstance(part, nn.Linear)]
+
+
+class Prototypes(nn.Module):
+    """A mean feature for each class; the logit of a class says how near its mean is.
+
+    Args:
+        feature_dim: Size of a feature, ``d``.
+        similarity: ``cosine``: of the angle between feature and mean; ``euclidean``: the negative distance.
+
+    >>> head = Prototypes(feature_dim=2)
+    >>> head.grow(2)
+    >>> head.write(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), range(0, 2))
+    >>> head(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]])
+    """
+
+    means: Tensor
+
+    def __init__(self, feature_dim: int, similarity: Literal["cosine", "euclidean"] = "cosine") -> None:
+        super().__init__()
+        self.feature_dim = feature_dim
+        self.similarity = similarity
+        self.sizes: list[int] = []
+        self.register_buffer("means", torch.zeros(0, feature_dim))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes seen."""
+        return sum(self.sizes)
+
+    def grow(self, num_classes: int) -> None:
+        """Add ``num_classes`` classes whose means are zero until they are written.
+
+        Raises:
+            ValueError: If there is no class to add.
+        """
+        _require_classes(num_classes)
+        self.sizes.append(num_classes)
+        self.means = torch.cat([self.means, self.means.new_zeros(num_classes, self.feature_dim)])
+
+    def write(self, means: Tensor, classes: range) -> None:
+        """Set the means (C, d) of the C positions in ``classes``.
+
+        Raises:
+            ValueError: If the head has no such classes or the shape is another.
+        """
+        if classes.start < 0 or classes.stop > self.num_classes:
+            raise ValueError(
+                f"Prototypes of {self.num_classes} classes have no positions {classes.start} to "
+                f"{classes.stop - 1}: grow the head first."
+            )
+        if means.shape != (len(classes), self.feature_dim):
+            raise ValueError(
+                f"Means of shape {tuple(means.shape)} do not fit {len(classes)} classes: "
+                f"give a row of {self.feature_dim} for each."
+            )
+        self.means[classes.start : classes.stop].copy_(means)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the similarity (B, classes seen) of features (B, d) to each mean, in float32."""
+        # Mixed precision would round cosines to multiples of 1/256, coarser than what separates two classes.
+        with torch.autocast(features.device.type, enabled=False):
+            if self.similarity == "cosine":
+                return F.linear(F.normalize(features.float()), F.normalize(self.means))
+            # Through a matrix product, distances between close features would lose most of their digits.
+            return -torch.cdist(features.float(), self.means, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _require_classes(num_classes: int) -> None:
+    if num_classes < 1:
+        raise ValueError(f"A head cannot grow by {num_classes} classes: give at least one.")
