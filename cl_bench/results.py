@@ -1,0 +1,263 @@
+"""The result file: its schema, the hash of a cell, the fingerprint of a protocol, reading and writing.
+
+Nothing here needs torch or Lightning, so a report reads ten thousand files without importing either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from cl_bench import metrics
+
+SCHEMA = 1
+FILE_NAME = "result.json"
+
+Status = Literal["running", "done", "diverged", "failed"]
+Regime = Literal["sequential", "joint"]
+
+
+def digest(value: object) -> str:
+    """Return the first 8 hex digits of the sha256 of ``value`` as canonical JSON.
+
+    >>> digest({"b": 1, "a": [1, 2]}) == digest({"a": [1, 2], "b": 1})
+    True
+    """
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+@dataclass
+class Protocol:
+    """What decides whether two numbers may stand side by side.
+
+    Attributes:
+        identity: Must be equal to share a table: file lists, transforms, weights, precision and so on.
+        factors: Seed and class order: the blocks of the statistics, never hashed.
+        axes: Dataset and number of experiences: the columns of a table.
+    """
+
+    identity: dict[str, Any]
+    factors: dict[str, Any]
+    axes: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the identity, 8 hex digits."""
+        return digest(self.identity)
+
+
+@dataclass
+class Row:
+    """Integer counts of one evaluation: entry ``c`` belongs to the class at position ``c``.
+
+    Attributes:
+        correct: Test images whose predicted class, among all classes seen, is right.
+        correct_within_experience: Right when the choice is restricted to the true experience's classes.
+        correct_experience: Predicted class lies in the true experience, right or wrong.
+    """
+
+    correct: list[int]
+    correct_within_experience: list[int]
+    correct_experience: list[int]
+
+
+@dataclass
+class Cost:
+    """What one experience took.
+
+    Attributes:
+        seconds: Wall-clock seconds by phase: ``data_passes``, ``training``, ``evaluation``, ``checkpoints``.
+        trainable_parameters: Number of parameters with a gradient while training.
+        stored_bytes: Bytes kept for later experiences beyond the pre-trained backbone itself.
+        peak_memory_bytes: Highest memory use so far: of the accelerator, or resident memory on CPU.
+    """
+
+    seconds: dict[str, float]
+    trainable_parameters: int
+    stored_bytes: int
+    peak_memory_bytes: int
+
+
+@dataclass
+class Result:
+    """Everything one run leaves behind; ``rows[i]`` is the evaluation after experience ``i``.
+
+    Under the joint regime only the last row exists and the others are None.
+
+    Attributes:
+        strategy: Name of the strategy with its variant, as tables print it.
+        dataset: Name of the dataset.
+        experiences: First and last-plus-one class position of each experience.
+        class_names: Name of the class at each position.
+        test_images: Number of test images of the class at each position.
+        order: Class order as paths name it, such as ``numpy-1993``.
+        seed: Seed of everything random but the class order.
+        regime: ``sequential``, or ``joint`` for one experience of all classes.
+        protocol: What decides comparability.
+        config: Resolved config of the run without paths, devices and logging: the cell.
+        setting: Name of the setting in its grid, if it has one.
+        status: ``running``, ``done``, ``diverged`` or ``failed``.
+        error: One sentence, when the run did not finish.
+        rows: Evaluations, in order.
+        costs: What each experience took.
+        provenance: Versions, device, threads, commit and times; shown, never hashed.
+        schema: Version of this layout.
+    """
+
+    strategy: str
+    dataset: str
+    experiences: list[tuple[int, int]]
+    class_names: list[str]
+    test_images: list[int]
+    order: str
+    seed: int
+    regime: Regime
+    protocol: Protocol
+    config: dict[str, Any] = field(default_factory=dict)
+    setting: str | None = None
+    status: Status = "running"
+    error: str | None = None
+    rows: list[Row | None] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def num_experiences(self) -> int:
+        """Length of the stream, ``T``."""
+        return len(self.experiences)
+
+    @property
+    def benchmark(self) -> str:
+        """Dataset and number of experiences, such as ``digits-T5``."""
+        return f"{self.dataset}-T{self.num_experiences}"
+
+    @property
+    def cell(self) -> str:
+        """Hash of the cell."""
+        return digest(self.config)
+
+    @property
+    def group(self) -> str:
+        """Hash of the cell without seed and class order: what is averaged over."""
+        return digest({key: value for key, value in self.config.items() if key not in ("seed", "order")})
+
+    def counts(self, kind: Literal["correct", "correct_within_experience", "correct_experience"]) -> Matrix:
+        """Return the counts of ``kind`` per row and experience, (T, T), NaN where nothing was evaluated."""
+        table = np.full((self.num_experiences, self.num_experiences), np.nan)
+        for i, row in enumerate(self.rows):
+            if row is None:
+                continue
+            per_class = getattr(row, kind)
+            for j, (start, stop) in enumerate(self.experiences):
+                if stop <= len(per_class):
+                    table[i, j] = sum(per_class[start:stop])
+        return table
+
+    @property
+    def totals(self) -> Vector:
+        """Test images per experience, (T,)."""
+        return np.array(
+            [sum(self.test_images[start:stop]) for start, stop in self.experiences], dtype=np.float64
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Return every metric by its defined name, in percent; NaN where it is undefined."""
+        return self.metrics_after(self.num_experiences - 1)
+
+    def metrics_after(self, index: int) -> dict[str, float]:
+        """Return every metric as if the stream ended with experience ``index``."""
+        seen = slice(index + 1)
+        return metrics.summary(
+            self.counts("correct")[seen, seen],
+            self.totals[seen],
+            within=self.counts("correct_within_experience")[seen, seen],
+            experience=self.counts("correct_experience")[seen, seen],
+        )
+
+    def seconds(self) -> dict[str, float]:
+        """Return wall-clock seconds by phase over the whole run."""
+        phases: dict[str, float] = {}
+        for cost in self.costs:
+            for phase, seconds in cost.seconds.items():
+                phases[phase] = phases.get(phase, 0.0) + seconds
+        return phases
+
+    def write(self, folder: Path) -> Path:
+        """Write the result file into ``folder``; a reader sees the old one or the new one, never a part."""
+        folder.mkdir(parents=True, exist_ok=True)
+        payload = asdict(self) | {
+            "cell": self.cell,
+            "group": self.group,
+            "protocol": asdict(self.protocol) | {"fingerprint": self.protocol.fingerprint},
+        }
+        path = folder / FILE_NAME
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE_NAME}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                json.dump(payload, stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        return path
+
+
+Matrix = npt.NDArray[np.float64]
+Vector = npt.NDArray[np.float64]
+
+
+def read(path: Path) -> Result:
+    """Read one result file.
+
+    Raises:
+        ValueError: If the file is no result file of this schema.
+    """
+    try:
+        payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = payload["schema"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a result file: move it out of the results folder.") from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: run the cell again.")
+    return _from_json(payload)
+
+
+def _from_json(payload: Mapping[str, Any]) -> Result:
+    fields = {name: payload[name] for name in Result.__dataclass_fields__}
+    protocol = payload["protocol"]
+    return Result(
+        **fields
+        | {
+            "protocol": Protocol(protocol["identity"], protocol["factors"], protocol["axes"]),
+            "experiences": [(start, stop) for start, stop in payload["experiences"]],
+            "rows": [None if row is None else Row(**row) for row in payload["rows"]],
+            "costs": [Cost(**cost) for cost in payload["costs"]],
+        }
+    )
+
+
+def read_all(folder: Path) -> Iterator[Result]:
+    """Yield every result below ``folder``, in the order of their paths.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There is no results folder {folder}: run a cell first, or name another folder."
+        )
+    for path in sorted(folder.rglob(FILE_NAME)):
+        yield read(path)
