@@ -1,0 +1,109 @@
+"""What watches a run: the accuracy matrix, and the loss that must stay finite."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from cl_bench.results import Result, Row
+
+
+class StreamMetrics(Callback):
+    """Fill row after row of the accuracy matrix, as integer counts, from one pass over all classes seen.
+
+    The callback sees logits and labels, never the model. From one confusion matrix come the
+    class-incremental count (its diagonal) and the count of images placed in their own experience (its
+    diagonal blocks); a second one, of predictions restricted to the true experience, gives the task-masked
+    count.
+
+    Args:
+        result: Its ``rows`` are filled; its ``experiences`` say which class belongs where.
+    """
+
+    def __init__(self, result: Result) -> None:
+        self.result = result
+        self.experience_of_class = torch.repeat_interleave(
+            torch.arange(result.num_experiences),
+            torch.tensor([stop - start for start, stop in result.experiences]),
+        )
+        num_classes = max(2, len(self.experience_of_class))  # torchmetrics refuses a matrix of one class
+        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+        self.confusion_within = MulticlassConfusionMatrix(num_classes, validate_args=False)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start a row."""
+        for confusion in (self.confusion, self.confusion_within):
+            confusion.to(pl_module.device).reset()
+        self.experience_of_class = self.experience_of_class.to(pl_module.device)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count one batch."""
+        logits, labels = outputs, batch[1]
+        self.confusion.update(logits.argmax(dim=1), labels)
+        self.confusion_within.update(self._within_experience(logits, labels).argmax(dim=1), labels)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the row into the result and the curves into the loggers."""
+        seen = trainer.datamodule.experience.num_classes_seen  # type: ignore[attr-defined]
+        i = next(i for i, (_, stop) in enumerate(self.result.experiences) if stop == seen)
+        row = self._row(seen)
+        self.result.rows += [None] * (i - len(self.result.rows))
+        self.result.rows.append(row)
+        values = {"stream/experience": float(i + 1)} | {
+            f"stream/{name}": value
+            for name, value in self.result.metrics_after(i).items()
+            if not math.isnan(value)
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _within_experience(self, logits: Tensor, labels: Tensor) -> Tensor:
+        seen = self.experience_of_class[: logits.shape[1]]
+        return logits.masked_fill(seen != self.experience_of_class[labels, None], -math.inf)
+
+    def _row(self, num_classes_seen: int) -> Row:
+        confusion = self.confusion.compute()[:num_classes_seen, :num_classes_seen]
+        within = self.confusion_within.compute()[:num_classes_seen, :num_classes_seen]
+        seen = self.experience_of_class[:num_classes_seen]
+        same_experience = seen[:, None] == seen[None, :]
+        return Row(
+            correct=confusion.diagonal().tolist(),
+            correct_within_experience=within.diagonal().tolist(),
+            correct_experience=(confusion * same_experience).sum(dim=1).tolist(),
+        )
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer finite."""
+
+
+class DivergenceGuard(Callback):
+    """Stop when the mean loss of an epoch is not finite; reading it once an epoch makes no step wait."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read the epoch's mean loss.
+
+        Raises:
+            Diverged: If it is not finite.
+        """
+        loss = float(trainer.callback_metrics["train/loss_epoch"])
+        if not math.isfinite(loss):
+            experience = trainer.datamodule.experience  # type: ignore[attr-defined]
+            raise Diverged(
+                f"The mean loss is {loss} in epoch {trainer.current_epoch + 1} of experience "
+                f"{experience.index + 1}, at step {trainer.global_step}: lower the learning rate, "
+                "or clip gradients with --trainer.gradient_clip_val."
+            )

@@ -1,0 +1,182 @@
+"""The contract of a continual-learning method.
+
+A strategy owns a frozen backbone, adapters inside it if the method has any, and a head that grows. It meets
+one :class:`~cl_bench.experience.Experience` at a time and never learns which experience a test image is from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cl_bench.backbones import Backbone
+from cl_bench.experience import Experience
+from cl_bench.heads import GrowingLinear, Prototypes
+from cl_bench.losses import local_cross_entropy
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
+
+
+class TrainingData(Protocol):
+    """The training images of the experience at hand, already on the training device."""
+
+    def augmented(self) -> Iterable[Batch]:
+        """Yield every training image once, drawn as in training."""
+        ...
+
+    def plain(self) -> Iterable[Batch]:
+        """Yield every training image once, transformed as at test time."""
+        ...
+
+
+class Strategy(LightningModule):
+    """A frozen backbone, a head over the classes seen, and hooks that a method overrides.
+
+    For every experience the trainer calls, in this order: :meth:`expand`; :meth:`before_training`; then for
+    each step :meth:`loss`, :meth:`rectify_gradients` and :meth:`after_step`; then :meth:`after_training`.
+
+    A strategy draws random numbers in these hooks, not in its constructor: the trainer seeds the generators
+    at the start of every experience. What it must remember is a parameter or a buffer.
+
+    Attributes:
+        name: What tables call the method.
+        variant: Which of its meanings this is, where it has several.
+
+    Args:
+        backbone: Pre-trained vision transformer; the strategy freezes it.
+        optimizer: Called with the parameter groups at the start of every experience.
+        scheduler: Called with the optimizer; stepped once an epoch.
+        head_lr: Learning rate of the head, where it differs from that of the adapters.
+    """
+
+    name: str
+    variant: str | None = None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=5e-4),
+        scheduler: LRSchedulerCallable | None = None,
+        head_lr: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.head: GrowingLinear | Prototypes = GrowingLinear(backbone.feature_dim)
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._head_lr = head_lr
+        self._pretrained_bytes = _state_bytes(backbone)
+        self._experience: Experience | None = None
+
+    # What a method overrides
+
+    def expand(self, experience: Experience) -> None:
+        """Make room for the classes of ``experience``, before optimisers exist."""
+        self._experience = experience
+        self.head.grow(experience.num_classes)
+
+    def before_training(self, data: TrainingData) -> None:
+        """Measure the data before the first step; tensors that the optimiser holds are written in place."""
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the scalar loss of features (B, d) and labels (B,).
+
+        It is the cross-entropy over the classes of this experience unless a method overrides it.
+        """
+        assert isinstance(self.head, GrowingLinear)
+        return local_cross_entropy(self.head.current(features), labels, self.experience.classes.start)
+
+    def rectify_gradients(self) -> None:
+        """Edit the gradients: after backward and unscaling, before clipping."""
+
+    def after_step(self) -> None:
+        """Edit the parameters after the optimiser moved them."""
+
+    def after_training(self, data: TrainingData) -> None:
+        """Measure, remember and merge after the last step."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to logits (B, classes seen)."""
+        logits: Tensor = self.head(self.backbone(images))
+        return logits
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return what the optimiser trains: everything with a gradient, the head as a group of its own."""
+        head = [p for p in self.head.parameters() if p.requires_grad]
+        in_head = set(map(id, head))
+        rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_head]
+        head_group: dict[str, Any] = {"params": head}
+        if self._head_lr is not None:
+            head_group["lr"] = self._head_lr
+        return [group for group in ({"params": rest}, head_group) if group["params"]]
+
+    # What everyone may ask
+
+    @property
+    def experience(self) -> Experience:
+        """The experience at hand."""
+        if self._experience is None:
+            raise RuntimeError("No experience yet: call expand(experience) first.")
+        return self._experience
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything for an optimiser to move."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of parameters with a gradient."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of state beyond the pre-trained backbone: adapters, heads, prototypes, bases."""
+        return _state_bytes(self) - self._pretrained_bytes
+
+    # Wiring into Lightning
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser over the parameter groups of this experience."""
+        groups = self.parameter_groups()
+        if not groups:
+            return None
+        optimizer = self._optimizer(groups)
+        if self._scheduler is None:
+            return optimizer
+        return [optimizer], [self._scheduler(optimizer)]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        images, labels = batch
+        loss = self.loss(self.backbone(images), labels)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the logits (B, classes seen) of one batch; the labels stay outside."""
+        logits: Tensor = self(batch[0])
+        return logits
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Let the method edit the gradients."""
+        self.rectify_gradients()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the method edit the parameters."""
+        super().optimizer_step(*args, **kwargs)
+        with torch.no_grad():
+            self.after_step()
+
+
+def _state_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())

@@ -1,0 +1,278 @@
+"""The one loop over the experiences of a stream."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.seed import seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader
+
+from cl_bench.callbacks import Diverged, DivergenceGuard, StreamMetrics
+from cl_bench.datamodule import StreamDataModule
+from cl_bench.experience import Experience
+from cl_bench.provenance import provenance
+from cl_bench.results import Cost, Protocol, Regime, Result
+from cl_bench.strategy import Batch, Strategy
+
+
+class StreamTrainer(Trainer):
+    """A Lightning Trainer that walks a stream: one Trainer, one fit and one test for each experience.
+
+    Every argument is Lightning's; only some defaults differ, because a stream needs them so.
+
+    Args:
+        callbacks: As in Lightning.
+        logger: As in Lightning, off unless given.
+        enable_checkpointing: Off: checkpoints of a single fit know nothing of the stream.
+        enable_progress_bar: Off: one bar for each fit and test says little about the stream.
+        enable_model_summary: Off.
+        use_distributed_sampler: Off: it repeats samples to even out the ranks, and counts would be wrong.
+        num_sanity_val_steps: None: nothing is validated.
+        kwargs: As in Lightning.
+    """
+
+    def __init__(
+        self,
+        *,
+        callbacks: list[Callback] | Callback | None = None,
+        logger: Logger | Iterable[Logger] | bool | None = False,
+        enable_checkpointing: bool | None = False,
+        enable_progress_bar: bool | None = False,
+        enable_model_summary: bool | None = False,
+        use_distributed_sampler: bool = False,
+        num_sanity_val_steps: int | None = 0,
+        **kwargs: Any,
+    ) -> None:
+        given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        super().__init__(
+            callbacks=[_Lifecycle(), DivergenceGuard(), *given],
+            logger=logger,
+            enable_checkpointing=enable_checkpointing,
+            enable_progress_bar=enable_progress_bar,
+            enable_model_summary=enable_model_summary,
+            use_distributed_sampler=use_distributed_sampler,
+            num_sanity_val_steps=num_sanity_val_steps,
+            **kwargs,
+        )
+        self._epochs = self.fit_loop.max_epochs
+        self._seconds: dict[str, float] = {}
+        self._result: Result | None = None
+
+    @property
+    def result(self) -> Result:
+        """The result of the stream so far."""
+        if self._result is None:
+            raise RuntimeError("No stream has been run yet: call run(strategy, datamodule) first.")
+        return self._result
+
+    def run(
+        self,
+        strategy: Strategy,
+        datamodule: StreamDataModule,
+        *,
+        regime: Regime = "sequential",
+        config: dict[str, Any] | None = None,
+        setting: str | None = None,
+        folder: Path | None = None,
+    ) -> Result:
+        """Train and evaluate ``strategy`` on the whole stream of ``datamodule``.
+
+        Args:
+            strategy: The method; it is changed in place.
+            datamodule: The stream, with its seed and class order.
+            regime: ``sequential``, or ``joint``: one experience of all classes, evaluated per original one.
+            config: Resolved config, kept in the result; its hash names the cell.
+            setting: Name of the setting, kept in the result.
+            folder: Where ``result.json`` is rewritten after every experience; nowhere if None.
+
+        Returns:
+            The result, with status ``done``.
+
+        Raises:
+            ValueError: If the stream or the strategy's parts do not fit together.
+            Diverged: If the loss is no longer finite.
+        """
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        _require_equal_image_size(strategy, datamodule)
+        result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
+        counting = StreamMetrics(result)
+        self.callbacks.insert(0, counting)  # type: ignore[attr-defined]
+        try:
+            for experience in _experiences(datamodule, regime):
+                self._learn(strategy, datamodule, experience, result)
+                with self.phase("checkpoints"):
+                    _save(result, folder)
+            result.status = "done"
+        except BaseException as error:
+            result.status = "diverged" if isinstance(error, Diverged) else "failed"
+            result.error = " ".join(f"{type(error).__name__}: {error}".split())
+            raise
+        finally:
+            self.callbacks.remove(counting)  # type: ignore[attr-defined]
+            _save(result, folder)
+        return result
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the seconds spent inside towards phase ``name`` of this experience."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _learn(
+        self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience, result: Result
+    ) -> None:
+        self._seconds = {}
+        # Seeding every experience anew makes it independent of how many numbers the ones before it drew, and
+        # gives all strategies the same head to start from.
+        entropy = np.random.SeedSequence([datamodule.seed, experience.index])
+        seed_everything(int(entropy.generate_state(1)[0]), verbose=False)
+        strategy.expand(experience)
+        datamodule.enter(experience)
+        self.fit_loop.epoch_progress.reset()
+        self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
+        self.fit(strategy, datamodule=datamodule)
+        trainable = strategy.trainable_parameters
+        with self.phase("evaluation"):
+            self.test(strategy, datamodule=datamodule, verbose=False)
+        result.costs.append(Cost(self._seconds, trainable, strategy.stored_bytes, self._peak_memory()))
+
+    def _peak_memory(self) -> int:
+        device = self.strategy.root_device
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _blank_result(
+        self,
+        strategy: Strategy,
+        datamodule: StreamDataModule,
+        regime: Regime,
+        config: dict[str, Any],
+        setting: str | None,
+    ) -> Result:
+        experiences = datamodule.experiences
+        identity = {
+            **datamodule.protocol(),
+            "backbone": strategy.backbone.protocol(),
+            "precision": str(self.precision),
+            "experience_sizes": [experience.num_classes for experience in experiences],
+        }
+        factors = {"seed": datamodule.seed, "order": datamodule.order_name}
+        axes = {"dataset": datamodule.name, "num_experiences": len(experiences)}
+        return Result(
+            strategy=_title(strategy, regime),
+            dataset=datamodule.name,
+            experiences=[(experience.classes.start, experience.classes.stop) for experience in experiences],
+            class_names=list(datamodule.class_names),
+            test_images=list(datamodule.test_images),
+            order=datamodule.order_name,
+            seed=datamodule.seed,
+            regime=regime,
+            protocol=Protocol(identity, factors, axes),
+            config=config,
+            setting=setting,
+            provenance=provenance(self.strategy.root_device),
+        )
+
+
+class _Lifecycle(Callback):
+    """Calls the hooks around training, on the device, without gradients, and counts their seconds."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Without an epoch to run, Lightning skips the loop and its hooks; the data must still be measured.
+        if trainer.max_epochs == 0:
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy = _strategy(pl_module)
+        with _measuring(trainer, strategy):
+            strategy.before_training(_DataPasses(trainer, before=True))
+        self._training_began = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy = _strategy(pl_module)
+        assert isinstance(trainer, StreamTrainer)
+        trainer._seconds["training"] = time.perf_counter() - self._training_began
+        with _measuring(trainer, strategy):
+            strategy.after_training(_DataPasses(trainer, before=False))
+
+
+class _DataPasses:
+    """The training images of the experience at hand, batch by batch on the strategy's device."""
+
+    def __init__(self, trainer: Trainer, *, before: bool) -> None:
+        self._trainer = trainer
+        self._before = before
+
+    def augmented(self) -> Iterator[Batch]:
+        """Yield every training image once, drawn as in training."""
+        return self._on_device(self._datamodule.augmented_dataloader(0 if self._before else 1))
+
+    def plain(self) -> Iterator[Batch]:
+        """Yield every training image once, transformed as at test time."""
+        return self._on_device(self._datamodule.plain_dataloader())
+
+    @property
+    def _datamodule(self) -> StreamDataModule:
+        datamodule = self._trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(datamodule, StreamDataModule)
+        return datamodule
+
+    def _on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
+        for batch in loader:
+            images, labels = self._trainer.strategy.batch_to_device(batch)
+            yield images, labels
+
+
+@contextmanager
+def _measuring(trainer: Trainer, strategy: Strategy) -> Iterator[None]:
+    """No gradients, the trainer's precision, layers in evaluation mode; seconds count as data passes."""
+    assert isinstance(trainer, StreamTrainer)
+    training = strategy.training
+    strategy.eval()
+    with trainer.phase("data_passes"), torch.no_grad(), trainer.precision_plugin.forward_context():
+        yield
+    strategy.train(training)
+
+
+def _title(strategy: Strategy, regime: Regime) -> str:
+    """Return what tables call the strategy; variants do not differ over one experience of all classes."""
+    variant = "joint" if regime == "joint" else strategy.variant
+    return strategy.name if variant is None else f"{strategy.name} ({variant})"
+
+
+def _strategy(module: LightningModule) -> Strategy:
+    assert isinstance(module, Strategy)
+    return module
+
+
+def _experiences(datamodule: StreamDataModule, regime: Regime) -> list[Experience]:
+    if regime == "joint":
+        return [Experience(0, 1, range(datamodule.experiences[-1].classes.stop))]
+    return list(datamodule.experiences)
+
+
+def _require_equal_image_size(strategy: Strategy, datamodule: StreamDataModule) -> None:
+    expected, given = strategy.backbone.image_size, datamodule.image_size
+    if expected != given:
+        raise ValueError(
+            f"The backbone takes images of {expected} pixels and the datamodule gives {given}: "
+            f"set --data.image_size {expected}, or choose another backbone."
+        )
+
+
+def _save(result: Result, folder: Path | None) -> None:
+    if folder is not None:
+        result.write(folder)

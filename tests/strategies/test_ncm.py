@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import Tensor
+
+from cl_bench.backbones import Backbone
+from cl_bench.experience import Experience
+from strategies.ncm import NearestClassMean
+
+
+class Images:
+    def __init__(self, labels: Tensor) -> None:
+        self.labels = labels
+        generator = torch.Generator().manual_seed(int(labels[0]))
+        self.images = torch.rand(len(labels), 3, 8, 8, generator=generator)
+
+    def augmented(self) -> list[tuple[Tensor, Tensor]]:
+        raise AssertionError("class means are measured on plain images")
+
+    def plain(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.images, self.labels)]
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return Backbone("vision_transformer", "random", options)
+
+
+def test_the_only_image_of_a_class_is_its_own_nearest_mean(backbone: Backbone) -> None:
+    strategy = NearestClassMean(backbone)
+    with torch.no_grad():
+        for index in range(2):
+            strategy.expand(Experience(index, 2, range(2 * index, 2 * index + 2)))
+            data = Images(torch.tensor([2 * index, 2 * index + 1]))
+            strategy.after_training(data)
+            assert strategy(data.images).argmax(dim=1).tolist() == data.labels.tolist()
+    assert strategy.head.means.shape == (4, backbone.feature_dim)
+
+
+def test_it_has_nothing_to_train(backbone: Backbone) -> None:
+    strategy = NearestClassMean(backbone)
+    strategy.expand(Experience(0, 1, range(2)))
+    assert not strategy.trains
+    with pytest.raises(NotImplementedError, match="measured, not trained"):
+        strategy.loss(torch.zeros(1, 32), torch.tensor([0]))
+
+
+def test_the_name_says_which_similarity(backbone: Backbone) -> None:
+    assert NearestClassMean(backbone).variant is None
+    assert NearestClassMean(backbone, similarity="cosine").variant == "cosine"

@@ -1,0 +1,99 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_bench.backbones import Backbone
+from cl_bench.experience import Experience
+from cl_bench.strategy import Strategy
+from strategies.linear_probe import LinearProbe
+from strategies.lora import LoRA
+
+FIRST, SECOND = Experience(0, 2, range(3)), Experience(1, 2, range(3, 5))
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return Backbone("vision_transformer", "random", options)
+
+
+def test_the_head_grows_with_the_classes_seen(backbone: Backbone) -> None:
+    strategy = LinearProbe(backbone)
+    images = torch.rand(4, 3, 8, 8)
+    for experience in (FIRST, SECOND):
+        strategy.expand(experience)
+        assert strategy(images).shape == (4, experience.num_classes_seen)
+
+
+def test_only_the_current_head_learns_from_the_default_loss(backbone: Backbone) -> None:
+    strategy = LinearProbe(backbone)
+    strategy.expand(FIRST)
+    strategy.expand(SECOND)
+    strategy.loss(torch.rand(6, backbone.feature_dim), torch.tensor([3, 4] * 3)).backward()
+    with_gradient = {name for name, p in strategy.named_parameters() if p.grad is not None and p.grad.any()}
+    assert with_gradient == {"head.parts.1.weight", "head.parts.1.bias"}
+
+
+def test_asking_for_the_experience_before_there_is_one_is_refused(backbone: Backbone) -> None:
+    with pytest.raises(RuntimeError, match="call expand"):
+        _ = LinearProbe(backbone).experience
+
+
+def test_the_head_is_a_parameter_group_with_its_own_learning_rate(backbone: Backbone) -> None:
+    strategy = LoRA(backbone, rank=2, head_lr=0.25, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    strategy.expand(FIRST)
+    optimizer = strategy.configure_optimizers()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.25]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in strategy.parameters() if p.requires_grad}
+    assert len(trained) == len({id(p) for p in trained})
+
+
+def test_trainable_parameters_and_stored_bytes_count_adapters_and_heads(backbone: Backbone) -> None:
+    strategy = LoRA(backbone, rank=2)
+    strategy.expand(FIRST)
+    adapters = 2 * 2 * (2 * 32 + 32 * 2)
+    head = 3 * 32 + 3
+    assert strategy.trainable_parameters == adapters + head
+    assert strategy.stored_bytes == 4 * (adapters + head)
+    strategy.expand(SECOND)
+    assert strategy.trainable_parameters == adapters + 2 * 32 + 2
+    assert strategy.stored_bytes == 4 * (adapters + head + 2 * 32 + 2)
+
+
+class Recorder(Strategy):
+    """Write down what happens around one optimiser step."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+        self.gradients: list[Tensor] = []
+        self.moved: list[Tensor] = []
+
+    def rectify_gradients(self) -> None:
+        weight = self.head.get_parameter("parts.0.weight")
+        assert weight.grad is not None
+        weight.grad.fill_(1.0)
+
+    def after_step(self) -> None:
+        self.moved.append(self.head.get_parameter("parts.0.weight").clone())
+
+
+def test_rectified_gradients_are_what_the_optimiser_steps_with(backbone: Backbone) -> None:
+    from cl_bench.trainer import StreamTrainer
+    from datamodules.toy import Toy
+
+    strategy = Recorder(backbone)
+    before: list[Tensor] = []
+    expand = strategy.expand
+
+    def expand_and_keep(experience: Experience) -> None:
+        expand(experience)
+        before.append(copy.deepcopy(strategy.head.get_parameter("parts.0.weight").detach()))
+
+    strategy.expand = expand_and_keep  # type: ignore[method-assign]
+    datamodule = Toy(num_classes=2, num_experiences=1, image_size=8, batch_size=1000)
+    StreamTrainer(max_epochs=1, accelerator="cpu").run(strategy, datamodule)
+    torch.testing.assert_close(strategy.moved[0], before[0] - 1.0)
