@@ -1,0 +1,157 @@
+"""The verbs of the command line: run, grid, report. Each imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from cl_bench.configuration import Configuration
+
+DONE, FAILED, REFUSED = 0, 1, 2
+_RUN_USAGE = "cl-bench run STRATEGY DATASET [--seed 1] [--order numpy:1993] [--KEY VALUE ...]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 done, 1 a cell failed, 2 it cannot be used."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if words[:1] == ["run"]:
+            return _run(words[1:])
+        options = _parser().parse_args(words)
+        return _grid(options) if options.verb == "grid" else _report(options)
+    except (ValueError, OSError) as error:
+        if "-v" in words:
+            traceback.print_exception(error)
+        _console(stderr=True).print(f"error: {' '.join(str(error).split())}", markup=False)
+        return REFUSED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cl-bench",
+        description="Continual learning with low-rank adapters, measured so that the numbers can be trusted.",
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    verbs.add_parser("run", help="train and evaluate one strategy on one dataset", usage=_RUN_USAGE)
+    grid = verbs.add_parser("grid", help="run every cell of a grid; finished cells are skipped")
+    grid.add_argument("grid", type=str, metavar="GRID", help="config stem or path of a grid")
+    grid.add_argument(
+        "--workers", type=int, default=None, help="cells at a time (default: CPUs over threads)"
+    )
+    grid.add_argument(
+        "--results", type=Path, default=None, help="folder of all results (default: the grid's)"
+    )
+    grid.add_argument(
+        "--dry-run", action="store_true", help="list the cells and what became of them; run nothing"
+    )
+    grid.add_argument("-v", action="store_true", help="show tracebacks")
+    report = verbs.add_parser("report", help="tables and pictures of a results folder")
+    report.add_argument("results", type=Path, metavar="RESULTS", help="folder with results")
+    report.add_argument("--format", choices=("md", "csv"), default="md", help="of the table (default: md)")
+    report.add_argument(
+        "--metrics", nargs="+", default=None, metavar="NAME", help="such as acc/sample bwt/gem"
+    )
+    report.add_argument("-v", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def _run(words: list[str]) -> int:
+    names = list(takewhile(lambda word: not word.startswith("-"), words))
+    flags = {word for word in words if word in ("-v", "-h", "--help", "--print_config")}
+    overrides = [word for word in words[len(names) :] if word not in flags]
+    wants_help = bool(flags & {"-h", "--help"})
+    if not names and wants_help:
+        return _run_help()
+    is_file = len(names) == 1 and names[0].endswith((".yaml", ".yml"))
+    if not is_file and len(names) != 2:
+        raise ValueError(f"Name one strategy and one dataset, or one config file: {_RUN_USAGE}")
+
+    from cl_bench.configuration import layers, resolve
+
+    configuration = resolve([Path(names[0])] if is_file else layers(*names), overrides)
+    if wants_help:
+        sys.stdout.write(configuration.schema.help())
+        return DONE
+    if "--print_config" in flags:
+        sys.stdout.write(configuration.yaml)
+        return DONE
+    return _run_cell(configuration, verbose="-v" in flags)
+
+
+def _run_help() -> int:
+    from cl_bench.configuration import stems_of
+
+    _console().print(
+        f"usage: {_RUN_USAGE}\n"
+        "       cl-bench run CONFIG.yaml [--KEY VALUE ...]\n\n"
+        f"  STRATEGY        {', '.join(stems_of('strategies'))}, or the path of a config\n"
+        f"  DATASET         {', '.join(stems_of('datamodules'))}, or the path of a config\n"
+        "  --KEY VALUE     any argument of the strategy, the dataset, the backbone or the trainer, such as\n"
+        "                  --rank 4, --num_experiences 5, --trainer.max_epochs 3\n"
+        "  --print_config  print the resolved config and stop; saved and run alone, it is the same cell\n"
+        "  -v              print the resolved config, the libraries' notices and tracebacks\n\n"
+        "cl-bench run STRATEGY DATASET --help lists the arguments of that pair.",
+        markup=False,
+    )
+    return DONE
+
+
+def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
+    from contextlib import nullcontext
+
+    from cl_bench.console import RunConsole, closing_lines, opening_lines
+    from cl_bench.run import RunFailed, finished, quiet, run
+
+    console = _console()
+    done = finished(configuration)
+    if done is not None:
+        console.print(
+            f"This cell is already done: {done}\nNothing to do. To run it again, remove its folder.",
+            markup=False,
+        )
+        return DONE
+    if verbose:
+        console.print(configuration.yaml, markup=False)
+    console.print(opening_lines(configuration), markup=False)
+    try:
+        with nullcontext() if verbose else quiet():
+            result = run(configuration, [RunConsole(console)])
+    except RunFailed as error:
+        if verbose:
+            traceback.print_exception(error)
+        _console(stderr=True).print(
+            f"error: {error}\nThe traceback is in {configuration.folder}/error.txt", markup=False
+        )
+        return FAILED
+    console.print(closing_lines(result, configuration.folder), markup=False)
+    return DONE
+
+
+def _grid(options: argparse.Namespace) -> int:
+    from cl_bench.grid.command import run_grid
+
+    return (
+        DONE if run_grid(options.grid, options.results, options.workers, dry_run=options.dry_run) else FAILED
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from cl_bench.report import report
+
+    written = report(options.results, options.format, options.metrics)
+    console = _console()
+    console.print(written.text, markup=False)
+    console.print("\n".join(f"wrote {path}" for path in written.files), markup=False)
+    return DONE

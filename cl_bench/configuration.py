@@ -1,0 +1,276 @@
+"""From config layers and the command line to one resolved configuration, its cell and its folder.
+
+A run is described by layers, later ones winning: ``configs/trainer.yaml``, the strategy's config, the
+dataset's config, the recipe for that pair where there is one, and the command line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, get_loader
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from cl_bench.backbones import weights_identity
+from cl_bench.datamodule import StreamDataModule
+from cl_bench.results import digest
+from cl_bench.schema import Config, Schema, nearest
+from cl_bench.strategy import Strategy
+from cl_bench.trainer import StreamTrainer
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+_load_yaml = get_loader("yaml")  # PyYAML's own loader takes 5e-4 for a word
+
+_RUN_KEYS_OUTSIDE_THE_CELL = {"results", "setting", "wandb"}
+_DATA_KEYS_OUTSIDE_THE_CELL = {"name", "num_workers", "root"}  # a cell holds the name as its dataset
+_TRAINER_KEYS_OUTSIDE_THE_CELL = {
+    "accelerator",
+    "barebones",
+    "default_root_dir",
+    "detect_anomaly",
+    "devices",
+    "enable_autolog_hparams",
+    "enable_checkpointing",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "logger",
+    "model_registry",
+    "num_nodes",
+    "profiler",
+    "strategy",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Configuration:
+    """One resolved run.
+
+    Attributes:
+        strategy_class: The method.
+        datamodule_class: The dataset.
+        schema: The arguments of both.
+        namespace: Their values.
+    """
+
+    strategy_class: type[Strategy]
+    datamodule_class: type[StreamDataModule]
+    schema: Schema
+    namespace: Namespace
+
+    @cached_property
+    def resolved(self) -> Config:
+        """Every setting as a plain value; defaults of PyTorch's and Lightning's own classes are left out."""
+        text = self.schema.parser.dump(
+            self.namespace, skip_link_targets=True, skip_unset=False, format="json"
+        )
+        config = {key: value for key, value in json.loads(text).items() if key != "config"}
+        config["trainer"] = _without_defaults(config["trainer"], StreamTrainer, Trainer)
+        for group, class_ in (("model", self.strategy_class), ("data", self.datamodule_class)):
+            arguments = {key: _without_torch_defaults(value) for key, value in config[group].items()}
+            config[group] = {"class_path": _class_path(class_), "init_args": arguments}
+        return config
+
+    @cached_property
+    def cell(self) -> Config:
+        """The resolved config without paths, devices and logging: equal cells are one experiment."""
+        config = _without(self.resolved, _RUN_KEYS_OUTSIDE_THE_CELL)
+        arguments = _without(config["data"]["init_args"], _DATA_KEYS_OUTSIDE_THE_CELL)
+        return config | {
+            "dataset": self.datamodule.name,
+            "trainer": _without(config["trainer"], _TRAINER_KEYS_OUTSIDE_THE_CELL),
+            "data": config["data"] | {"init_args": arguments},
+            "backbone": config["backbone"] | {"weights": weights_identity(config["backbone"]["weights"])},
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the cell, 8 hex digits."""
+        return digest(self.cell)
+
+    @property
+    def yaml(self) -> str:
+        """The resolved config as YAML: saved and run alone, it is the same cell."""
+        text: str = yaml.safe_dump(self.resolved, sort_keys=False)
+        return text
+
+    @property
+    def results(self) -> Path:
+        """Folder of all results."""
+        return Path(self.namespace.results)
+
+    @property
+    def benchmark(self) -> str:
+        """Dataset and number of experiences, such as ``digits-T5``."""
+        return f"{self.datamodule.name}-T{self.datamodule.stream_length}"
+
+    @property
+    def folder(self) -> Path:
+        """Folder of this cell."""
+        strategy = self.strategy_class.__module__.rpartition(".")[2]
+        regime = "joint" if self.namespace.regime == "joint" else None
+        name = "-".join(part for part in (strategy, regime, self.namespace.setting) if part)
+        cell = f"{self.datamodule.order_name}-seed{self.namespace.seed}-{self.hash}"
+        return self.results / self.benchmark / name / cell
+
+    @cached_property
+    def datamodule(self) -> StreamDataModule:
+        """The stream, its data not yet read."""
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(self.datamodule_class, "data")
+        datamodule: StreamDataModule = parser.instantiate(Namespace(data=self.namespace.data)).data
+        return datamodule
+
+    def build(
+        self, callbacks: Sequence[Callback], loggers: Sequence[Logger]
+    ) -> tuple[Strategy, StreamTrainer]:
+        """Build the strategy with its backbone, and the trainer."""
+        built = self.schema.parser.instantiate(self.namespace)
+        arguments = dict(built.trainer)
+        own = arguments.pop("callbacks") or []
+        own = own if isinstance(own, list) else [own]
+        return built.model, StreamTrainer(
+            **arguments | {"callbacks": [*callbacks, *own], "logger": list(loggers)}
+        )
+
+
+def resolve(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Configuration:
+    """Return the configuration that ``layers`` and command-line ``overrides`` describe.
+
+    The folder of a layer becomes importable, so a strategy may live beside its config.
+
+    Raises:
+        ValueError: If a layer, a class path, a key or a value is not valid.
+        FileNotFoundError: If a layer does not exist.
+    """
+    config: Config = {}
+    for path in layers:
+        _merge(config, load(path))
+    strategy = _class(config, "model", Strategy, layers)
+    datamodule = _class(config, "data", StreamDataModule, layers)
+    schema = Schema(strategy, datamodule)
+    arguments = {group: config.get(group, {}).get("init_args", {}) for group in ("model", "data")}
+    return Configuration(strategy, datamodule, schema, schema.parse(config | arguments, overrides))
+
+
+def layers(strategy: str, dataset: str) -> list[Path]:
+    """Return the config files of a pair; each name is a config stem or the path of a YAML file.
+
+    Raises:
+        ValueError: If there is no such stem.
+    """
+    first, second = config_file("strategies", strategy), config_file("datamodules", dataset)
+    recipe = CONFIGS / "recipes" / second.stem / f"{first.stem}.yaml"
+    return [CONFIGS / "trainer.yaml", first, second, *([recipe] if recipe.exists() else [])]
+
+
+def config_file(kind: str, name: str) -> Path:
+    """Return the file of config ``name``, a stem under ``configs/<kind>`` or the path of a YAML file.
+
+    Raises:
+        ValueError: If there is no such stem.
+        FileNotFoundError: If there is no such file.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    stems = stems_of(kind)
+    if name not in stems:
+        match = nearest(name, stems)
+        raise ValueError(
+            f"There is no config {name!r} among {kind}. "
+            + (f"Did you mean {match}?" if match else f"There are: {', '.join(stems)}.")
+        )
+    return CONFIGS / kind / f"{name}.yaml"
+
+
+def stems_of(kind: str) -> list[str]:
+    """Return the names of the configs under ``configs/<kind>``."""
+    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
+
+
+def load(path: Path) -> Config:
+    """Return the content of a config file.
+
+    Raises:
+        ValueError: If it is not a mapping in YAML.
+        FileNotFoundError: If there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no config file {path}.")
+    try:
+        config = _load_yaml(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path} is not a config: its top level must be a mapping of groups such as model and data."
+        )
+    return config
+
+
+def _merge(config: Config, layer: Config) -> None:
+    """Put ``layer`` over ``config``; another class path drops the arguments of the one before."""
+    for key, value in layer.items():
+        below = config.get(key)
+        if not (isinstance(value, dict) and isinstance(below, dict)):
+            config[key] = value
+            continue
+        if value.get("class_path", below.get("class_path")) != below.get("class_path"):
+            below.clear()
+        _merge(below, value)
+
+
+def _class(config: Config, group: str, base: type[Any], layers: Sequence[Path]) -> type[Any]:
+    """Return the class that ``group`` names, looked up beside the layers as well."""
+    class_path = config.get(group, {}).get("class_path")
+    if not isinstance(class_path, str):
+        raise ValueError(f"No layer says which class to use: write {group}: {{class_path: module.Class}}.")
+    module_name, _, name = class_path.rpartition(".")
+    for folder in {str(path.resolve().parent) for path in layers if CONFIGS not in path.resolve().parents}:
+        if folder not in sys.path:
+            sys.path.append(folder)
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"The class {class_path} of group {group} cannot be imported: {error}.") from error
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        raise ValueError(f"{class_path} is not a {base.__name__}, which the group {group} needs.")
+    return found
+
+
+def _class_path(class_: type[Any]) -> str:
+    return f"{class_.__module__}.{class_.__qualname__}"
+
+
+def _without(config: Config, keys: Collection[str]) -> Config:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def _without_defaults(arguments: Config, *classes: type[Any]) -> Config:
+    """Drop arguments that equal the default in the signature of the first of ``classes`` that names them."""
+    defaults: Config = {}
+    for class_ in reversed(classes):
+        for name, parameter in inspect.signature(class_).parameters.items():
+            default = parameter.default
+            defaults[name] = list(default) if isinstance(default, tuple) else default
+    return {key: value for key, value in arguments.items() if key not in defaults or value != defaults[key]}
+
+
+def _without_torch_defaults(value: Any) -> Any:
+    """Drop the defaults of PyTorch's classes: they follow its version, which is provenance, no setting."""
+    if not (isinstance(value, dict) and str(value.get("class_path")).startswith("torch.")):
+        return value
+    module, _, name = value["class_path"].rpartition(".")
+    arguments = _without_defaults(value.get("init_args", {}), getattr(importlib.import_module(module), name))
+    return {"class_path": value["class_path"], "init_args": arguments}

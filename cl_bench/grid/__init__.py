@@ -1,0 +1,1 @@
+"""Grids: the cells of strategies × datasets × settings × orders × seeds, and the engines that run them."""

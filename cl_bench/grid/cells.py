@@ -1,0 +1,113 @@
+"""The cells that a grid file describes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cl_bench.configuration import Configuration, config_file, layers, load, resolve
+from cl_bench.schema import nearest
+
+_KEYS = {
+    "strategies": list,
+    "datasets": list,
+    "settings": dict,
+    "orders": list,
+    "seeds": list,
+    "results": str,
+    "common": dict,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell by the words of its command, small enough to hand to another process.
+
+    Attributes:
+        strategy: Config stem or path.
+        dataset: Config stem or path.
+        overrides: Command-line words.
+    """
+
+    strategy: str
+    dataset: str
+    overrides: tuple[str, ...]
+
+    def configuration(self) -> Configuration:
+        """Resolve the cell."""
+        return resolve(layers(self.strategy, self.dataset), self.overrides)
+
+    @property
+    def command(self) -> str:
+        """The command that runs this cell alone."""
+        return " ".join(("cl-bench run", self.strategy, self.dataset, *self.overrides))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Strategies × datasets × settings × orders × seeds.
+
+    Attributes:
+        strategies: Config stems or paths.
+        datasets: Config stems or paths.
+        settings: For a strategy, named sets of overrides; a strategy without any runs once, as it is.
+        orders: Class orders.
+        seeds: Seeds.
+        results: Folder of all results.
+        common: Overrides of every cell.
+    """
+
+    strategies: list[str]
+    datasets: list[str]
+    settings: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    orders: list[str | list[int]] = field(default_factory=lambda: ["identity"])
+    seeds: list[int] = field(default_factory=lambda: [1])
+    results: str = "results"
+    common: dict[str, Any] = field(default_factory=dict)
+
+    def cells(self) -> Iterator[Cell]:
+        """Yield the cells, seeds outermost, so that an unfinished grid has every strategy once."""
+        for seed, order, dataset, strategy in itertools.product(
+            self.seeds, self.orders, self.datasets, self.strategies
+        ):
+            for setting, overrides in (self.settings.get(strategy) or {"": {}}).items():
+                named = {"setting": setting} if setting else {}
+                values = (
+                    self.common | overrides | named | {"order": order, "seed": seed, "results": self.results}
+                )
+                yield Cell(
+                    strategy, dataset, tuple(f"--{key}={_word(value)}" for key, value in values.items())
+                )
+
+
+def read_grid(name: str, results: Path | None = None) -> Grid:
+    """Read a grid by config stem or path; ``results`` replaces the folder it names.
+
+    Raises:
+        ValueError: If the file is no grid.
+        FileNotFoundError: If there is no such file.
+    """
+    path = config_file("grids", name)
+    content = load(path)
+    if not {"strategies", "datasets"} <= content.keys():
+        raise ValueError(f"{path} is not a grid: it must name strategies and datasets.")
+    for key, value in content.items():
+        if key not in _KEYS:
+            match = nearest(key, _KEYS)
+            raise ValueError(f"{path} has no use for {key!r}. " + (f"Did you mean {match}?" if match else ""))
+        if not isinstance(value, _KEYS[key]):
+            raise ValueError(f"In {path}, {key} must be a {_KEYS[key].__name__}, not {value!r}.")
+    for strategy in content.get("settings", {}):
+        if strategy not in content["strategies"]:
+            raise ValueError(f"{path} has settings for {strategy}, which is not among its strategies.")
+    if results is not None:
+        content["results"] = str(results)
+    return Grid(**content)
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,102 @@
+"""From result files to tables and pictures.
+
+Neither torch nor Lightning is imported, so that any old run can be re-read quickly, anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cl_bench.metrics import DEFINITIONS
+from cl_bench.report.comparison import Comparison, comparisons
+from cl_bench.report.pictures import pictures
+from cl_bench.report.tables import Table, markdown, tables, tidy, tidy_absences
+from cl_bench.results import FILE_NAME, read_all
+
+Format = Literal["md", "csv"]
+
+METRICS = ("acc/sample", "maa/sample", "bwt/gem", "forgetting/chaudhry")
+"""Metrics shown unless others are asked for."""
+
+FOLDER = "report"
+"""Where the files of a report go, inside the results folder."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report leaves.
+
+    Attributes:
+        text: The tables, to be printed.
+        files: Paths written: tables first, then pictures.
+    """
+
+    text: str
+    files: list[Path]
+
+
+def report(results_folder: Path, format: Format, metrics: Sequence[str] | None = None) -> Report:  # noqa: A002
+    """Read every result below ``results_folder`` and write tables and pictures into its folder ``report``.
+
+    Only finished runs enter a mean; the others are listed. Results of unequal protocols never share a table.
+    Tables and pictures of an earlier report in that folder are replaced.
+
+    Args:
+        results_folder: Folder that holds result files, at any depth.
+        format: ``md`` for Markdown to read, ``csv`` for one statistic a line.
+        metrics: Names of the metrics shown, as in :data:`cl_bench.metrics.DEFINITIONS`; None for ``METRICS``.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no result in it.
+        ValueError: If a metric has no definition, or a file is no result file.
+    """
+    shown = _defined(METRICS if metrics is None else metrics)
+    compared = comparisons(read_all(results_folder))
+    if not compared:
+        raise FileNotFoundError(
+            f"There is no {FILE_NAME} below {results_folder}: run a cell first, or name another folder."
+        )
+    laid_out = tables(compared, shown)
+    folder = results_folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    _remove_earlier(folder)
+    texts = _texts(laid_out, format)
+    files = [_written(folder / name, text) for name, text in texts.items()]
+    files += _drawn(compared, folder)
+    return Report(next(iter(texts.values())), files)
+
+
+def _defined(metrics: Sequence[str]) -> list[str]:
+    for name in metrics:
+        if name not in DEFINITIONS:
+            nearest = difflib.get_close_matches(name, DEFINITIONS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"There is no metric {name!r}: the nearest name is {nearest!r}.")
+    return list(dict.fromkeys(metrics))
+
+
+def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa: A002
+    """The table by its file name; as CSV, runs that enter no mean have a file of their own."""
+    if format == "md":
+        return {"table.md": markdown(laid_out)}
+    absences = tidy_absences(laid_out)
+    return {"table.csv": tidy(laid_out)} | ({"absent.csv": absences} if absences else {})
+
+
+def _remove_earlier(folder: Path) -> None:
+    """A picture of results that are no longer there must not stand beside the new table."""
+    for pattern in ("table.*", "absent.csv", "curves_*.png", "matrix_*.png"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _drawn(compared: Sequence[Comparison], folder: Path) -> list[Path]:
+    return [path for comparison in compared for path in pictures(comparison, folder)]

@@ -1,0 +1,263 @@
+"""What may stand side by side: the runs of one benchmark under one protocol, gathered into entries."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cl_bench.report.settings import differences, distinguishing, plain, short_names, shortened
+from cl_bench.results import Regime, Result
+
+COSTS = ("seconds", "trainable_parameters", "stored_megabytes")
+"""What a run took, beside its metrics."""
+
+RANKING = "acc/sample"
+"""Metric by which entries are ordered."""
+
+Block = tuple[int, str]
+"""Seed and class order of a run."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """Mean and sample standard deviation of ``n`` values; NaN where there are too few of them."""
+
+    mean: float
+    std: float
+    n: int
+
+
+NO_VALUES = Statistic(math.nan, math.nan, 0)
+"""What there is to say of a metric that no run has."""
+
+
+def statistic(values: Iterable[float]) -> Statistic:
+    """Summarise ``values``, leaving out those that are NaN.
+
+    >>> statistic([1.0, 2.0, math.nan, 3.0])
+    Statistic(mean=2.0, std=1.0, n=3)
+    >>> statistic([4.0])
+    Statistic(mean=4.0, std=nan, n=1)
+    """
+    defined = [value for value in values if not math.isnan(value)]
+    n = len(defined)
+    mean = float(np.mean(defined)) if n else math.nan
+    std = float(np.std(defined, ddof=1)) if n >= 2 else math.nan
+    return Statistic(mean, std, n)
+
+
+@dataclass
+class Entry:
+    """One row on one benchmark: runs that differ in nothing but seed and class order.
+
+    Attributes:
+        label: How tables and pictures call it; no other entry of the comparison shares it.
+        strategy: Name of the strategy.
+        group: Hash of the cell without seed and class order.
+        regime: ``sequential`` or ``joint``.
+        runs: Finished runs, one for each block; only these enter a mean.
+        unfinished: Runs that are still going, failed or diverged, in blocks that no finished run covers.
+        statistics: Mean, deviation and number by name, of every metric and of every cost.
+    """
+
+    label: str
+    strategy: str
+    group: str
+    regime: Regime
+    runs: list[Result]
+    unfinished: list[Result]
+    statistics: dict[str, Statistic]
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether this is an upper bound: trained on all classes at once."""
+        return self.regime == "joint"
+
+    def statistic(self, name: str) -> Statistic:
+        """Return the statistic of the metric or cost called ``name``, of no values if no run has it."""
+        return self.statistics.get(name, NO_VALUES)
+
+    @property
+    def blocks(self) -> set[Block]:
+        """Seeds and class orders of which there is a result file, finished or not."""
+        return {_block(run) for run in (*self.runs, *self.unfinished)}
+
+    @property
+    def rank(self) -> tuple[bool, float, str]:
+        """Sort key: joint first, then the higher mean of ``RANKING``, entries without one last."""
+        mean = self.statistic(RANKING).mean
+        return not self.is_joint, math.inf if math.isnan(mean) else -mean, self.label
+
+
+@dataclass
+class Comparison:
+    """All entries of one benchmark under one protocol.
+
+    Attributes:
+        benchmark: Dataset and number of experiences.
+        fingerprint: Hash of the protocol's identity.
+        only_protocol: Whether the benchmark was run under this protocol alone.
+        results: The runs behind the entries, one for each cell.
+        entries: Joint first, then by falling accuracy.
+        unnamed_settings: By name of a strategy, settings in which its entries differ beyond their labels.
+        copies: How many further result files repeat one of these cells.
+    """
+
+    benchmark: str
+    fingerprint: str
+    only_protocol: bool
+    results: list[Result]
+    entries: list[Entry]
+    unnamed_settings: dict[str, list[str]]
+    copies: int
+
+    @property
+    def title(self) -> str:
+        """The benchmark, with the fingerprint where that alone would be ambiguous."""
+        return self.benchmark if self.only_protocol else f"{self.benchmark}-{self.fingerprint}"
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What all runs of this comparison have in common."""
+        return self.results[0].protocol.identity
+
+    @property
+    def finished(self) -> list[Entry]:
+        """Entries with at least one finished run."""
+        return [entry for entry in self.entries if entry.runs]
+
+    @property
+    def blocks(self) -> set[Block]:
+        """Seeds and class orders of any run."""
+        return {_block(run) for run in self.results}
+
+
+def comparisons(results: Iterable[Result]) -> list[Comparison]:
+    """Gather ``results`` by benchmark and protocol; each pair becomes one comparison.
+
+    They come by name of the dataset, then from short to long streams.
+    """
+    gathered: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    for result in results:
+        key = (result.benchmark, result.protocol.fingerprint)
+        gathered.setdefault(key, {}).setdefault(result.group, []).append(result)
+    protocols = Counter(benchmark for benchmark, _ in gathered)
+    return [
+        _comparison(benchmark, fingerprint, groups, protocols[benchmark] == 1)
+        for (benchmark, fingerprint), groups in sorted(gathered.items(), key=_by_length)
+    ]
+
+
+def _by_length(gathered: tuple[tuple[str, str], Mapping[str, Sequence[Result]]]) -> tuple[str, int, str]:
+    (_, fingerprint), groups = gathered
+    run = next(iter(groups.values()))[0]
+    return run.dataset, run.num_experiences, fingerprint
+
+
+def _comparison(
+    benchmark: str, fingerprint: str, groups: Mapping[str, Sequence[Result]], only_protocol: bool
+) -> Comparison:
+    cells = {group: _one_per_block(found) for group, found in groups.items()}
+    labels, unnamed = _labelled({group: runs[0] for group, runs in cells.items()})
+    entries = [_entry(group, labels[group], runs) for group, runs in cells.items()]
+    results = [run for runs in cells.values() for run in runs]
+    return Comparison(
+        benchmark=benchmark,
+        fingerprint=fingerprint,
+        only_protocol=only_protocol,
+        results=results,
+        entries=sorted(entries, key=lambda entry: entry.rank),
+        unnamed_settings=unnamed,
+        copies=sum(map(len, groups.values())) - len(results),
+    )
+
+
+def _one_per_block(found: Sequence[Result]) -> list[Result]:
+    """A copied result file is the same run, not a second sample; of the copies a finished one counts."""
+    cells: dict[Block, Result] = {}
+    for result in found:
+        kept = cells.setdefault(_block(result), result)
+        if kept.status != "done" and result.status == "done":
+            cells[_block(result)] = result
+    return list(cells.values())
+
+
+def _entry(group: str, label: str, runs: Sequence[Result]) -> Entry:
+    finished = [run for run in runs if run.status == "done"]
+    measured = [run.metrics() | _costs(run) for run in finished]
+    return Entry(
+        label=label,
+        strategy=runs[0].strategy,
+        group=group,
+        regime=runs[0].regime,
+        runs=finished,
+        unfinished=[run for run in runs if run.status != "done"],
+        statistics={name: statistic(each[name] for each in measured) for name in (measured or [{}])[0]},
+    )
+
+
+def _costs(run: Result) -> dict[str, float]:
+    if not run.costs:
+        return dict.fromkeys(COSTS, math.nan)
+    values = (
+        sum(run.seconds().values()),
+        max(cost.trainable_parameters for cost in run.costs),
+        run.costs[-1].stored_bytes / 1e6,
+    )
+    return dict(zip(COSTS, map(float, values), strict=True))
+
+
+def _block(run: Result) -> Block:
+    return run.seed, run.order
+
+
+def _labelled(representatives: Mapping[str, Result]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Name every group, and list by name of strategy the settings that differ without being in a label."""
+    families: dict[str, list[str]] = {}
+    for group, run in representatives.items():
+        families.setdefault(run.strategy, []).append(group)
+    labels: dict[str, str] = {}
+    unnamed: dict[str, list[str]] = {}
+    for name, groups in families.items():
+        suffixes, silent = _suffixes([representatives[group] for group in groups])
+        labels |= {group: name + suffix for group, suffix in zip(groups, suffixes, strict=True)}
+        unnamed |= {name: silent} if silent else {}
+    shared = Counter(labels.values())
+    for group, label in labels.items():
+        if shared[label] > 1:
+            labels[group] = f"{label}, group={group}"
+    return labels, unnamed
+
+
+def _suffixes(runs: Sequence[Result]) -> tuple[list[str], list[str]]:
+    """Tell runs of one name apart by few of the settings in which they differ; list the other such settings.
+
+    Where each has a setting name of its own, that is enough.
+    """
+    table = differences([_blockless(run.config) for run in runs])
+    names = [run.setting for run in runs]
+    if len(set(names)) == len(runs) > 1:
+        return ["" if name is None else f", {name}" for name in names], short_names(list(table))
+    keys = distinguishing(table)
+    suffixes = [""] * len(runs)
+    for key, name in zip(keys, short_names(keys), strict=True):
+        suffixes = [
+            suffix if value is None else f"{suffix}, {name}={value}"
+            for suffix, value in zip(suffixes, _readable(table[key]), strict=True)
+        ]
+    return suffixes, short_names([key for key in table if key not in keys])
+
+
+def _readable(values: Sequence[str | None]) -> list[str | None]:
+    present = list(dict.fromkeys(value for value in values if value is not None))
+    words = dict(zip(present, shortened([plain(value) for value in present]), strict=True))
+    return [None if value is None else words[value] for value in values]
+
+
+def _blockless(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ("seed", "order")}

@@ -1,0 +1,101 @@
+"""One run: from a configuration to a finished result file."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from cl_bench.configuration import Configuration
+from cl_bench.results import FILE_NAME, Result, read
+from cl_bench.tracking import loggers
+
+ERROR_NAME = "error.txt"
+
+
+class RunFailed(RuntimeError):
+    """A run did not finish; its result file says why, and ``error.txt`` beside it holds the traceback."""
+
+
+def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Result:
+    """Run one cell to its end and return its result; the folder is ``configuration.folder``.
+
+    Args:
+        configuration: The cell.
+        callbacks: Watchers of this run, such as a progress display.
+
+    Raises:
+        ValueError: If the data or the backbone cannot be used; nothing has been trained then.
+        FileNotFoundError: If data or weights are missing.
+        RunFailed: If training or evaluation failed.
+    """
+    folder, values = configuration.folder, configuration.namespace
+    configuration.datamodule.setup("fit")
+    _require_writable(folder)
+    (folder / ERROR_NAME).unlink(missing_ok=True)
+    (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
+    torch.set_num_threads(values.threads)
+    with loggers(configuration) as open_loggers:
+        strategy, trainer = configuration.build(callbacks, open_loggers)
+        try:
+            return trainer.run(
+                strategy,
+                configuration.datamodule,
+                regime=values.regime,
+                config=configuration.cell,
+                setting=values.setting,
+                folder=folder,
+            )
+        except Exception as error:
+            (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
+            raise RunFailed(_last_line(error)) from error
+
+
+def finished(configuration: Configuration) -> Path | None:
+    """Return the result file of this cell if it is done, whatever the name of its setting."""
+    benchmark = configuration.results / configuration.benchmark
+    for path in benchmark.glob(f"*/*-{configuration.hash}/{FILE_NAME}"):
+        if read(path).status == "done":
+            return path
+    return None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' notices to themselves; errors still come through."""
+    lightning = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in lightning]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in lightning:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(lightning, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _last_line(error: Exception) -> str:
+    """Return what ``error`` says; a loader's worker puts its whole traceback before that."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if "Traceback (most recent call last)" in str(error) else " ".join(lines)
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"The results folder {folder} cannot be written ({error.strerror}): "
+            "choose another with --results."
+        ) from error

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+
+from cl_bench.configuration import CONFIGS
+from cl_bench.grid.cells import read_grid
+
+
+def grid_file(folder: Path, text: str) -> str:
+    path = folder / "grid.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_grid_is_the_product_of_its_axes(tmp_path: Path) -> None:
+    text = """
+    strategies: [ncm, lora]
+    datasets: [toy]
+    settings:
+      lora: {small: {rank: 2}, wide: {rank: 8}}
+    orders: [identity, numpy:1993]
+    seeds: [1, 2]
+    common: {trainer.max_epochs: 2}
+    """
+    cells = list(read_grid(grid_file(tmp_path, text)).cells())
+    assert len(cells) == 3 * 2 * 2
+    assert len({cell.configuration().hash for cell in cells}) == len(cells)
+    assert cells[2].command == (
+        "cl-bench run lora toy --trainer.max_epochs=2 --rank=8 --setting=wide "
+        "--order=identity --seed=1 --results=results"
+    )
+    configuration = cells[2].configuration()
+    assert configuration.cell["model"]["init_args"]["rank"] == 8
+    assert configuration.folder.parent.name == "lora-wide"
+
+
+def test_the_first_cells_cover_every_strategy_with_the_first_seed(tmp_path: Path) -> None:
+    text = "{strategies: [ncm, lora, joint], datasets: [toy], seeds: [1, 2, 3]}"
+    cells = list(read_grid(grid_file(tmp_path, text)).cells())
+    assert [cell.strategy for cell in cells[:3]] == ["ncm", "lora", "joint"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{strategies: [lora]}", "it must name strategies and datasets"),
+        ("{strategies: [lora], datasets: [toy], seed: [1]}", r"has no use for 'seed'. Did you mean seeds\?"),
+        (
+            "{strategies: [lora], datasets: [toy], settings: {ncm: {a: {}}}}",
+            "settings for ncm, which is not among",
+        ),
+        ("a: [", "is not valid YAML"),
+        ("{strategies: lora, datasets: [toy]}", "strategies must be a list"),
+    ],
+)
+def test_a_broken_grid_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_grid(grid_file(tmp_path, text))
+
+
+def test_a_missing_grid_is_said() -> None:
+    with pytest.raises(ValueError, match=r"no config 'quickstrt' among grids. Did you mean quickstart\?"):
+        read_grid("quickstrt")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_grid_holds_cells_that_differ(path: Path) -> None:
+    cells = list(read_grid(path.stem).cells())
+    assert cells
+    assert len({cell.configuration().hash for cell in cells}) == len(cells)

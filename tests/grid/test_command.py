@@ -1,0 +1,116 @@
+"""One grid on the local engine, with a cell that fails and one whose process dies."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cl_bench.cli import main
+from cl_bench.results import FILE_NAME, read
+
+STRATEGIES = """
+import os
+
+from strategies.linear_probe import LinearProbe
+
+
+class Failing(LinearProbe):
+    name = "failing"
+
+    def after_training(self, data):
+        raise ArithmeticError("no basis left")
+
+
+class Dying(LinearProbe):
+    name = "dying"
+
+    def after_training(self, data):
+        os.kill(os.getpid(), 9)
+"""
+
+
+@dataclass
+class Ran:
+    """What a grid left behind."""
+
+    folder: Path
+    grid: Path
+    status: int
+    output: str
+
+
+def grid(path: Path, results: Path, *words: str) -> tuple[int, str]:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = main(["grid", str(path), "--results", str(results), *words])
+    return status, output.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("grid")
+    (folder / "broken_strategies.py").write_text(STRATEGIES)
+    for name in ("Failing", "Dying"):
+        config = folder / f"{name.lower()}.yaml"
+        config.write_text(f"model: {{class_path: broken_strategies.{name}}}")
+    path = folder / "grid.yaml"
+    path.write_text(
+        f"strategies: [{folder}/dying.yaml, {folder}/failing.yaml, ncm, lora]\n"
+        "datasets: [toy]\n"
+        "common: {trainer.accelerator: cpu}\n"
+    )
+    status, output = grid(path, folder / "results", "--workers", "2")
+    return Ran(folder / "results", path, status, output)
+
+
+def test_failing_cells_do_not_stop_the_rest_and_are_listed_with_their_error(ran: Ran) -> None:
+    assert ran.status == 1
+    assert "2 of 4 cells done" in ran.output
+    assert "no basis left" in ran.output
+    assert "ended with exit code -9" in ran.output
+    done = {
+        result.strategy for path in ran.folder.rglob(FILE_NAME) if (result := read(path)).status == "done"
+    }
+    assert done == {"NCM", "LoRA (merge)"}
+
+
+def test_a_failed_cell_leaves_its_status_and_its_traceback(ran: Ran) -> None:
+    (error,) = ran.folder.rglob("error.txt")
+    assert read(error.parent / FILE_NAME).status == "failed"
+    assert "ArithmeticError: no basis left" in error.read_text()
+
+
+def test_finished_cells_are_skipped_and_a_dry_run_runs_nothing(ran: Ran) -> None:
+    before = {path: path.stat().st_mtime_ns for path in ran.folder.rglob("*")}
+    status, output = grid(ran.grid, ran.folder, "--dry-run")
+    assert status == 1
+    assert "4 cells, 2 done" in output
+    assert output.count("to run") == 2
+    assert {path: path.stat().st_mtime_ns for path in ran.folder.rglob("*")} == before
+
+
+def test_a_cell_of_a_grid_equals_the_same_cell_run_alone(ran: Ran, tmp_path: Path) -> None:
+    assert main(["run", "lora", "toy", "--results", str(tmp_path), "--trainer.accelerator", "cpu"]) == 0
+    (alone,) = tmp_path.rglob(FILE_NAME)
+    (in_grid,) = ran.folder.glob(f"toy-T3/lora/*/{FILE_NAME}")
+    assert in_grid.parent.name == alone.parent.name
+    assert read(in_grid).rows == read(alone).rows
+
+
+def test_a_cell_with_a_wrong_setting_stops_the_grid_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text("{strategies: [ncm, lora], datasets: [toy], settings: {lora: {a: {rnak: 2}}}}")
+    assert main(["grid", str(path), "--results", str(tmp_path / "results")]) == 2
+    assert "Did you mean model.rank?" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_same_cell_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text("{strategies: [lora], datasets: [toy], settings: {lora: {a: {rank: 10}, b: {}}}}")
+    assert main(["grid", str(path), "--results", str(tmp_path / "results"), "--dry-run"]) == 2
+    assert "holds the same cell twice" in capsys.readouterr().err

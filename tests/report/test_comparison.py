@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import pytest
+
+from cl_bench.report.comparison import comparisons, statistic
+from cl_bench.results import Result
+
+Made = Callable[..., Result]
+
+
+def test_deviation_is_that_of_a_sample() -> None:
+    values = [1.0, 4.0, 4.5]
+    assert statistic(values).std == pytest.approx(statistics.stdev(values))
+
+
+def test_runs_that_differ_in_seed_and_order_are_one_entry(made: Made) -> None:
+    (comparison,) = comparisons([made(seed=1), made(seed=2), made(seed=1, order="numpy:1993")])
+    (entry,) = comparison.entries
+    assert entry.statistic("acc/sample").n == 3
+
+
+def test_only_finished_runs_enter_a_mean(made: Made) -> None:
+    results = [made(seed=1)]
+    for seed, status in enumerate(("failed", "diverged", "running"), start=2):
+        results.append(made(counts=((0,), (0, 0)), seed=seed, status=status))
+    (entry,) = comparisons(results)[0].entries
+    assert entry.statistic("acc/sample").mean == 65.0
+    assert [run.seed for run in entry.unfinished] == [2, 3, 4]
+
+
+def test_unequal_identities_are_never_compared(made: Made) -> None:
+    compared = comparisons([made(seed=1), made(seed=2, identity={"image_size": 64})])
+    assert [len(comparison.results) for comparison in compared] == [1, 1]
+    assert not any(comparison.only_protocol for comparison in compared)
+
+
+def test_lengths_of_a_stream_are_benchmarks_of_their_own(made: Made) -> None:
+    long = made(counts=[(9,) * i for i in range(1, 11)])
+    assert [comparison.title for comparison in comparisons([long, made()])] == ["digits-T2", "digits-T10"]
+
+
+def test_a_copied_result_counts_once(made: Made) -> None:
+    (comparison,) = comparisons([made(seed=1), made(seed=1), made(seed=2)])
+    assert comparison.entries[0].statistic("acc/sample").n == 2
+    assert comparison.copies == 1
+
+
+def test_of_copies_the_finished_one_counts(made: Made) -> None:
+    (entry,) = comparisons([made(status="running"), made(), made(status="failed")])[0].entries
+    assert len(entry.runs) == 1
+    assert not entry.unfinished
+
+
+def test_joint_comes_first_and_the_rest_by_falling_accuracy(made: Made) -> None:
+    results = [
+        made("weak", ((9,), (1, 8))),
+        made("failed", status="failed"),
+        made("strong", ((9,), (8, 8))),
+        made("strong (joint)", (None, (2, 2)), regime="joint"),
+    ]
+    labels = [entry.label for entry in comparisons(results)[0].entries]
+    assert labels == ["strong (joint)", "strong", "weak", "failed"]
+
+
+def test_labels_that_would_be_shared_name_the_setting_that_differs(made: Made) -> None:
+    results = [
+        made(config={"model": {"rank": rank, "alpha": 2 * rank, "epochs": 5}}, seed=seed)
+        for rank in (4, 8)
+        for seed in (1, 2)
+    ]
+    (comparison,) = comparisons(results)
+    assert {entry.label for entry in comparison.entries} == {"LoRA (merge), rank=4", "LoRA (merge), rank=8"}
+    assert comparison.unnamed_settings == {"LoRA (merge)": ["alpha"]}
+
+
+def test_a_named_setting_names_the_entry(made: Made) -> None:
+    results = [made(), made(setting="paper", config={"model": {"rank": 8}})]
+    (comparison,) = comparisons(results)
+    assert {entry.label for entry in comparison.entries} == {"LoRA (merge)", "LoRA (merge), paper"}
+    assert comparison.unnamed_settings == {"LoRA (merge)": ["rank"]}
+
+
+def test_labels_are_unique_even_where_long_values_are_cut_alike(made: Made) -> None:
+    values = ["a" * 60 + "b" * 60, "a" * 60 + "b" * 60 + "c", "z"]
+    (comparison,) = comparisons([made(config={"text": value}) for value in values])
+    assert len({entry.label for entry in comparison.entries}) == 3
+
+
+def test_joint_is_told_from_the_same_strategy(made: Made) -> None:
+    (comparison,) = comparisons([made(), made("LoRA (joint)", (None, (9, 9)), regime="joint")])
+    assert [entry.label for entry in comparison.entries] == ["LoRA (joint)", "LoRA (merge)"]
+
+
+def test_costs_are_the_sum_of_seconds_the_most_parameters_and_the_last_storage(made: Made) -> None:
+    (entry,) = comparisons([made()])[0].entries
+    means = [entry.statistic(name).mean for name in ("seconds", "trainable_parameters", "stored_megabytes")]
+    assert means == [5.0, 101.0, 1.5]

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
+
+from cl_bench.report.comparison import Comparison, comparisons
+from cl_bench.report.pictures import MOST_DRAWN, curves, matrices, pictures, spread
+from cl_bench.results import Result
+
+Made = Callable[..., Result]
+
+positions = st.lists(st.floats(0, 100), min_size=1, max_size=12)
+
+
+@pytest.fixture
+def comparison(made: Made) -> Comparison:
+    """Two runs of a strategy, one of another, and an upper bound."""
+    results = [
+        made(seed=1),
+        made(counts=((10,), (7, 8)), seed=2),
+        made("NCM", ((8,), (8, 5))),
+        made(counts=(None, (9, 10)), regime="joint"),
+    ]
+    return comparisons(results)[0]
+
+
+def _pixels(path: Path) -> npt.NDArray[np.float32]:
+    return np.asarray(imread(path), dtype=np.float32)[..., :3]
+
+
+def test_pictures_are_files_with_something_in_them(comparison: Comparison, tmp_path: Path) -> None:
+    paths = pictures(comparison, tmp_path)
+    assert [path.name for path in paths] == ["curves_digits-T2.png", "matrix_digits-T2.png"]
+    for path in paths:
+        pixels = _pixels(path)
+        assert min(pixels.shape[:2]) > 300
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+        assert 0.02 < float((pixels < 0.9).any(axis=-1).mean()) < 0.7
+
+
+def test_a_protocol_among_several_is_in_the_file_name(made: Made, tmp_path: Path) -> None:
+    compared = comparisons([made(), made(identity={"image_size": 64})])
+    names = [path.name for each in compared for path in pictures(each, tmp_path) if "curves" in path.name]
+    assert names == [f"curves_digits-T2-{each.fingerprint}.png" for each in compared]
+
+
+def test_nothing_finished_is_nothing_to_draw(made: Made, tmp_path: Path) -> None:
+    assert pictures(comparisons([made(status="failed")])[0], tmp_path) == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_curves_go_through_the_mean_accuracy_over_classes_seen(comparison: Comparison) -> None:
+    lines = [list(map(float, np.asarray(line.get_ydata()))) for line in curves(comparison).axes[0].lines]
+    assert [82.5 + 12.5, 70.0] in lines  # of LoRA: (90 + 100) / 2, then (65 + 75) / 2
+    assert [80.0, 65.0] in lines
+
+
+def test_joint_is_a_horizontal_line_at_its_end(comparison: Comparison) -> None:
+    (joint,) = [line for line in curves(comparison).axes[0].lines if line.get_linestyle() == "--"][:1]
+    assert list(np.asarray(joint.get_ydata())) == [95.0, 95.0]
+
+
+def test_matrices_hold_the_mean_of_each_cell_learned(comparison: Comparison) -> None:
+    joint, lora, ncm, _bar = matrices(comparison).axes
+    assert [text.get_text() for text in joint.texts if text.get_text().isdigit()] == ["90", "100"]
+    assert [text.get_text() for text in lora.texts] == ["95", "60", "80"]
+    assert [text.get_text() for text in ncm.texts] == ["80", "80", "50"]
+
+
+def test_matrices_share_one_colour_scale(comparison: Comparison) -> None:
+    limits = {axes.collections[0].get_clim() for axes in matrices(comparison).axes[:-1]}
+    assert limits == {(50.0, 100.0)}
+
+
+def test_a_long_stream_has_no_numbers_in_its_cells(made: Made) -> None:
+    (comparison,) = comparisons([made(counts=[(9,) * i for i in range(1, 21)])])
+    assert all(not text.get_text().isdigit() for text in matrices(comparison).axes[0].texts)
+
+
+def test_a_stream_of_one_experience_is_drawn(made: Made, tmp_path: Path) -> None:
+    assert len(pictures(comparisons([made(counts=((9,),))])[0], tmp_path)) == 2
+
+
+def test_what_is_left_out_of_a_picture_is_said_in_it(made: Made) -> None:
+    many = [made(f"strategy {i}", ((9,), (5, i % 10))) for i in range(MOST_DRAWN + 3)]
+    figure = curves(comparisons(many)[0])
+    assert any("3 more in the table" in text.get_text() for text in figure.axes[0].texts)
+
+
+@given(positions)
+def test_spread_keeps_order_gap_and_room(heights: Sequence[float]) -> None:
+    moved = spread(heights, gap=5.0, low=0.0, high=100.0)
+    placed = [moved[index] for index in sorted(range(len(heights)), key=lambda index: heights[index])]
+    assert all(after - before > 5.0 - 1e-9 for before, after in pairwise(placed))
+    assert min(placed) > -1e-9
+    assert max(placed) < 100.0 + 1e-9
+
+
+@given(positions)
+def test_spread_moves_nothing_that_has_room(heights: Sequence[float]) -> None:
+    apart = [40.0 * index + height / 10 for index, height in enumerate(heights)]
+    moved = spread(apart, gap=5.0, low=-math.inf, high=math.inf)
+    assert moved == pytest.approx(apart)

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cl_bench.report import report
+from cl_bench.results import Result
+
+Made = Callable[..., Result]
+
+
+def _folder(results: list[Result], root: Path) -> Path:
+    for number, result in enumerate(results):
+        result.write(root / result.benchmark / str(number))
+    return root
+
+
+def test_a_report_leaves_its_table_and_pictures(made: Made, tmp_path: Path) -> None:
+    left = report(_folder([made(), made("NCM", seed=2)], tmp_path), "md")
+    folder = tmp_path / "report"
+    names = ["table.md", "curves_digits-T2.png", "matrix_digits-T2.png"]
+    assert left.files == [folder / name for name in names]
+    assert left.text == (folder / "table.md").read_text(encoding="utf-8")
+    assert "| LoRA (merge) |" in left.text
+
+
+def test_a_report_on_csv_lists_what_is_absent_in_a_file_of_its_own(made: Made, tmp_path: Path) -> None:
+    left = report(_folder([made(), made("NCM", status="failed", error="no space")], tmp_path), "csv")
+    assert [path.name for path in left.files[:2]] == ["table.csv", "absent.csv"]
+    assert left.text.startswith("benchmark,fingerprint,strategy,label,group,metric,mean,std,n\n")
+    assert "NCM,1,identity,failed,no space" in (tmp_path / "report" / "absent.csv").read_text()
+
+
+def test_a_report_shows_the_metrics_asked_for(made: Made, tmp_path: Path) -> None:
+    text = report(_folder([made()], tmp_path), "md", ["plasticity/experience"]).text
+    assert "plasticity/experience" in text
+    assert "bwt/gem" not in text
+
+
+def test_a_second_report_is_the_same_and_leaves_no_stale_picture(made: Made, tmp_path: Path) -> None:
+    first = report(_folder([made()], tmp_path), "md")
+    stale = tmp_path / "report" / "curves_gone-T5.png"
+    stale.touch()
+    assert report(tmp_path, "md") == first
+    assert not stale.exists()
+
+
+def test_an_unknown_metric_names_the_nearest(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no metric 'acc/samples': the nearest name is 'acc/sample'"):
+        report(_folder([made()], tmp_path), "md", ["acc/samples"])
+
+
+def test_a_folder_without_results_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run a cell first"):
+        report(tmp_path, "md")
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_report_imports_neither_torch_nor_pyplot(made: Made, tmp_path: Path, checkout: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from cl_bench.report import report; "
+        f"report(Path({str(_folder([made()], tmp_path))!r}), 'md'); "
+        "heavy = {'torch', 'lightning', 'timm', 'pandas', 'scipy', 'matplotlib.pyplot'}; "
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""

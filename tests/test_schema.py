@@ -1,0 +1,90 @@
+import pytest
+
+from cl_bench.schema import Schema, nearest
+from datamodules.toy import Toy
+from strategies.lora import LoRA
+
+
+@pytest.fixture(scope="module")
+def schema() -> Schema:
+    return Schema(LoRA, Toy)
+
+
+def test_defaults_come_from_the_signatures(schema: Schema) -> None:
+    values = schema.parse({}, [])
+    assert (values.model.rank, values.model.variant, values.seed) == (10, "merge", 1)
+
+
+def test_the_command_line_wins_over_the_config(schema: Schema) -> None:
+    values = schema.parse({"model": {"rank": 3, "scale": 2.0}}, ["--model.rank", "4"])
+    assert (values.model.rank, values.model.scale) == (4, 2.0)
+
+
+@pytest.mark.parametrize(
+    "words", (["--rank", "4"], ["--rank=4"], ["--model.rank=4"], ["--model.init_args.rank", "4"])
+)
+def test_a_key_may_be_short_or_carry_its_group(schema: Schema, words: list[str]) -> None:
+    assert schema.parse({}, words).model.rank == 4
+
+
+def test_a_nested_class_takes_its_own_arguments(schema: Schema) -> None:
+    values = schema.parse(
+        {"model": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}}},
+        ["--model.optimizer.lr", "0.5"],
+    )
+    assert values.model.optimizer.init_args.lr == 0.5
+
+
+def test_seed_and_order_reach_the_datamodule(schema: Schema) -> None:
+    values = schema.parse({}, ["--seed", "7", "--order", "numpy:1993"])
+    assert (values.data.seed, values.data.order) == (7, "numpy:1993")
+
+
+def test_a_flag_may_be_negated(schema: Schema) -> None:
+    assert schema.parse({"wandb": True}, ["--no_wandb"]).wandb is False
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--rnak", "4"], "There is no key rnak. Did you mean model.rank?"),
+        (["--model.rnak", "4"], "There is no key model.rnak. Did you mean model.rank?"),
+        (["--sede", "4"], "There is no key sede. Did you mean seed?"),
+        (["--trainer.max_epoch", "4"], "There is no key trainer.max_epoch. Did you mean trainer.max_epochs?"),
+        (["--backbone.weight", "x"], "There is no key backbone.weight. Did you mean backbone.weights?"),
+        (["--qqqqqq", "4"], "There is no key qqqqqq. The option --help lists the keys."),
+        (["--rank", "x"], "--model.rank cannot be 'x': expected int."),
+        (
+            ["--variant", "mrege"],
+            "--model.variant cannot be 'mrege': expected 'merge' or 'shared'. Did you mean merge?",
+        ),
+        (["--trainer.max_epochs", "many"], "--trainer.max_epochs cannot be 'many': expected int or null."),
+        (["--seed", "one"], "--seed cannot be 'one': expected int."),
+        (["--model.optimizer.lrr", "3"], "--model.optimizer has no argument 'lrr'."),
+        (["--rank"], "--model.rank needs a value."),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_sentence_with_the_remedy(
+    schema: Schema, words: list[str], sentence: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        schema.parse({}, words)
+    assert str(caught.value) == sentence
+
+
+def test_a_wrong_key_in_a_config_is_found_too(schema: Schema) -> None:
+    with pytest.raises(ValueError, match=r"There is no key model.rnak. Did you mean model.rank\?"):
+        schema.parse({"model": {"rnak": 4}}, [])
+
+
+def test_help_names_the_arguments_with_their_meaning_and_leaves_the_trainer_to_lightning(
+    schema: Schema,
+) -> None:
+    text = schema.help()
+    assert "--model.rank" in text
+    assert "Rank of every adapter" in text
+    assert text.count("--trainer.") < 10
+
+
+def test_nearest_is_none_where_nothing_comes_near() -> None:
+    assert nearest("zzz", ["lora"]) is None
