@@ -1,0 +1,62 @@
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from cl_bench.configuration import stems_of
+
+
+@pytest.fixture(scope="module")
+def readme(checkout: Path) -> str:
+    return (checkout / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(readme: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", readme, flags=re.DOTALL)
+
+
+def tree(readme: str) -> set[str]:
+    """Return the paths that the file tree names, folders with a slash."""
+    text = readme.split("## Files")[1].split("```")[1]
+    paths, folder = set(), ""
+    for line in text.strip().splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name
+            paths.add(name)
+        else:
+            paths.add(folder + name)
+    return paths
+
+
+def test_the_file_tree_names_what_there_is(readme: str, checkout: Path) -> None:
+    named = tree(readme)
+    assert not [path for path in named if not (checkout / path).exists()]
+    modules = {
+        f"cl_bench/{path.name}{'/' if path.is_dir() else ''}"
+        for path in (checkout / "cl_bench").iterdir()
+        if (path.is_dir() or path.suffix == ".py") and not path.name.startswith("__")
+    }
+    assert modules <= named
+
+
+@pytest.mark.parametrize("kind", ("strategies", "datamodules"))
+def test_every_method_and_dataset_is_in_its_table(readme: str, kind: str) -> None:
+    for stem in stems_of(kind):
+        assert f"`{stem}`" in readme, stem
+
+
+def test_links_lead_to_files(readme: str, checkout: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
+    assert links
+    assert not [link for link in links if not (checkout / link).exists()]
+
+
+def test_the_python_example_runs(readme: str) -> None:
+    (example,) = [block for block in blocks(readme, "python") if "StreamTrainer" in block]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(example, {})
+    assert 0 <= float(printed.getvalue()) <= 100
