@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "torchvision", "lightning", "timm", "avalanche-lib", "numpy")
+_PACKAGES = ("torchvision", "lightning", "timm", "avalanche-lib", "numpy")
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
     """Return versions, commit, device and threads of this process, as plain JSON."""
     return {
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in _PACKAGES},
+        # torch's own word, which names the build as well: a CPU and a CUDA build sum in different orders.
+        "versions": {"torch": str(torch.__version__)} | {package: version(package) for package in _PACKAGES},
         "commit": commit(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
