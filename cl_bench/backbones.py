@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import math
@@ -26,6 +25,8 @@ from timm.data.constants import (
 from timm.models import get_deprecated_models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from cl_bench.spelling import by_likeness, nearest
 
 Normalisation = Literal["unit", "half", "imagenet", "clip"]
 
@@ -160,10 +161,10 @@ def _file(weights: str) -> Path | None:
         return None
     path = Path(weights).expanduser()
     if not path.is_file():
-        match = difflib.get_close_matches(weights, _WORDS, n=1)
+        match = nearest(weights, _WORDS)
         raise FileNotFoundError(
             f"There is no weights file {weights}: "
-            + (f"did you mean {match[0]}?" if match else "give a path, or pretrained, or random.")
+            + (f"did you mean {match}?" if match else "give a path, or pretrained, or random.")
         )
     return path
 
@@ -185,19 +186,14 @@ def _require_name(model: str, *, tagged: bool) -> None:
         raise ValueError(f"{model} is an old name that timm gave up: write {current}.")
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
-        names = _nearest(model, [_BY_OPTIONS, *timm.list_models(pretrained=tagged)])
+        names = by_likeness(model, [_BY_OPTIONS, *timm.list_models(pretrained=tagged)])
         raise ValueError(f"timm has no model {model}: the nearest names are {', '.join(names[:3])}.")
-    tags = _nearest(model, timm.list_pretrained(f"{architecture}.*"))
+    tags = by_likeness(model, timm.list_pretrained(f"{architecture}.*"))
     choice = f"choose among {', '.join(tags)}" if tags else "it has none, set weights to random or to a path"
     if tag and model not in tags:
         raise ValueError(f"timm has no weights {model}: {choice}.")
     if tagged and not tag:
         raise ValueError(f"{model} names no weights, and timm's versions differ in what they add: {choice}.")
-
-
-def _nearest(name: str, candidates: Sequence[str]) -> list[str]:
-    """Return ``candidates`` with those most like ``name`` first."""
-    return sorted(candidates, key=lambda candidate: -difflib.SequenceMatcher(None, name, candidate).ratio())
 
 
 # Building
@@ -224,7 +220,7 @@ def _vision_transformer(model: str, options: dict[str, Any], seed: int, *, pretr
 
 def _unknown_options(options: Mapping[str, Any]) -> str:
     known = list(inspect.signature(VisionTransformer).parameters)
-    hints = [f"{_nearest(option, known)[0]} for {option}" for option in options if option not in known]
+    hints = [f"{by_likeness(option, known)[0]} for {option}" for option in options if option not in known]
     return f"Did you mean {', '.join(hints)}?" if hints else "See timm's VisionTransformer."
 
 

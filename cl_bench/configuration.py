@@ -24,7 +24,8 @@ from lightning.pytorch.loggers import Logger
 from cl_bench.backbones import weights_identity
 from cl_bench.datamodule import StreamDataModule
 from cl_bench.results import digest
-from cl_bench.schema import Config, Schema, nearest
+from cl_bench.schema import Config, Schema
+from cl_bench.spelling import suggestion
 from cl_bench.strategy import Strategy
 from cl_bench.trainer import StreamTrainer
 
@@ -186,11 +187,7 @@ def config_file(kind: str, name: str) -> Path:
         return Path(name)
     stems = stems_of(kind)
     if name not in stems:
-        match = nearest(name, stems)
-        raise ValueError(
-            f"There is no config {name!r} among {kind}. "
-            + (f"Did you mean {match}?" if match else f"There are: {', '.join(stems)}.")
-        )
+        raise ValueError(f"There is no config {name!r} among {kind}. {suggestion(name, stems)}")
     return CONFIGS / kind / f"{name}.yaml"
 
 

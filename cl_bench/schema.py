@@ -5,10 +5,9 @@ A wrong key or value becomes one sentence that names the nearest valid one.
 
 from __future__ import annotations
 
-import difflib
 import re
 from argparse import ArgumentError
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import ActionYesNo, Namespace
@@ -17,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from cl_bench.backbones import Backbone
 from cl_bench.datamodule import StreamDataModule
 from cl_bench.results import Regime
+from cl_bench.spelling import nearest
 from cl_bench.strategy import Strategy
 from cl_bench.trainer import StreamTrainer
 
@@ -165,16 +165,6 @@ class Schema(LightningCLI):
             negated = key.startswith("no_") and key[3:] in self.keys
             words.append(f"--{key if negated else self.full_key(key)}{equals}{value}")
         return words
-
-
-def nearest(word: str, words: Collection[str]) -> str | None:
-    """Return the one of ``words`` that is spelt most like ``word``, if any comes near.
-
-    >>> nearest("lroa", ["lora", "ncm"])
-    'lora'
-    """
-    matches = difflib.get_close_matches(word, list(words), n=1)
-    return matches[0] if matches else None
 
 
 def _keys(config: Config) -> list[str]:

@@ -47,7 +47,7 @@ class Strategy(LightningModule):
     at the start of every experience. What it must remember is a parameter or a buffer.
 
     Attributes:
-        name: What tables call the method.
+        name: What tables call the method; the name of its class unless it sets another.
         variant: Which of its meanings this is, where it has several.
 
     Args:
@@ -59,6 +59,12 @@ class Strategy(LightningModule):
 
     name: str
     variant: str | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Name a method after its class unless it says otherwise."""
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
 
     def __init__(
         self,

@@ -6,10 +6,8 @@ only when a stream is dealt.
 
 from __future__ import annotations
 
-import difflib
 import random
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from cl_bench.experience import Experience
 from cl_bench.results import digest
+from cl_bench.spelling import by_likeness
 
 Indices = npt.NDArray[np.int64]
 Transform = Callable[[Any], Tensor]
@@ -111,9 +110,7 @@ def _parts(order: str) -> tuple[str, int | None]:
 
 def _nearest_order(order: str) -> str:
     word, digits = re.match(r"\D*", order)[0], re.search(r"\d+", order)  # type: ignore[index]
-    name = difflib.get_close_matches(
-        word.lower() or "numpy", ["identity", "numpy", "python"], n=1, cutoff=0.0
-    )[0]
+    name = by_likeness(word.lower() or "numpy", ["identity", "numpy", "python"])[0]
     return name if name == "identity" else f"{name}:{digits[0] if digits else 'SEED'}"
 
 
@@ -273,10 +270,8 @@ def deal(
     """
     for name, source in (("training", train), ("test", test)):
         _require_all_classes(name, source, len(order))
-    with warnings.catch_warnings():
-        # A solver that Avalanche's replay methods look for when imported, and that a stream never calls.
-        warnings.filterwarnings("ignore", "no QP solver found on your system", UserWarning)
-        from avalanche.benchmarks import nc_benchmark
+    from avalanche.benchmarks import nc_benchmark
+
     benchmark = nc_benchmark(
         train,
         test,

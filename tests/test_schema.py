@@ -1,6 +1,6 @@
 import pytest
 
-from cl_bench.schema import Schema, nearest
+from cl_bench.schema import Schema
 from datamodules.toy import Toy
 from strategies.lora import LoRA
 
@@ -84,7 +84,3 @@ def test_help_names_the_arguments_with_their_meaning_and_leaves_the_trainer_to_l
     assert "--model.rank" in text
     assert "Rank of every adapter" in text
     assert text.count("--trainer.") < 10
-
-
-def test_nearest_is_none_where_nothing_comes_near() -> None:
-    assert nearest("zzz", ["lora"]) is None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_bench.configuration import Configuration, config_file, layers, load, resolve
-from cl_bench.schema import nearest
+from cl_bench.spelling import suggestion
 
 _KEYS = {
     "strategies": list,
@@ -97,8 +97,7 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
         raise ValueError(f"{path} is not a grid: it must name strategies and datasets.")
     for key, value in content.items():
         if key not in _KEYS:
-            match = nearest(key, _KEYS)
-            raise ValueError(f"{path} has no use for {key!r}. " + (f"Did you mean {match}?" if match else ""))
+            raise ValueError(f"{path} has no use for {key!r}. {suggestion(key, _KEYS)}")
         if not isinstance(value, _KEYS[key]):
             raise ValueError(f"In {path}, {key} must be a {_KEYS[key].__name__}, not {value!r}.")
     for strategy in content.get("settings", {}):

@@ -5,7 +5,6 @@ Neither torch nor Lightning is imported, so that any old run can be re-read quic
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.pictures import pictures
 from cl_bench.report.tables import Table, markdown, tables, tidy, tidy_absences
 from cl_bench.results import FILE_NAME, read_all
+from cl_bench.spelling import suggestion
 
 Format = Literal["md", "csv"]
 
@@ -73,8 +73,7 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
 def _defined(metrics: Sequence[str]) -> list[str]:
     for name in metrics:
         if name not in DEFINITIONS:
-            nearest = difflib.get_close_matches(name, DEFINITIONS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"There is no metric {name!r}: the nearest name is {nearest!r}.")
+            raise ValueError(f"There is no metric {name!r}. {suggestion(name, DEFINITIONS)}")
     return list(dict.fromkeys(metrics))
 
 

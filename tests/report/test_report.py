@@ -50,7 +50,7 @@ def test_a_second_report_is_the_same_and_leaves_no_stale_picture(made: Made, tmp
 
 
 def test_an_unknown_metric_names_the_nearest(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no metric 'acc/samples': the nearest name is 'acc/sample'"):
+    with pytest.raises(ValueError, match=r"There is no metric .acc/samples.\. Did you mean acc/sample"):
         report(_folder([made()], tmp_path), "md", ["acc/samples"])
 
 
