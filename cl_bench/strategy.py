@@ -7,6 +7,7 @@ one :class:`~cl_bench.experience.Experience` at a time and never learns which ex
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -112,7 +113,7 @@ class Strategy(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to logits (B, classes seen)."""
-        logits: Tensor = self.head(self.backbone(images))
+        logits: Tensor = self.head(self.features(images))
         return logits
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -126,6 +127,17 @@ class Strategy(LightningModule):
         return [group for group in ({"params": rest}, head_group) if group["params"]]
 
     # What everyone may ask
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the backbone's features (B, d) of images (B, 3, H, W), in the precision of the trainer.
+
+        The hooks around training run outside of mixed precision, so that merging and closed forms are exact;
+        this is how they see images as training does.
+        """
+        attached = self._trainer is not None
+        with self.trainer.precision_plugin.forward_context() if attached else nullcontext():
+            found: Tensor = self.backbone(images)
+        return found
 
     @property
     def experience(self) -> Experience:
@@ -164,7 +176,7 @@ class Strategy(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         images, labels = batch
-        loss = self.loss(self.backbone(images), labels)
+        loss = self.loss(self.features(images), labels)
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(labels))
         return loss
 

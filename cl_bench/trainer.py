@@ -238,11 +238,11 @@ class _DataPasses:
 
 @contextmanager
 def _measuring(trainer: Trainer, strategy: Strategy) -> Iterator[None]:
-    """No gradients, the trainer's precision, layers in evaluation mode; seconds count as data passes."""
+    """No gradients, layers in evaluation mode; seconds count as data passes."""
     assert isinstance(trainer, StreamTrainer)
     training = strategy.training
     strategy.eval()
-    with trainer.phase("data_passes"), torch.no_grad(), trainer.precision_plugin.forward_context():
+    with trainer.phase("data_passes"), torch.no_grad():
         yield
     strategy.train(training)
 

@@ -48,5 +48,5 @@ class NearestClassMean(Strategy):
     def after_training(self, data: TrainingData) -> None:
         """Measure the mean of every new class."""
         self.head.write(
-            class_means(self.backbone, data.plain(), self.experience.classes), self.experience.classes
+            class_means(self.features, data.plain(), self.experience.classes), self.experience.classes
         )

@@ -241,3 +241,25 @@ def test_the_backbone_stays_frozen_while_a_probe_trains() -> None:
     for name, tensor in strategy.backbone.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     assert isinstance(strategy.head, nn.Module)
+
+
+class Merging(LoRA):
+    """It keeps the weight and the product of its factors from just before it merges."""
+
+    def after_training(self, data: TrainingData) -> None:
+        layer = self.layers[0]
+        before, delta = layer.weight.clone(), layer.adapter("k").delta().clone()
+        self.precise = not torch.is_autocast_enabled("cpu")
+        images = next(iter(data.plain()))[0]
+        self.coarse = not torch.equal(self.features(images), self.backbone(images))
+        super().after_training(data)
+        self.error = float((layer.weight[layer.rows["k"]] - before[layer.rows["k"]] - delta).abs().max())
+
+
+def test_mixed_precision_reaches_images_but_not_the_merge() -> None:
+    strategy = Merging(backbone(), rank=2, optimizer=lambda p: torch.optim.Adam(p, lr=0.05))
+    result = trainer(precision="bf16-mixed").run(strategy, toy())
+    assert strategy.precise
+    assert strategy.coarse
+    assert strategy.error < 1e-6
+    assert result.protocol.identity["precision"] == "bf16-mixed"
