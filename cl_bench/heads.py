@@ -67,6 +67,45 @@ class GrowingLinear(nn.Module):
         return [part for part in self.parts if isinstance(part, nn.Linear)]
 
 
+class GrowingCosine(GrowingLinear):
+    """One set of class weights for each experience, compared by angle; only the newest is trained.
+
+    The logit of a class is the cosine between feature and weight, in [-1, 1]: a loss such as CosFace brings
+    the scale and the margin.
+
+    Source: the classifier of LoDA, https://arxiv.org/abs/2603.00191.
+
+    Args:
+        feature_dim: Size of a feature, ``d``.
+
+    >>> head = GrowingCosine(feature_dim=2)
+    >>> head.grow(2)
+    >>> _ = head.parts[0].weight.data.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    >>> head(torch.tensor([[3.0, 4.0]]))
+    tensor([[0.6000, 0.8000]], grad_fn=<CatBackward0>)
+    """
+
+    def __init__(self, feature_dim: int) -> None:
+        super().__init__(feature_dim, bias=False)
+
+    def grow(self, num_classes: int) -> None:
+        """Freeze what is there and add weights for ``num_classes`` new classes, normal with deviation 0.02.
+
+        Raises:
+            ValueError: If there is no class to add.
+        """
+        super().grow(num_classes)
+        nn.init.trunc_normal_(self._linears[-1].weight, std=0.02)
+
+    def current(self, features: Tensor) -> Tensor:
+        """Return the cosines (B, classes of the newest part) of features (B, d)."""
+        return _cosines(features, self._linears[-1].weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the cosines (B, classes seen) of features (B, d)."""
+        return torch.cat([_cosines(features, linear.weight) for linear in self._linears], dim=1)
+
+
 class Prototypes(nn.Module):
     """A mean feature for each class; the logit of a class says how near its mean is.
 
@@ -125,12 +164,19 @@ class Prototypes(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the similarity (B, classes seen) of features (B, d) to each mean, in float32."""
-        # Mixed precision would round cosines to multiples of 1/256, coarser than what separates two classes.
+        if self.similarity == "cosine":
+            return _cosines(features, self.means)
         with torch.autocast(features.device.type, enabled=False):
-            if self.similarity == "cosine":
-                return F.linear(F.normalize(features.float()), F.normalize(self.means))
             # Through a matrix product, distances between close features would lose most of their digits.
             return -torch.cdist(features.float(), self.means, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _cosines(features: Tensor, weights: Tensor) -> Tensor:
+    """Return the cosine (B, C) of features (B, d) to each of the ``weights`` (C, d), in float32 at least."""
+    precise = torch.promote_types(weights.dtype, torch.float32)
+    # Half precision would round cosines to multiples of 1/256, coarser than what separates two classes.
+    with torch.autocast(features.device.type, enabled=False):
+        return F.linear(F.normalize(features.to(precise)), F.normalize(weights.to(precise)))
 
 
 def _require_classes(num_classes: int) -> None:

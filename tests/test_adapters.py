@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.adapters import TARGETS, AdaptedLinear, LowRank, inject
 from cl_bench.backbones import Backbone
@@ -110,6 +112,28 @@ def test_gradients_of_the_factors_come_from_the_gradient_of_the_weight() -> None
     torch.testing.assert_close(adapter.B.grad, 0.5 * full @ adapter.A.detach().T)
 
 
+def test_the_backward_pass_of_a_frozen_down_projection_is_one_product() -> None:
+    # The input of the first block asks for no gradient, and a weight never does.
+    tokens, inputs, outputs, rank = 7, 5, 6, 2
+    layer = AdaptedLinear(torch.nn.Linear(inputs, outputs), {"q": slice(0, 3), "v": slice(3, 6)}, rank)
+    for target in layer.rows:
+        layer.adapter(target).A.requires_grad_(False)
+    y = layer(torch.ones(tokens, inputs)).sum()
+    with FlopCounterMode(display=False) as flops:
+        y.backward()
+    assert flops.get_total_flops() == 2 * tokens * (2 * rank) * outputs
+
+
+def test_nothing_asks_for_a_gradient_before_the_first_adapter(images: torch.Tensor) -> None:
+    backbone = tiny()
+    inject(backbone, ("k", "v"), rank=2, blocks=[1])
+    asked: list[bool] = []
+    for block in backbone.blocks:
+        block.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].requires_grad))
+    assert backbone(images).requires_grad
+    assert asked == [False, False]
+
+
 def test_a_frozen_down_projection_gets_no_gradient(images: torch.Tensor) -> None:
     backbone = tiny()
     adapter = inject(backbone, ["v"], rank=2, blocks=[1])[0].adapter("v")
@@ -157,17 +181,188 @@ def test_layers_come_once_each_in_the_order_of_the_blocks() -> None:
     assert [names[id(layer)] for layer in layers] == expected
 
 
-def test_keys_and_values_of_vit_base_at_rank_10_train_368640_parameters() -> None:
+# The numbers are printed in the logs of InfLoRA or follow from the settings of KeepLoRA and LoDA.
+@pytest.mark.parametrize(
+    ("targets", "rank", "frozen", "expected"),
+    [
+        (("k", "v"), 10, "", 368_640),
+        (("k", "v"), 10, "A", 184_320),
+        (("q", "k", "v", "proj"), 16, "A", 589_824),
+        ({"general": "qkv"}, 32, "", 1_179_648),
+        ({"general": "qkv", "isolated": "qkv"}, 32, "A", 1_769_472),
+        ({"general": "qkv"}, 64, "", 2_359_296),
+        ({"general": "qkv", "isolated": "qkv"}, 64, "A", 3_538_944),
+    ],
+)
+def test_adapters_of_vit_base_train_as_many_parameters_as_published(
+    targets: Sequence[str] | dict[str, str], rank: int, frozen: str, expected: int
+) -> None:
     backbone = tiny()
     with torch.device("meta"):
         backbone.vit = timm.create_model("vit_base_patch16_224", num_classes=0).requires_grad_(False)
-        inject(backbone, ("k", "v"), rank=10)
-    assert sum(p.numel() for p in backbone.parameters() if p.requires_grad) == 368_640
+        inject(backbone, targets, rank)
+    trained = [n for n, p in backbone.named_parameters() if p.requires_grad and n.split(".")[-1] != frozen]
+    assert sum(backbone.get_parameter(name).numel() for name in trained) == expected
+
+
+def test_branches_of_one_projection_add_up_each_by_its_own_scale() -> None:
+    torch.manual_seed(0)
+    backbone = tiny().double()
+    layer = inject(backbone, {"general": "qkv", "isolated": "qkv", "late": "v"}, rank=2, blocks=[0])[0]
+    assert list(layer.rows) == ["late", "general", "isolated"]
+    fill([layer], list(layer.rows))
+    layer.adapter("general").scale, layer.adapter("isolated").scale = 0.25, 0.5
+    general, isolated, late = (layer.adapter(name) for name in ("general", "isolated", "late"))
+    x = torch.randn(3, 7, 32, dtype=torch.float64)
+    expected = x @ layer.weight.T + layer.bias
+    expected += 0.25 * x @ general.A.T @ general.B.T + 0.5 * x @ isolated.A.T @ isolated.B.T
+    expected[..., 64:] += x @ late.A.T @ late.B.T
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+
+
+def test_the_effective_weight_is_what_a_merge_leaves() -> None:
+    layer = inject(tiny(), {"a": "qkv", "b": "qkv", "c": "k"}, rank=2, scale=0.5, blocks=[0])[0]
+    fill([layer], list(layer.rows))
+    before, effective = layer.weight.clone(), layer.effective_weight()
+    assert torch.equal(layer.weight, before)
+    layer.merge()
+    torch.testing.assert_close(layer.weight.data, effective, rtol=0, atol=1e-6)
+
+
+def test_merging_rounds_no_more_where_autocast_is_on() -> None:
+    weights: list[torch.Tensor] = []
+    for enabled in (False, True):
+        layer = inject(tiny(), ("k", "v"), rank=2, blocks=[0])[0]
+        for target in layer.rows:
+            torch.nn.init.ones_(layer.adapter(target).A)
+        fill([layer])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            weights.append(layer.effective_weight().detach())
+            layer.merge()
+        weights.append(layer.weight.data)
+    assert torch.equal(weights[0], weights[2]) and torch.equal(weights[1], weights[3])
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_subtracting_written_factors_keeps_the_function_and_merging_them_the_weight(
+    dtype: torch.dtype, bound: float, images: torch.Tensor
+) -> None:
+    backbone = tiny().to(dtype)
+    layers = inject(backbone, TARGETS, rank=3, scale=0.5)
+    before, weights = backbone(images.to(dtype)), [layer.weight.clone() for layer in layers]
+    fill(layers)
+    assert (backbone(images.to(dtype)) - before).abs().max() > 1e-2
+    for layer in layers:
+        layer.subtract()
+    assert all(layer.adapter(target).B.any() for layer in layers for target in layer.rows)
+    assert (backbone(images.to(dtype)) - before).abs().max() < bound
+    for layer in layers:
+        layer.merge()
+    for layer, weight in zip(layers, weights, strict=True):
+        torch.testing.assert_close(layer.weight.data, weight, rtol=0, atol=1e-6)
+
+
+def shielded_and_not(basis: torch.Tensor) -> tuple[AdaptedLinear, dict[str, torch.Tensor], torch.Tensor]:
+    """Return a layer, its gradients with a shield less those without, and the full-weight gradient."""
+    torch.manual_seed(0)
+    layer = AdaptedLinear(torch.nn.Linear(8, 6), {"k": slice(0, 3), "v": slice(3, 6)}, rank=2, scale=0.5)
+    fill([layer])
+    x, direction = torch.randn(4, 5, 8, requires_grad=True), torch.randn(4, 5, 6)
+    named = {"x": x, **dict(layer.adapters.named_parameters())}
+    gradients, outputs = [], []
+    for shield in (None, basis):
+        layer.shield(shield)
+        outputs.append(layer(x))
+        loss = (outputs[-1] * direction).sum()
+        gradients.append(dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)))
+    assert torch.equal(outputs[0], outputs[1])
+    full = direction.flatten(0, 1).T @ x.detach().flatten(0, 1)
+    return layer, gradients[1] | {f"{name} before": value for name, value in gradients[0].items()}, full
+
+
+def test_a_shield_gives_each_up_projection_the_gradient_of_the_safe_update() -> None:
+    basis = torch.linalg.qr(torch.randn(8, 3, generator=torch.Generator().manual_seed(0))).Q
+    layer, gradients, full = shielded_and_not(basis)
+    safe = full - full @ basis @ basis.T
+    for target, rows in layer.rows.items():
+        expected = 0.5 * safe[rows] @ layer.adapter(target).A.T
+        scale = gradients[f"{target}.B before"].norm()
+        assert (gradients[f"{target}.B"] - expected).norm() / scale < 1e-6
+        assert (gradients[f"{target}.B before"] - expected).norm() / scale > 1e-2
+
+
+def test_a_shield_changes_no_other_gradient() -> None:
+    basis = torch.linalg.qr(torch.randn(8, 3, generator=torch.Generator().manual_seed(0))).Q
+    _, gradients, _ = shielded_and_not(basis)
+    for name in ("x", "k.A", "v.A"):
+        torch.testing.assert_close(gradients[name], gradients[f"{name} before"], rtol=0, atol=1e-6)
+
+
+def test_a_shield_is_not_needed_where_the_rows_of_the_down_projection_avoid_the_span() -> None:
+    torch.manual_seed(0)
+    layer = AdaptedLinear(torch.nn.Linear(8, 6).double(), {"v": slice(0, 6)}, rank=2)
+    fill([layer])
+    basis = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64)).Q
+    layer.adapter("v").A.data -= layer.adapter("v").A.data @ basis @ basis.T
+    x, gradients = torch.randn(4, 8, dtype=torch.float64), []
+    for shield in (None, basis):
+        layer.shield(shield)
+        gradients.append(torch.autograd.grad(layer(x).square().sum(), layer.adapter("v").B)[0])
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
+
+
+def test_a_shield_costs_nothing_without_gradients_or_without_a_column() -> None:
+    layer = inject(tiny(), ("k", "v"), rank=2, blocks=[0])[0]
+    x = torch.ones(4, 32)
+
+    def flops(basis: torch.Tensor | None, *, gradients: bool) -> int:
+        layer.shield(basis)
+        with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counted:
+            layer(x)
+        return int(counted.get_total_flops())
+
+    plain, basis = flops(None, gradients=True), torch.eye(32)[:, :3]
+    assert flops(basis, gradients=False) == plain
+    assert flops(basis[:, :0], gradients=True) == plain
+    # One more product with the stacked down-projection, and its rows into the basis and back.
+    assert flops(basis, gradients=True) == plain + 2 * 4 * 32 * 4 + 4 * 32 * 3 * 4
+
+
+def test_a_shield_keeps_its_precision_under_mixed_precision() -> None:
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(32, 8)).Q
+    layer = AdaptedLinear(torch.nn.Linear(32, 6), {"v": slice(0, 6)}, rank=2)
+    fill([layer])
+    adapter, outside = layer.adapter("v"), 1e-3 * torch.randn(2, 32)
+    adapter.A.data.copy_(torch.randn(2, 8) @ basis.T + outside)  # almost in the span
+    layer.shield(basis)
+    x, gradients = torch.randn(4, 5, 32), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(layer(x).float().square().sum(), adapter.B)[0])
+    assert gradients[1].dtype == torch.float32
+    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
+
+
+def test_a_basis_of_another_space_is_refused() -> None:
+    layer = inject(tiny(), ["k"], rank=2)[0]
+    with pytest.raises(
+        ValueError, match=r"shape \(8, 2\) does not fit .* give orthonormal columns \(32, k\)"
+    ):
+        layer.shield(torch.eye(8)[:, :2])
 
 
 def test_an_unknown_target_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ValueError, match="no adapter target 'fc3': did you mean fc"):
+    with pytest.raises(ValueError, match=r"no adapter target .fc3.\. Did you mean fc"):
         inject(tiny(), ["k", "fc3"])
+
+
+@pytest.mark.parametrize("name", ["values", "training", "a.b", ""])
+def test_a_name_that_a_module_cannot_have_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"cannot be called '{re.escape(name)}': choose"):
+        inject(tiny(), {name: "qkv"}, rank=2)
 
 
 def test_a_block_outside_the_backbone_is_refused() -> None:

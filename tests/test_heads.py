@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cl_bench.heads import GrowingLinear, Prototypes
+from cl_bench.heads import GrowingCosine, GrowingLinear, Prototypes
 
 
 @pytest.fixture
@@ -49,6 +49,60 @@ def test_a_fresh_linear_head_grown_to_the_saved_sizes_takes_the_saved_state(feat
     saved = grown([2, 1])
     fresh = grown(saved.sizes, seed=1)
     assert not torch.equal(fresh(features), saved(features))
+    fresh.load_state_dict(saved.state_dict())
+    assert torch.equal(fresh(features), saved(features))
+
+
+def grown_by_angle(sizes: list[int], *, seed: int = 0) -> GrowingCosine:
+    torch.manual_seed(seed)
+    head = GrowingCosine(feature_dim=8)
+    for size in sizes:
+        head.grow(size)
+    return head
+
+
+def test_logits_by_angle_are_cosines_and_ignore_every_length(features: torch.Tensor) -> None:
+    head = grown_by_angle([2, 3])
+    weights = torch.cat([weight.detach() for weight in head.parameters()])
+    expected = torch.nn.functional.cosine_similarity(features[:, None], weights[None], dim=2)
+    torch.testing.assert_close(head(features).detach(), expected)
+    for weight in head.parameters():
+        weight.data *= 7
+    torch.testing.assert_close(head(3 * features).detach(), expected)
+
+
+def test_growing_by_angle_keeps_older_cosines_and_trains_the_newest_part_alone(
+    features: torch.Tensor,
+) -> None:
+    head = grown_by_angle([2])
+    before = head(features)
+    head.grow(3)
+    assert torch.equal(head(features)[:, :2], before)
+    assert torch.equal(head.current(features), head(features)[:, 2:])
+    head(features).sum().backward()
+    assert [weight.grad is not None for weight in head.parameters()] == [False, True]
+    assert sum(weight.numel() for weight in head.parameters() if weight.requires_grad) == 3 * 8
+
+
+def test_weights_by_angle_start_with_deviation_0_02() -> None:
+    torch.manual_seed(0)
+    head = GrowingCosine(feature_dim=100)
+    head.grow(100)
+    weights = next(head.parameters())
+    assert weights.std().item() == pytest.approx(0.02, rel=0.02)
+    assert abs(weights.mean().item()) < 1e-3
+
+
+def test_cosines_keep_full_precision_under_mixed_precision(features: torch.Tensor) -> None:
+    head = grown_by_angle([2, 1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed, current = head(features), head.current(features)
+    assert torch.equal(mixed, head(features)) and torch.equal(current, head.current(features))
+
+
+def test_a_fresh_head_by_angle_grown_to_the_saved_sizes_takes_the_saved_state(features: torch.Tensor) -> None:
+    saved = grown_by_angle([2, 1])
+    fresh = grown_by_angle(saved.sizes, seed=1)
     fresh.load_state_dict(saved.state_dict())
     assert torch.equal(fresh(features), saved(features))
 
@@ -130,7 +184,7 @@ def test_means_of_another_shape_are_refused() -> None:
         head.write(torch.ones(1, 8), range(0, 2))
 
 
-@pytest.mark.parametrize("head", [GrowingLinear(8), Prototypes(8)])
+@pytest.mark.parametrize("head", [GrowingLinear(8), GrowingCosine(8), Prototypes(8)])
 def test_growing_by_no_class_is_refused(head: GrowingLinear | Prototypes) -> None:
     with pytest.raises(ValueError, match="cannot grow by 0 classes"):
         head.grow(0)
