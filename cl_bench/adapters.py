@@ -327,6 +327,8 @@ def _layers_of(named: Mapping[str, str]) -> dict[str, dict[str, str]]:
             )
         if target not in _LAYER_OF_TARGET:
             raise ValueError(f"There is no adapter target {target!r}. {suggestion(target, TARGETS)}")
+    if not named:
+        raise ValueError(f"No adapter target is named: choose among {', '.join(TARGETS)}.")
     layers: dict[str, dict[str, str]] = {}
     for target, layer in _LAYER_OF_TARGET.items():
         for name, chosen in named.items():

@@ -39,6 +39,7 @@ class StreamMetrics(Callback):
         """Start a row."""
         for confusion in (self.confusion, self.confusion_within):
             confusion.to(pl_module.device).reset()
+        self.finite = torch.tensor(True, device=pl_module.device)
         self.experience_of_class = self.experience_of_class.to(pl_module.device)
 
     def on_test_batch_end(
@@ -52,13 +53,20 @@ class StreamMetrics(Callback):
     ) -> None:
         """Count one batch."""
         logits, labels = outputs, batch[1]
+        self.finite &= logits.isfinite().all()
         self.confusion.update(logits.argmax(dim=1), labels)
         self.confusion_within.update(self._within_experience(logits, labels).argmax(dim=1), labels)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the row into the result and the curves into the loggers."""
+        """Put the row into the result and the curves into the loggers.
+
+        Raises:
+            Diverged: If a logit is not finite.
+            ValueError: If not every test image of the classes seen was evaluated.
+        """
         seen = trainer.datamodule.experience.num_classes_seen  # type: ignore[attr-defined]
         i = next(i for i, (_, stop) in enumerate(self.result.experiences) if stop == seen)
+        self._require_whole_evaluation(i, seen)
         row = self._row(seen)
         self.result.rows += [None] * (i - len(self.result.rows))
         self.result.rows.append(row)
@@ -69,6 +77,16 @@ class StreamMetrics(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
+
+    def _require_whole_evaluation(self, index: int, num_classes_seen: int) -> None:
+        if not self.finite:
+            raise Diverged(f"A logit is not finite after experience {index + 1}: lower the learning rate.")
+        counted, expected = int(self.confusion.confmat.sum()), sum(self.result.test_images[:num_classes_seen])
+        if counted != expected:
+            raise ValueError(
+                f"{counted} of {expected} test images were evaluated after experience {index + 1}: "
+                "a result needs them all, so leave limit_test_batches alone."
+            )
 
     def _within_experience(self, logits: Tensor, labels: Tensor) -> Tensor:
         seen = self.experience_of_class[: logits.shape[1]]
@@ -99,7 +117,7 @@ class DivergenceGuard(Callback):
         Raises:
             Diverged: If it is not finite.
         """
-        loss = float(trainer.callback_metrics["train/loss_epoch"])
+        loss = float(trainer.callback_metrics.get("train/loss_epoch", 0.0))  # not logged, not guarded
         if not math.isfinite(loss):
             experience = trainer.datamodule.experience  # type: ignore[attr-defined]
             raise Diverged(

@@ -12,15 +12,20 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cl_bench.errors import sentence
+
 if TYPE_CHECKING:
     from cl_bench.configuration import Configuration
 
-DONE, FAILED, REFUSED = 0, 1, 2
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _RUN_USAGE = "cl-bench run STRATEGY DATASET [--seed 1] [--order numpy:1993] [--KEY VALUE ...]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0 done, 1 a cell failed, 2 it cannot be used."""
+    """Run the command line and return its exit status.
+
+    It is 0 when all is done, 1 when a cell failed, 2 when the command cannot be used, 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words[:1] == ["run"]:
@@ -30,8 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if "-v" in words:
             traceback.print_exception(error)
-        _console(stderr=True).print(f"error: {' '.join(str(error).split())}", markup=False)
+        _console(stderr=True).print(f"error: {sentence(error)}", markup=False)
         return REFUSED
+    except KeyboardInterrupt:
+        _console(stderr=True).print("Interrupted. The same command starts what is unfinished again.")
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

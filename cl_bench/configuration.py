@@ -10,7 +10,7 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import Logger
 from cl_bench.backbones import weights_identity
 from cl_bench.datamodule import StreamDataModule
 from cl_bench.results import digest
-from cl_bench.schema import Config, Schema
+from cl_bench.schema import GROUPS, Config, Schema, keys_of, nearest_class
 from cl_bench.spelling import suggestion
 from cl_bench.strategy import Strategy
 from cl_bench.trainer import StreamTrainer
@@ -33,7 +33,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 _load_yaml = get_loader("yaml")  # PyYAML's own loader takes 5e-4 for a word
 
-_RUN_KEYS_OUTSIDE_THE_CELL = {"results", "setting", "wandb"}
+_RUN_KEYS_OUTSIDE_THE_CELL = {"code", "results", "setting", "wandb"}
 _DATA_KEYS_OUTSIDE_THE_CELL = {"name", "num_workers", "root"}  # a cell holds the name as its dataset
 _TRAINER_KEYS_OUTSIDE_THE_CELL = {
     "accelerator",
@@ -53,6 +53,9 @@ _TRAINER_KEYS_OUTSIDE_THE_CELL = {
     "strategy",
 }
 
+# Lightning's own names for these; the table in lightning.fabric.plugins.precision.precision is private.
+_PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
 
 @dataclass(frozen=True, eq=False)
 class Configuration:
@@ -63,12 +66,14 @@ class Configuration:
         datamodule_class: The dataset.
         schema: The arguments of both.
         namespace: Their values.
+        code: Folders of layers, where classes may live beside their config.
     """
 
     strategy_class: type[Strategy]
     datamodule_class: type[StreamDataModule]
     schema: Schema
     namespace: Namespace
+    code: Sequence[Path] = ()
 
     @cached_property
     def resolved(self) -> Config:
@@ -77,11 +82,14 @@ class Configuration:
             self.namespace, skip_link_targets=True, skip_unset=False, format="json"
         )
         config = {key: value for key, value in json.loads(text).items() if key != "config"}
-        config["trainer"] = _without_defaults(config["trainer"], StreamTrainer, Trainer)
+        trainer = config["trainer"] | {"precision": _precision(config["trainer"]["precision"])}
+        config["trainer"] = _without_defaults(trainer, StreamTrainer, Trainer)
         for group, class_ in (("model", self.strategy_class), ("data", self.datamodule_class)):
             arguments = {key: _without_torch_defaults(value) for key, value in config[group].items()}
             config[group] = {"class_path": _class_path(class_), "init_args": arguments}
-        return config
+        used = {_root(class_path) for class_path in _class_paths(config)}
+        code = [str(folder) for folder in self.code if folder in used]
+        return ({"code": code} if code else {}) | config
 
     @cached_property
     def cell(self) -> Config:
@@ -103,7 +111,7 @@ class Configuration:
     @property
     def yaml(self) -> str:
         """The resolved config as YAML: saved and run alone, it is the same cell."""
-        text: str = yaml.safe_dump(self.resolved, sort_keys=False)
+        text: str = yaml.dump(self.resolved, Dumper=_Dumper, sort_keys=False)
         return text
 
     @property
@@ -149,20 +157,31 @@ class Configuration:
 def resolve(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Configuration:
     """Return the configuration that ``layers`` and command-line ``overrides`` describe.
 
-    The folder of a layer becomes importable, so a strategy may live beside its config.
+    The folder of a layer becomes importable, so a strategy may live beside its config; so do the folders
+    that its key ``code`` names.
 
     Raises:
         ValueError: If a layer, a class path, a key or a value is not valid.
         FileNotFoundError: If a layer does not exist.
     """
     config: Config = {}
+    files: dict[str, Path] = {}
+    code: list[Path] = []
     for path in layers:
-        _merge(config, load(path))
-    strategy = _class(config, "model", Strategy, layers)
-    datamodule = _class(config, "data", StreamDataModule, layers)
+        layer = load(path)
+        code += _code(layer, path)
+        _require_groups(layer, path)
+        files |= dict.fromkeys(keys_of(_arguments(layer)), path)
+        files |= {f"{group}.class_path": path for group in GROUPS if "class_path" in layer.get(group, {})}
+        _merge(config, layer)
+    for folder in code:
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    strategy = _class(config, "model", Strategy, files)
+    datamodule = _class(config, "data", StreamDataModule, files)
     schema = Schema(strategy, datamodule)
-    arguments = {group: config.get(group, {}).get("init_args", {}) for group in ("model", "data")}
-    return Configuration(strategy, datamodule, schema, schema.parse(config | arguments, overrides))
+    values = schema.parse(_arguments(config), overrides, files)
+    return Configuration(strategy, datamodule, schema, values, tuple(dict.fromkeys(code)))
 
 
 def layers(strategy: str, dataset: str) -> list[Path]:
@@ -228,22 +247,92 @@ def _merge(config: Config, layer: Config) -> None:
         _merge(below, value)
 
 
-def _class(config: Config, group: str, base: type[Any], layers: Sequence[Path]) -> type[Any]:
-    """Return the class that ``group`` names, looked up beside the layers as well."""
+def _code(layer: Config, path: Path) -> list[Path]:
+    """Take the key ``code`` out of a layer; return its folders and, unless the layer is shipped, its own."""
+    folder = path.resolve().parent
+    named = layer.pop("code", None) or []
+    if not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"code in {path} cannot be {named!r}: write a list of folders, such as [src].")
+    own = [] if CONFIGS in path.resolve().parents else [folder]
+    return [(folder / name).resolve() for name in named] + own
+
+
+def _require_groups(layer: Config, path: Path) -> None:
+    """Check the shape of a layer, and let an empty group stand for no settings."""
+    for key in _keys_at_any_depth(layer):
+        if not isinstance(key, str):
+            raise ValueError(f"The key {key!r} in {path} is not text: put it in quotes.")
+    for group in GROUPS:
+        if group not in layer:
+            continue
+        values = layer[group] = _mapping(layer[group], group, path)
+        if group not in ("model", "data"):
+            continue
+        for key in values:
+            if key not in ("class_path", "init_args"):
+                raise ValueError(
+                    f"{group}.{key} in {path} is read by nobody: write it under {group}.init_args."
+                )
+        if "init_args" in values:
+            values["init_args"] = _mapping(values["init_args"], f"{group}.init_args", path)
+
+
+def _mapping(value: Any, key: str, path: Path) -> Config:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{key} in {path} cannot be {value!r}: write it as a mapping, KEY: VALUE.")
+    return value or {}
+
+
+def _keys_at_any_depth(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _keys_at_any_depth(item)
+
+
+def _arguments(config: Config) -> Config:
+    """Return ``config`` with the arguments of strategy and datamodule in place of class and arguments."""
+    arguments = {group: config[group].get("init_args", {}) for group in ("model", "data") if group in config}
+    return config | arguments
+
+
+def _class(config: Config, group: str, base: type[Any], files: Mapping[str, Path]) -> type[Any]:
+    """Return the class that ``group`` names."""
     class_path = config.get(group, {}).get("class_path")
-    if not isinstance(class_path, str):
+    if class_path is None:
         raise ValueError(f"No layer says which class to use: write {group}: {{class_path: module.Class}}.")
+    file = files[f"{group}.class_path"]
+    if not (isinstance(class_path, str) and all(class_path.rpartition(".")[::2])):
+        raise ValueError(f"{group}.class_path in {file} cannot be {class_path!r}: write module.Class.")
     module_name, _, name = class_path.rpartition(".")
-    for folder in {str(path.resolve().parent) for path in layers if CONFIGS not in path.resolve().parents}:
-        if folder not in sys.path:
-            sys.path.append(folder)
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"The class {class_path} of group {group} cannot be imported: {error}.") from error
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        match = nearest_class(class_path)
+        raise ValueError(
+            f"{group}.class_path in {file} cannot be {class_path!r}: {error}."
+            + (f" Did you mean {match}?" if match else "")
+        ) from error
     if not (inspect.isclass(found) and issubclass(found, base)):
-        raise ValueError(f"{class_path} is not a {base.__name__}, which the group {group} needs.")
+        raise ValueError(
+            f"{group}.class_path in {file} cannot be {class_path!r}: it is no subclass of {base.__name__}."
+        )
     return found
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    """Yield every class path in a config."""
+    if isinstance(value, dict) and isinstance(value.get("class_path"), str):
+        yield value["class_path"]
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _class_paths(item)
+
+
+def _root(class_path: str) -> Path | None:
+    """Return the folder from which the module of a class was imported."""
+    module = sys.modules[class_path.partition(".")[0]]
+    place = next(iter(getattr(module, "__path__", ())), getattr(module, "__file__", None))
+    return Path(place).resolve().parent if place else None
 
 
 def _class_path(class_: type[Any]) -> str:
@@ -252,6 +341,12 @@ def _class_path(class_: type[Any]) -> str:
 
 def _without(config: Config, keys: Collection[str]) -> Config:
     return {key: value for key, value in config.items() if key not in keys}
+
+
+def _precision(value: str | int | None) -> str | None:
+    """Return Lightning's own name of a precision, None for its default."""
+    name = _PRECISIONS.get(str(value), value)
+    return None if name in (None, "32-true") else str(name)
 
 
 def _without_defaults(arguments: Config, *classes: type[Any]) -> Config:
@@ -271,3 +366,18 @@ def _without_torch_defaults(value: Any) -> Any:
     module, _, name = value["class_path"].rpartition(".")
     arguments = _without_defaults(value.get("init_args", {}), getattr(importlib.import_module(module), name))
     return {"class_path": value["class_path"], "init_args": arguments}
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Writes text in quotes where the loader would not take it for text, such as 1e3."""
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    try:
+        is_text = isinstance(_load_yaml(text), str)
+    except yaml.YAMLError:
+        is_text = True  # PyYAML itself quotes what is no YAML at all
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_text else "'")
+
+
+_Dumper.add_representer(str, _text)

@@ -168,7 +168,9 @@ class Prototypes(nn.Module):
             return _cosines(features, self.means)
         with torch.autocast(features.device.type, enabled=False):
             # Through a matrix product, distances between close features would lose most of their digits.
-            return -torch.cdist(features.float(), self.means, compute_mode="donot_use_mm_for_euclid_dist")
+            return -torch.cdist(
+                features.float(), self.means.float(), compute_mode="donot_use_mm_for_euclid_dist"
+            )
 
 
 def _cosines(features: Tensor, weights: Tensor) -> Tensor:

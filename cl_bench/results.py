@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -110,7 +109,7 @@ class Result:
         error: One sentence, when the run did not finish.
         rows: Evaluations, in order.
         costs: What each experience took.
-        provenance: Versions, device, threads, commit and times; shown, never hashed.
+        provenance: Versions, device, threads, commit and the start; shown, never hashed.
         schema: Version of this layout.
     """
 
@@ -202,15 +201,15 @@ class Result:
             "protocol": asdict(self.protocol) | {"fingerprint": self.protocol.fingerprint},
         }
         path = folder / FILE_NAME
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE_NAME}.")
+        temporary = folder / f".{FILE_NAME}.{os.getpid()}"
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            with temporary.open("w", encoding="utf-8") as stream:
                 json.dump(payload, stream, indent=1)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
         return path
 
@@ -227,12 +226,13 @@ def read(path: Path) -> Result:
     """
     try:
         payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        schema = payload["schema"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a result file: move it out of the results folder.") from error
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: run the cell again.")
-    return _from_json(payload)
+        if payload["schema"] == SCHEMA:
+            return _from_json(payload)
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a result file: run its cell again, or remove it.") from error
+    raise ValueError(
+        f"{path} has schema {payload['schema']}, this version reads {SCHEMA}: run the cell again."
+    )
 
 
 def _from_json(payload: Mapping[str, Any]) -> Result:
@@ -249,8 +249,8 @@ def _from_json(payload: Mapping[str, Any]) -> Result:
     )
 
 
-def read_all(folder: Path) -> Iterator[Result]:
-    """Yield every result below ``folder``, in the order of their paths.
+def read_all(folder: Path) -> tuple[list[Result], list[str]]:
+    """Return every result below ``folder``, by path, and a sentence for each file that cannot be read.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -259,5 +259,10 @@ def read_all(folder: Path) -> Iterator[Result]:
         raise FileNotFoundError(
             f"There is no results folder {folder}: run a cell first, or name another folder."
         )
+    results, unreadable = [], []
     for path in sorted(folder.rglob(FILE_NAME)):
-        yield read(path)
+        try:
+            results.append(read(path))
+        except ValueError as error:
+            unreadable.append(str(error))
+    return results, unreadable

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 
 from cl_bench.configuration import Configuration
+from cl_bench.errors import sentence
 from cl_bench.results import FILE_NAME, Result, read
 from cl_bench.tracking import loggers
 
@@ -31,18 +32,20 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
         callbacks: Watchers of this run, such as a progress display.
 
     Raises:
-        ValueError: If the data or the backbone cannot be used; nothing has been trained then.
-        FileNotFoundError: If data or weights are missing.
+        ValueError: If configuration, data, backbone or device cannot be used; nothing has been trained then.
+        OSError: If data or weights are missing.
         RunFailed: If training or evaluation failed.
     """
     folder, values = configuration.folder, configuration.namespace
-    configuration.datamodule.setup("fit")
-    _require_writable(folder)
+    with _refusing():
+        configuration.datamodule.setup("fit")
+        _require_writable(folder)
     (folder / ERROR_NAME).unlink(missing_ok=True)
     (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
     torch.set_num_threads(values.threads)
-    with loggers(configuration) as open_loggers:
-        strategy, trainer = configuration.build(callbacks, open_loggers)
+    with _refusing(), loggers(configuration) as opened:
+        strategy, trainer = configuration.build(callbacks, opened)
+        trainer.require_fit(strategy, configuration.datamodule)
         try:
             return trainer.run(
                 strategy,
@@ -54,15 +57,18 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
             )
         except Exception as error:
             (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
-            raise RunFailed(_last_line(error)) from error
+            raise RunFailed(sentence(error)) from error
 
 
 def finished(configuration: Configuration) -> Path | None:
     """Return the result file of this cell if it is done, whatever the name of its setting."""
     benchmark = configuration.results / configuration.benchmark
     for path in benchmark.glob(f"*/*-{configuration.hash}/{FILE_NAME}"):
-        if read(path).status == "done":
-            return path
+        try:
+            if read(path).status == "done":
+                return path
+        except ValueError:  # what cannot be read is not done: the cell runs again and writes it anew
+            continue
     return None
 
 
@@ -82,10 +88,15 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _last_line(error: Exception) -> str:
-    """Return what ``error`` says; a loader's worker puts its whole traceback before that."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1] if "Traceback (most recent call last)" in str(error) else " ".join(lines)
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Make one kind of error of all that a library may raise before anything is trained."""
+    try:
+        yield
+    except (ValueError, OSError, RunFailed):
+        raise
+    except Exception as error:
+        raise ValueError(sentence(error)) from error
 
 
 def _require_writable(folder: Path) -> None:

@@ -5,12 +5,15 @@ A wrong key or value becomes one sentence that names the nearest valid one.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionYesNo, Namespace
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cl_bench.backbones import Backbone
@@ -21,6 +24,11 @@ from cl_bench.strategy import Strategy
 from cl_bench.trainer import StreamTrainer
 
 Config = dict[str, Any]
+
+GROUPS = ("model", "data", "backbone", "trainer")
+
+# Arguments that are set under another key.
+_LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
 
 
 class Schema(LightningCLI):
@@ -65,9 +73,7 @@ class Schema(LightningCLI):
         parser.add_argument(
             "--setting", type=str | None, default=None, help="Name of this setting, in paths and tables."
         )
-        parser.add_argument(
-            "--wandb", action=ActionYesNo, default=False, help="Log to Weights & Biases as well."
-        )
+        parser.add_argument("--wandb", type=bool, default=False, help="Log to Weights & Biases as well.")
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add backbone, trainer, strategy and datamodule."""
@@ -92,7 +98,8 @@ class Schema(LightningCLI):
         parser.add_class_arguments(self._model_class, "model", skip={"backbone"})
         parser.add_class_arguments(self._datamodule_class, "data", skip={"seed", "order"})
         parser.add_class_arguments(Backbone, "backbone")
-        return parser.format_help()
+        text = re.sub(r", --\S+\+ \S+", "", parser.format_help())  # how jsonargparse appends to a list
+        return re.sub(r"(?m)^  --\w+ CONFIG .*\n", "", text)  # and how it reads a group from a file
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Start from the defaults; :meth:`parse` does the rest."""
@@ -104,24 +111,30 @@ class Schema(LightningCLI):
     def _set_seed(self) -> None:
         """Leave the generators alone: seeding belongs to the loop over experiences."""
 
-    def parse(self, config: Config, overrides: Sequence[str]) -> Namespace:
+    def parse(
+        self, config: Config, overrides: Sequence[str], files: Mapping[str, Path] | None = None
+    ) -> Namespace:
         """Return the values of a merged ``config`` with command-line ``overrides`` on top.
 
         Args:
             config: Groups of plain values; ``model`` and ``data`` hold arguments, not class paths.
             overrides: Words such as ``--model.rank 4``; a key may be written without its group where only one
                 group has it, ``--rank 4``.
+            files: The file that sets a key of ``config``, for the error that names it.
 
         Raises:
             ValueError: If a key or a value is not valid.
         """
-        for key in _keys(config):
-            self.full_key(key)
-        try:
-            values = self.parser.parse_object(config)
-            return self.parser.parse_args(self._with_full_keys(overrides), namespace=values)
-        except ArgumentError as error:
-            raise ValueError(_one_sentence(str(error))) from error
+
+        def in_config(key: str) -> str:
+            file = (files or {}).get(".".join(key.split(".")[:2]))
+            return f"{key} in {file}" if file else f"--{key}"
+
+        for key in keys_of(config):
+            self.full_key(key, in_config(key).removeprefix("--"))
+        values = _parsed(lambda: self.parser.parse_object(config), in_config)
+        words = self._with_full_keys(overrides)
+        return _parsed(lambda: self.parser.parse_args(words, namespace=values), "--{}".format)
 
     @property
     def keys(self) -> list[str]:
@@ -130,11 +143,15 @@ class Schema(LightningCLI):
         return [
             action.dest
             for action in self.parser._actions
-            if action.dest not in hidden and not action.dest.endswith(".help")
+            if action.dest not in hidden | _LINKS.keys() and not action.dest.endswith(".help")
         ]
 
-    def full_key(self, key: str) -> str:
+    def full_key(self, key: str, said: str | None = None) -> str:
         """Return ``key`` with its group.
+
+        Args:
+            key: With or without its group.
+            said: What an error calls it, where that is more than the key.
 
         Raises:
             ValueError: If there is no such key, or several groups have it.
@@ -143,60 +160,136 @@ class Schema(LightningCLI):
         keys = self.keys
         if plain in keys or any(plain.startswith(f"{known}.") for known in keys if "." in known):
             return plain
-        in_groups = [known for known in keys if known.partition(".")[2] == plain]
+        in_groups = [known for known in keys if "." in known and known.partition(".")[2] == plain]
         if len(in_groups) == 1:
             return in_groups[0]
         if in_groups:
             raise ValueError(f"The key {key} is ambiguous: write one of {', '.join(in_groups)}.")
-        raise ValueError(f"There is no key {key}. {self._nearest(plain, keys)}")
+        raise ValueError(f"There is no key {said or key}. {self._remedy(plain, keys)}")
 
-    def _nearest(self, key: str, keys: list[str]) -> str:
+    def _remedy(self, key: str, keys: list[str]) -> str:
+        if key in _LINKS:
+            return f"Did you mean {_LINKS[key]}?"
+        for group, class_, base in (
+            ("model", self._model_class, Strategy),
+            ("data", self._datamodule_class, StreamDataModule),
+        ):
+            name = key.removeprefix(f"{group}.").partition(".")[0]
+            if name not in GROUPS and name in inspect.signature(base).parameters:
+                return f"Let {class_.__name__} take **kwargs and hand them to super().__init__."
         by_last_part = {known.rpartition(".")[2]: known for known in keys}
         match = nearest(key, keys) or by_last_part.get(nearest(key.rpartition(".")[2], by_last_part) or "")
         return f"Did you mean {match}?" if match else "The option --help lists the keys."
 
     def _with_full_keys(self, overrides: Sequence[str]) -> list[str]:
         words = []
-        for word in overrides:
+        for word, following in zip(overrides, [*overrides[1:], "--"], strict=False):
+            if word in ("--wandb", "--no_wandb") and following.startswith("--"):
+                words.append(f"--wandb={'true' if word == '--wandb' else 'false'}")
+                continue
             if not word.startswith("--"):
                 words.append(word)
                 continue
             key, equals, value = word[2:].partition("=")
-            negated = key.startswith("no_") and key[3:] in self.keys
-            words.append(f"--{key if negated else self.full_key(key)}{equals}{value}")
+            full_key = self.full_key(key)
+            if full_key in GROUPS:
+                raise ValueError(f"--{full_key} is a group: set its keys one by one, as --{full_key}.KEY.")
+            words.append(f"--{full_key}{equals}{value}")
         return words
 
 
-def _keys(config: Config) -> list[str]:
+def keys_of(config: Config) -> list[str]:
     """Return the keys of the groups, one level deep; what lies below is checked against its own class."""
     keys = []
     for name, value in config.items():
-        if name in ("model", "data", "trainer", "backbone") and isinstance(value, dict):
+        if name in GROUPS and isinstance(value, dict):
             keys += [f"{name}.{key}" for key in value]
         else:
             keys.append(name)
     return keys
 
 
-def _one_sentence(message: str) -> str:
+def nearest_class(class_path: str) -> str | None:
+    """Return the class spelt most like ``class_path`` in its module, or in torch.optim if it names none.
+
+    >>> nearest_class("torch.optim.Sgd"), nearest_class("steplr")
+    ('torch.optim.SGD', 'torch.optim.lr_scheduler.StepLR')
+    """
+    module_name, _, name = class_path.rpartition(".")
+    paths = {}
+    for searched in [module_name] if module_name else ["torch.optim", "torch.optim.lr_scheduler"]:
+        try:
+            module = importlib.import_module(searched)
+        except (ImportError, TypeError, ValueError):
+            continue
+        for found in dir(module):
+            if inspect.isclass(getattr(module, found)):
+                paths[found.lower()] = f"{searched}.{found}"
+    return paths.get(nearest(name.lower(), paths) or "")
+
+
+def _parsed(parse: Callable[[], Namespace], named: Callable[[str], str]) -> Namespace:
+    """Return the values that ``parse`` finds; ``named`` is what errors call a key."""
+    try:
+        values = parse()
+    except ArgumentError as error:
+        raise ValueError(_one_sentence(str(error), named)) from error
+    if values.threads < 1:
+        raise ValueError(f"{named('threads')} cannot be {values.threads}: expected 1 or more.")
+    for key in ("setting", "data.name"):
+        name = values.get(key)
+        if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):
+            raise ValueError(
+                f"{named(key)} cannot be {name!r}: it names a folder, so write a word without slashes."
+            )
+    return values
+
+
+def _one_sentence(message: str, named: Callable[[str], str]) -> str:
     """Condense a parser's message, which spans many lines, to the key, the value and what was expected."""
-    without_value = re.search(r"argument (--\S+): expected one argument", message)
-    if without_value:
-        return f"{without_value[1]} needs a value."
-    key = re.search(r'Parser key "([^"]+)"', message)
-    refused = re.search(r"Option '(\w+)' is not accepted", message)
-    if key and refused:
-        return f"--{key[1]} has no argument {refused[1]!r}."
-    value = re.search(r"(?:Got value|Given value): (.+)", message)
+    if without_value := re.search(r"argument --(\S+): expected one argument", message):
+        return f"{named(without_value[1])} needs a value."
+    if stray := re.search(r"unrecognized arguments: (.+)", message):
+        return f"Nothing takes the value {stray[1]!r}: write every setting as --KEY VALUE."
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    if not key:
+        return " ".join(message.split())
+    if refused := re.search(r"Option '(\w+)' is not accepted", message):
+        return f"{named(key)} has no argument {refused[1]!r}."
+    value = re.search(r"(?m)(?:Got value|Given value): (.+?)(?:\. Got value.*)?$", message)
     expected = [name for line in re.findall(r"Expected (?:an? )?(.+)", message) if (name := _type_name(line))]
-    if key and value and expected:
+    if not set(expected) - {"null"} and (class_path := _refused_class(message)) is not None:
+        return f"{named(key)} cannot be {class_path!r}: {_class_remedy(class_path, message)}"
+    if value and expected:
         given = value[1]
         choices = re.findall(r"'([^']*)'", " ".join(expected))
         match = nearest(given, choices)
-        return f"--{key[1]} cannot be {given!r}: expected {' or '.join(dict.fromkeys(expected))}." + (
+        return f"{named(key)} cannot be {given!r}: expected {' or '.join(dict.fromkeys(expected))}." + (
             f" Did you mean {match}?" if match else ""
         )
-    return " ".join(message.replace("Parser key ", "--").split())
+    return f"{named(key)}: {' '.join(re.sub('Parser key .*?:', '', message).split())}"
+
+
+def _refused_class(message: str) -> str | None:
+    """Return what a parser's message gives as the class that it could not use."""
+    for pattern in (
+        r"Expected a dot import path string: (.*)",
+        r"Problem with given class_path '([^']*)'",
+        r"Got value: Namespace\(class_path='([^']*)'",
+        r"Expected a path but (.*) either",
+    ):
+        if found := re.search(pattern, message):
+            return found[1]
+    return None
+
+
+def _class_remedy(class_path: str, message: str) -> str:
+    if base := re.search(r"to be a subclass of <class '(\w+)'>", message):
+        return f"it is no subclass of {base[1]}."
+    match = nearest_class(class_path)
+    return "there is no such class. " + (
+        f"Did you mean {match}?" if match else "Write the import path of one, such as torch.optim.SGD."
+    )
 
 
 def _type_name(expectation: str) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
+from urllib.parse import urlsplit
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -56,7 +58,16 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
 
 
 def _mode() -> Literal["online", "offline"] | None:
-    """Return the mode, or None where the user's environment says it."""
-    if "WANDB_MODE" in os.environ:
+    """Return the mode, or None where the user's own W&B settings say it."""
+    settings = wandb.setup().settings
+    if "WANDB_MODE" in os.environ or settings.mode != "online":  # online is W&B's default
         return None
-    return "online" if wandb.setup().settings.api_key else "offline"
+    return "online" if settings.api_key or _has_login(settings.base_url) else "offline"
+
+
+def _has_login(base_url: str) -> bool:
+    """Whether ``wandb login`` has left a key for this server."""
+    try:
+        return netrc.netrc().authenticators(urlsplit(base_url).netloc) is not None
+    except FileNotFoundError:
+        return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,11 +15,13 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from cl_bench.callbacks import Diverged, DivergenceGuard, StreamMetrics
 from cl_bench.datamodule import StreamDataModule
+from cl_bench.errors import sentence
 from cl_bench.experience import Experience
 from cl_bench.provenance import provenance
 from cl_bench.results import Cost, Protocol, Regime, Result
@@ -37,8 +41,16 @@ class StreamTrainer(Trainer):
         enable_model_summary: Off.
         use_distributed_sampler: Off: it repeats samples to even out the ranks, and counts would be wrong.
         num_sanity_val_steps: None: nothing is validated.
+        devices: One, unless more are asked for.
+        gradient_clip_val: As in Lightning.
+        limit_train_batches: As in Lightning.
+        limit_test_batches: Whatever cuts test images is refused.
+        overfit_batches: As in Lightning.
         kwargs: As in Lightning.
     """
+
+    # Lightning annotates some numbers with typing's unions, whose members change places with the order of
+    # imports; with them 1 would be read as 1 or as 1.0. The annotations here are read instead.
 
     def __init__(
         self,
@@ -50,6 +62,11 @@ class StreamTrainer(Trainer):
         enable_model_summary: bool | None = False,
         use_distributed_sampler: bool = False,
         num_sanity_val_steps: int | None = 0,
+        devices: list[int] | str | int = 1,
+        gradient_clip_val: float | None = None,
+        limit_train_batches: int | float | None = None,
+        limit_test_batches: int | float | None = None,
+        overfit_batches: int | float = 0.0,
         **kwargs: Any,
     ) -> None:
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
@@ -61,10 +78,16 @@ class StreamTrainer(Trainer):
             enable_model_summary=enable_model_summary,
             use_distributed_sampler=use_distributed_sampler,
             num_sanity_val_steps=num_sanity_val_steps,
+            devices=devices,
+            gradient_clip_val=gradient_clip_val,
+            limit_train_batches=limit_train_batches,
+            limit_test_batches=limit_test_batches,
+            overfit_batches=overfit_batches,
             **kwargs,
         )
         self._epochs = self.fit_loop.max_epochs
         self._seconds: dict[str, float] = {}
+        self._trainable = 0
         self._result: Result | None = None
 
     @property
@@ -101,33 +124,80 @@ class StreamTrainer(Trainer):
             ValueError: If the stream or the strategy's parts do not fit together.
             Diverged: If the loss is no longer finite.
         """
-        datamodule.prepare_data()
-        datamodule.setup("fit")
-        _require_equal_image_size(strategy, datamodule)
+        self.require_fit(strategy, datamodule)
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
         counting = StreamMetrics(result)
         self.callbacks.insert(0, counting)  # type: ignore[attr-defined]
+        if self.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
+        _save(result, folder)
         try:
-            for experience in _experiences(datamodule, regime):
-                self._learn(strategy, datamodule, experience, result)
-                with self.phase("checkpoints"):
-                    _save(result, folder)
+            with _ctrl_c_raises():
+                for experience in _experiences(datamodule, regime):
+                    self._learn(strategy, datamodule, experience, result)
+                    with self.phase("checkpoints"):
+                        _save(result, folder)
             result.status = "done"
         except BaseException as error:
             result.status = "diverged" if isinstance(error, Diverged) else "failed"
-            result.error = " ".join(f"{type(error).__name__}: {error}".split())
+            interrupted = isinstance(error, KeyboardInterrupt)
+            result.error = "Interrupted." if interrupted else sentence(error)
             raise
         finally:
             self.callbacks.remove(counting)  # type: ignore[attr-defined]
             _save(result, folder)
         return result
 
+    def require_fit(self, strategy: Strategy, datamodule: StreamDataModule) -> None:
+        """Read the data, and check that strategy, stream and trainer go together.
+
+        Raises:
+            ValueError: If they do not.
+            FileNotFoundError: If the data are not there.
+        """
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        _require_equal_image_size(strategy, datamodule)
+        if strategy.head.num_classes:
+            raise ValueError(
+                f"This strategy has learnt {strategy.head.num_classes} classes already: "
+                "build a new one for a new stream."
+            )
+        if self.world_size > 1:
+            raise ValueError(
+                f"A stream runs in one process so far, not in {self.world_size}: set devices to 1."
+            )
+        self._require_whole_epochs()
+
+    def _require_whole_epochs(self) -> None:
+        """Refuse what would cut the stream short and leave numbers that look like results."""
+        cut_short = {
+            "fast_dev_run": bool(self.fast_dev_run),  # type: ignore[attr-defined]
+            "max_steps": self.max_steps != -1,
+            "max_time": any(isinstance(callback, Timer) for callback in self.callbacks),  # type: ignore[attr-defined]
+            "max_epochs": self._epochs is None or self._epochs < 0,
+        }
+        for key, given in cut_short.items():
+            if given:
+                raise ValueError(
+                    f"Every experience is trained for the same whole number of epochs, and {key} would "
+                    "change that: give max_epochs, 0 or more."
+                )
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the seconds spent inside towards phase ``name`` of this experience."""
-        start = time.perf_counter()
-        yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
+
+    def _now(self) -> float:
+        """Return the seconds on a clock, once the device has done what it was given."""
+        if self.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize(self.strategy.root_device)
+        return time.perf_counter()
 
     def _learn(
         self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience, result: Result
@@ -142,16 +212,16 @@ class StreamTrainer(Trainer):
         self.fit_loop.epoch_progress.reset()
         self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
         self.fit(strategy, datamodule=datamodule)
-        trainable = strategy.trainable_parameters
         with self.phase("evaluation"):
             self.test(strategy, datamodule=datamodule, verbose=False)
-        result.costs.append(Cost(self._seconds, trainable, strategy.stored_bytes, self._peak_memory()))
+        result.costs.append(Cost(self._seconds, self._trainable, strategy.stored_bytes, self._peak_memory()))
 
     def _peak_memory(self) -> int:
         device = self.strategy.root_device
         if device.type == "cuda":
             return torch.cuda.max_memory_allocated(device)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def _blank_result(
         self,
@@ -197,14 +267,16 @@ class _Lifecycle(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = _strategy(pl_module)
+        assert isinstance(trainer, StreamTrainer)
         with _measuring(trainer, strategy):
             strategy.before_training(_DataPasses(trainer, before=True))
-        self._training_began = time.perf_counter()
+        trainer._trainable = strategy.trainable_parameters
+        self._training_began = trainer._now()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = _strategy(pl_module)
         assert isinstance(trainer, StreamTrainer)
-        trainer._seconds["training"] = time.perf_counter() - self._training_began
+        trainer._seconds["training"] = trainer._now() - self._training_began
         with _measuring(trainer, strategy):
             strategy.after_training(_DataPasses(trainer, before=False))
 
@@ -232,7 +304,8 @@ class _DataPasses:
 
     def _on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
         for batch in loader:
-            images, labels = self._trainer.strategy.batch_to_device(batch)
+            converted = self._trainer.precision_plugin.convert_input(batch)
+            images, labels = self._trainer.strategy.batch_to_device(converted)
             yield images, labels
 
 
@@ -240,11 +313,27 @@ class _DataPasses:
 def _measuring(trainer: Trainer, strategy: Strategy) -> Iterator[None]:
     """No gradients, layers in evaluation mode; seconds count as data passes."""
     assert isinstance(trainer, StreamTrainer)
-    training = strategy.training
+    modes = [(module, module.training) for module in strategy.modules()]
     strategy.eval()
-    with trainer.phase("data_passes"), torch.no_grad():
+    try:
+        with trainer.phase("data_passes"), torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _ctrl_c_raises() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt; Lightning makes it an exit, and no later Ctrl-C is heard."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
         yield
-    strategy.train(training)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, handler)
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _title(strategy: Strategy, regime: Regime) -> str:

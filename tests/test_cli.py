@@ -1,3 +1,4 @@
+import csv
 import json
 import struct
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from cl_bench.cli import main
@@ -42,6 +44,12 @@ def run(folder: Path, *words: str) -> int:
     return main(["run", *words, "--results", str(folder), "--trainer.accelerator", "cpu"])
 
 
+def losses(result: Path) -> list[str]:
+    """Return the mean training loss of every epoch, to the last digit."""
+    with (result.parent / "curves" / "metrics.csv").open() as curves:
+        return [row["train/loss_epoch"] for row in csv.DictReader(curves) if row["train/loss_epoch"]]
+
+
 def only_result(folder: Path) -> Path:
     (path,) = folder.rglob(FILE_NAME)
     return path
@@ -66,15 +74,17 @@ def test_a_run_leaves_counts_config_and_curves_in_its_folder(
 def test_the_same_command_gives_the_same_counts_and_does_nothing_once_it_is_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    words = ["lora", "toy", "--seed", "1", "--max_epochs", "3", "--model.optimizer.lr", "0.01"]
     for folder in (tmp_path / "one", tmp_path / "two"):
-        assert run(folder, "lora", "toy", "--seed", "1") == 0
-    one, two = (read(only_result(tmp_path / name)) for name in ("one", "two"))
-    assert one.rows == two.rows
+        assert run(folder, *words) == 0
+    one, two = (only_result(tmp_path / name) for name in ("one", "two"))
+    assert read(one).rows == read(two).rows
+    assert losses(one) == losses(two)
     capsys.readouterr()
-    before = only_result(tmp_path / "one").stat().st_mtime_ns
-    assert run(tmp_path / "one", "lora", "toy", "--seed", "1") == 0
+    before = one.stat().st_mtime_ns
+    assert run(tmp_path / "one", *words) == 0
     assert "already done" in capsys.readouterr().out
-    assert only_result(tmp_path / "one").stat().st_mtime_ns == before
+    assert one.stat().st_mtime_ns == before
 
 
 def test_a_changed_setting_goes_to_another_folder(tmp_path: Path) -> None:
@@ -137,6 +147,9 @@ def refusal(capsys: pytest.CaptureFixture[str]) -> str:
             ["lora", "toy", "--backbone.weights", "absent.safetensors"],
             "There is no weights file absent.safetensors",
         ),
+        (["lora", "toy", "--image_size", "32"], "takes images of 16 pixels and the datamodule gives 32"),
+        (["lora", "toy", "--targets", "[]"], "No adapter target is named"),
+        (["lora", "toy", "--trainer.fast_dev_run", "true"], "fast_dev_run would change that"),
         (["lora", "image_folder", "--num_experiences", "2"], "root"),
         (["lora", "image_folder", "--num_experiences", "2", "--root", "absent"], "absent"),
     ],
@@ -147,13 +160,6 @@ def test_bad_input_is_one_sentence(
     assert run(tmp_path, *words) == 2
     assert sentence in refusal(capsys)
     assert not list(tmp_path.rglob(FILE_NAME))
-
-
-def test_images_that_do_not_fit_the_backbone_are_refused_before_training(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tmp_path, "lora", "toy", "--image_size", "32") == 1
-    assert "The backbone takes images of 16 pixels and the datamodule gives 32" in capsys.readouterr().err
 
 
 def images(root: Path, *, classes: int = 4, size: int = 16) -> Path:
@@ -234,6 +240,23 @@ def test_a_run_that_diverges_says_where_and_keeps_its_result(
     path = only_result(tmp_path)
     assert read(path).status == "diverged"
     assert "Traceback" in (path.parent / "error.txt").read_text()
+
+
+def test_an_unreadable_result_of_a_cell_is_run_again(tmp_path: Path) -> None:
+    assert run(tmp_path, "ncm", "toy") == 0
+    path = only_result(tmp_path)
+    path.write_text("broken")
+    assert run(tmp_path, "ncm", "toy") == 0
+    assert read(path).status == "done"
+
+
+def test_an_accelerator_that_is_not_there_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("This machine has the accelerator that must be missing here.")
+    assert main(["run", "ncm", "toy", "--results", str(tmp_path), "--trainer.accelerator", "gpu"]) == 2
+    assert "MisconfigurationException: " in refusal(capsys)
 
 
 @pytest.mark.parametrize("words", (["--help"], ["run", "--help"], ["grid", "--help"], ["report", "--help"]))

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ def test_every_shipped_strategy_config_resolves(stem: str) -> None:
 
 
 def test_a_printed_config_saved_and_run_alone_is_the_same_cell(tmp_path: Path) -> None:
-    first = toy("--rank=3", "--order=numpy:1993", "--trainer.gradient_clip_val=1")
+    first = toy("--rank=3", "--order=numpy:1993", "--trainer.gradient_clip_val=1", "--setting=1e3")
     path = tmp_path / "saved.yaml"
     path.write_text(first.yaml)
     again = resolve([path])
@@ -123,9 +125,21 @@ def test_defaults_of_torch_and_lightning_are_not_part_of_a_cell() -> None:
         ("a: [", "is not valid YAML"),
         (
             "model: {class_path: strategies.lora.Lora}",
-            "strategies.lora.Lora of group model cannot be imported",
+            "'strategies.lora.Lora': .* Did you mean strategies.lora.LoRA",
         ),
-        ("model: {class_path: datamodules.toy.Toy}", "datamodules.toy.Toy is not a Strategy"),
+        ("model: {class_path: datamodules.toy.Toy}", "'datamodules.toy.Toy': it is no subclass of Strategy"),
+        ("model: {class_path: LoRA}", r"broken.yaml cannot be 'LoRA': write module.Class"),
+        ("model: {class_path: 3}", r"model.class_path in .*broken.yaml cannot be 3: write module.Class"),
+        (
+            "model: {rank: 3}",
+            r"model.rank in .*broken.yaml is read by nobody: write it under model.init_args",
+        ),
+        ("model: 3", r"model in .*broken.yaml cannot be 3: write it as a mapping"),
+        ("model: {init_args: 3}", r"model.init_args in .*broken.yaml cannot be 3: write it as a mapping"),
+        ("trainer: [1]", r"trainer in .*broken.yaml cannot be \[1\]: write it as a mapping"),
+        ("1: 2", r"The key 1 in .*broken.yaml is not text: put it in quotes"),
+        ("backbone: {options: {1: 2}}", r"The key 1 in .*broken.yaml is not text: put it in quotes"),
+        ("code: 3", r"code in .*broken.yaml cannot be 3: write a list of folders"),
         ("seed: 3", "No layer says which class to use"),
     ],
 )
@@ -134,6 +148,99 @@ def test_a_broken_config_is_one_sentence(tmp_path: Path, content: str, sentence:
     path.write_text(content)
     with pytest.raises(ValueError, match=sentence):
         resolve([path])
+
+
+def test_an_empty_group_sets_nothing(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text("{model: {init_args: null}, data: null, trainer: null, backbone: null}")
+    assert resolve([*layers("lora", "toy"), layer]).cell == toy().cell
+
+
+def test_a_wrong_key_in_a_layer_is_found_in_its_file(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text("model: {init_args: {rnak: 3}}")
+    with pytest.raises(ValueError, match=r"no key model.rnak in .*layer.yaml. Did you mean model.rank\?"):
+        resolve([*layers("lora", "toy"), layer])
+
+
+MINIMAL = """
+from cl_bench.strategy import Strategy
+
+
+class Minimal(Strategy):
+    def __init__(self, backbone, *, strength: float = 0.5):
+        super().__init__(backbone)
+"""
+
+
+def minimal(folder: Path, module: str) -> Path:
+    (folder / f"{module}.py").write_text(MINIMAL)
+    config = folder / "minimal.yaml"
+    config.write_text(f"model: {{class_path: {module}.Minimal}}")
+    return config
+
+
+def test_a_strategy_that_takes_no_optimizer_says_so_where_a_layer_sets_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(layers(str(minimal(tmp_path, "without_optimizer")), "digits"))
+    assert str(caught.value) == (
+        f"There is no key model.optimizer in {CONFIGS / 'datamodules' / 'digits.yaml'}. "
+        "Let Minimal take **kwargs and hand them to super().__init__."
+    )
+
+
+def hash_elsewhere(config: Path) -> str:
+    """Resolve a config file in a fresh process, in the folder of that file."""
+    code = (
+        "import sys, pathlib, cl_bench.configuration as c; print(c.resolve([pathlib.Path(sys.argv[1])]).hash)"
+    )
+    command = [sys.executable, "-c", code, str(config)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=config.parent
+    ).stdout.strip()
+
+
+def test_a_printed_config_finds_the_strategy_that_lives_beside_another_config(tmp_path: Path) -> None:
+    first = resolve(layers(str(minimal(tmp_path, "beside_its_config")), "toy"))
+    saved = tmp_path / "elsewhere" / "saved.yaml"
+    saved.parent.mkdir()
+    saved.write_text(first.yaml)
+    assert first.resolved["code"] == [str(tmp_path)]
+    assert "code" not in first.cell
+    assert "code" not in toy().resolved
+    assert hash_elsewhere(saved) == first.hash
+    assert resolve([saved]).yaml == first.yaml
+
+
+def test_the_command_line_and_python_give_one_cell(tmp_path: Path) -> None:
+    words = ["lora", "toy", "--trainer.gradient_clip_val=1", "--trainer.precision=bf16", "--print_config"]
+    command = [sys.executable, "-m", "cl_bench", "run", *words]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(printed)
+    here = toy("--trainer.gradient_clip_val=1.0", "--trainer.precision=bf16-mixed")
+    assert resolve([saved]).hash == here.hash
+    assert printed == here.yaml
+
+
+@pytest.mark.parametrize(
+    "names", (("32", "32-true", None), ("16", "16-mixed"), ("bf16", "bf16-mixed"), ("64", "64-true"))
+)
+def test_every_name_of_a_precision_is_one_cell(tmp_path: Path, names: tuple[str | None, ...]) -> None:
+    hashes = {toy(*([f"--trainer.precision={name}"] if name else [])).hash for name in names}
+    layer = tmp_path / "layer.yaml"
+    for written in (names[0], f"'{names[0]}'") if names[0] != "bf16" else ("bf16",):
+        layer.write_text(f"trainer: {{precision: {written}}}")
+        hashes.add(resolve([*layers("lora", "toy"), layer]).hash)
+    assert len(hashes) == 1
+
+
+def test_text_that_looks_like_a_number_stays_text_in_a_printed_config(tmp_path: Path) -> None:
+    first = toy("--setting=1e3", "--results=1.5e3")
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(first.yaml)
+    again = resolve([saved])
+    assert (again.namespace.setting, again.results) == ("1e3", Path("1.5e3"))
 
 
 def test_an_unknown_stem_names_the_nearest() -> None:

@@ -49,7 +49,7 @@ def test_metrics_after_an_experience_are_those_of_the_shorter_stream(result: Res
 def test_a_written_result_reads_back_equal(result: Result, tmp_path: Path) -> None:
     result.write(tmp_path)
     assert read(tmp_path / FILE_NAME) == result
-    assert list(read_all(tmp_path)) == [result]
+    assert read_all(tmp_path) == ([result], [])
 
 
 def test_writing_leaves_one_file_and_keeps_the_old_one_when_it_fails(result: Result, tmp_path: Path) -> None:
@@ -106,6 +106,22 @@ def test_a_foreign_file_and_another_schema_are_refused(result: Result, tmp_path:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
     with pytest.raises(ValueError, match="schema 99"):
         read(path)
+
+
+def test_unreadable_files_are_named_beside_the_results(result: Result, tmp_path: Path) -> None:
+    result.write(tmp_path / "good")
+    for name, content in (("text", b"no json"), ("bytes", b"\xff\xfe"), ("empty", b'{"schema": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / FILE_NAME).write_bytes(content)
+    results, unreadable = read_all(tmp_path)
+    assert results == [result]
+    assert len(unreadable) == 3
+    assert all("is not a result file: run its cell again" in line for line in unreadable)
+
+
+def test_a_result_file_is_as_readable_as_any_other(result: Result, tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    assert result.write(tmp_path).stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_a_missing_results_folder_is_said(tmp_path: Path) -> None:

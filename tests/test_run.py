@@ -26,6 +26,8 @@ def test_only_a_finished_cell_counts_as_done_under_whatever_setting_name(tmp_pat
     result.status = "failed"
     result.write(configuration.folder)
     assert finished(configuration) is None
+    path.write_text("broken")
+    assert finished(configuration) is None
 
 
 def test_a_second_attempt_replaces_what_the_first_left(tmp_path: Path) -> None:

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from cl_bench.schema import Schema
+from datamodules.image_folder import ImageFolder
 from datamodules.toy import Toy
 from strategies.lora import LoRA
 
@@ -40,8 +43,16 @@ def test_seed_and_order_reach_the_datamodule(schema: Schema) -> None:
     assert (values.data.seed, values.data.order) == (7, "numpy:1993")
 
 
-def test_a_flag_may_be_negated(schema: Schema) -> None:
-    assert schema.parse({"wandb": True}, ["--no_wandb"]).wandb is False
+@pytest.mark.parametrize(
+    "words", (["--wandb"], ["--wandb", "--rank", "4"], ["--wandb=true"], ["--wandb", "true"])
+)
+def test_wandb_is_a_flag_that_may_also_carry_its_value(schema: Schema, words: list[str]) -> None:
+    assert schema.parse({}, words).wandb is True
+
+
+@pytest.mark.parametrize("words", (["--no_wandb"], ["--wandb=false"]))
+def test_a_flag_may_be_negated(schema: Schema, words: list[str]) -> None:
+    assert schema.parse({"wandb": True}, words).wandb is False
 
 
 @pytest.mark.parametrize(
@@ -62,6 +73,40 @@ def test_a_flag_may_be_negated(schema: Schema) -> None:
         (["--seed", "one"], "--seed cannot be 'one': expected int."),
         (["--model.optimizer.lrr", "3"], "--model.optimizer has no argument 'lrr'."),
         (["--rank"], "--model.rank needs a value."),
+        (["--model.optimizer.lr", "x"], "--model.optimizer.lr cannot be 'x': expected float."),
+        (
+            ["--model.optimizer", "adam"],
+            "--model.optimizer cannot be 'adam': there is no such class. Did you mean torch.optim.Adam?",
+        ),
+        (
+            ["--model.optimizer=torch.optim.Sgd"],
+            "--model.optimizer cannot be 'torch.optim.Sgd': there is no such class. "
+            "Did you mean torch.optim.SGD?",
+        ),
+        (
+            ["--model.scheduler=steplr"],
+            "--model.scheduler cannot be 'steplr': there is no such class. "
+            "Did you mean torch.optim.lr_scheduler.StepLR?",
+        ),
+        (
+            ["--model.optimizer=nowhere.Sgd"],
+            "--model.optimizer cannot be 'nowhere.Sgd': there is no such class. "
+            "Write the import path of one, such as torch.optim.SGD.",
+        ),
+        (
+            ["--model.optimizer=torch.nn.Linear"],
+            "--model.optimizer cannot be 'torch.nn.Linear': it is no subclass of Optimizer.",
+        ),
+        (["--model=x"], "--model is a group: set its keys one by one, as --model.KEY."),
+        (["--data.seed=3"], "There is no key data.seed. Did you mean seed?"),
+        (["stray"], "Nothing takes the value 'stray': write every setting as --KEY VALUE."),
+        (["--wandb=maybe"], "--wandb cannot be 'maybe': expected bool."),
+        (["--threads=0"], "--threads cannot be 0: expected 1 or more."),
+        (
+            ["--setting=a/b"],
+            "--setting cannot be 'a/b': it names a folder, so write a word without slashes.",
+        ),
+        (["--setting=.."], "--setting cannot be '..': it names a folder, so write a word without slashes."),
     ],
 )
 def test_a_wrong_key_or_value_is_one_sentence_with_the_remedy(
@@ -77,6 +122,28 @@ def test_a_wrong_key_in_a_config_is_found_too(schema: Schema) -> None:
         schema.parse({"model": {"rnak": 4}}, [])
 
 
+def test_a_wrong_value_in_a_config_is_one_sentence_that_names_its_file(schema: Schema) -> None:
+    def refusal(config: dict[str, object], key: str) -> str:
+        with pytest.raises(ValueError) as caught:
+            schema.parse(config, [], {key: Path("mine.yaml")})
+        return str(caught.value)
+
+    rank = refusal({"model": {"rank": "x"}}, "model.rank")
+    assert rank == "model.rank in mine.yaml cannot be 'x': expected int."
+    rate = {"class_path": "torch.optim.SGD", "init_args": {"lr": "x"}}
+    nested = refusal({"model": {"optimizer": rate}}, "model.optimizer")
+    assert nested == "model.optimizer.lr in mine.yaml cannot be 'x': expected float."
+    threads = refusal({"threads": 0}, "threads")
+    assert threads == "threads in mine.yaml cannot be 0: expected 1 or more."
+    order = refusal({"order": ["a"]}, "order")
+    assert order == "order in mine.yaml cannot be 'a': expected str or int."
+
+
+def test_the_name_of_a_dataset_is_one_folder() -> None:
+    with pytest.raises(ValueError, match=r"--data.name cannot be 'a/b'"):
+        Schema(LoRA, ImageFolder).parse({"data": {"root": "x"}}, ["--data.name=a/b"])
+
+
 def test_help_names_the_arguments_with_their_meaning_and_leaves_the_trainer_to_lightning(
     schema: Schema,
 ) -> None:
@@ -84,3 +151,5 @@ def test_help_names_the_arguments_with_their_meaning_and_leaves_the_trainer_to_l
     assert "--model.rank" in text
     assert "Rank of every adapter" in text
     assert text.count("--trainer.") < 10
+    assert "CONFIG" not in text
+    assert "+ " not in text

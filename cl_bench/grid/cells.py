@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,7 +45,7 @@ class Cell:
     @property
     def command(self) -> str:
         """The command that runs this cell alone."""
-        return " ".join(("cl-bench run", self.strategy, self.dataset, *self.overrides))
+        return shlex.join(("cl-bench", "run", self.strategy, self.dataset, *self.overrides))
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
     for strategy in content.get("settings", {}):
         if strategy not in content["strategies"]:
             raise ValueError(f"{path} has settings for {strategy}, which is not among its strategies.")
+    for strategy, settings in content.get("settings", {}).items():
+        if not isinstance(settings, dict) or not all(isinstance(one, dict) for one in settings.values()):
+            raise ValueError(
+                f"In {path}, the settings of {strategy} must be names, each with its options in braces: "
+                "a: {rank: 4}."
+            )
     if results is not None:
         content["results"] = str(results)
     return Grid(**content)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from cl_bench.configuration import Configuration
 from cl_bench.grid.cells import Cell, read_grid
@@ -52,6 +53,8 @@ def run_grid(name: str, results: Path | None, workers: int | None, *, dry_run: b
     Raises:
         ValueError: If the grid or any of its cells is not valid; nothing has run then.
     """
+    if workers is not None and workers < 1:
+        raise ValueError(f"A grid cannot run with {workers} workers: give at least one.")
     console = Console(highlight=False, soft_wrap=True)
     grid = read_grid(name, results)
     entries = _entries([*grid.cells()])
@@ -60,11 +63,18 @@ def run_grid(name: str, results: Path | None, workers: int | None, *, dry_run: b
         f"{len(entries)} cells, {len(entries) - len(waiting)} done, results in {grid.results}", markup=False
     )
     if dry_run:
-        console.print(_listing(entries))
+        for entry in entries:
+            state = "done  " if entry.done else "to run"
+            console.print(f"  {state}  {entry.configuration.hash}  {entry.cell.command}", markup=False)
         return not waiting
     if not waiting:
         return True
-    errors = _run(waiting, workers or _default_workers(waiting), console)
+    # A grid that is told to end must end its cells, as Ctrl-C does.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        errors = _run(waiting, workers or _default_workers(waiting), console)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for entry, error in errors:
         console.print(f"failed: {entry.title}\n  {error}\n  {entry.cell.command}", markup=False)
     console.print(f"{len(entries) - len(errors)} of {len(entries)} cells done", markup=False)
@@ -81,17 +91,11 @@ def _entries(cells: list[Cell]) -> list[Entry]:
 
 
 def _default_workers(entries: list[Entry]) -> int:
+    """Return one where cells would share an accelerator; else the CPUs over the threads of a cell."""
+    if torch.cuda.is_available():
+        return 1
     threads: int = max(entry.configuration.namespace.threads for entry in entries)
-    return max(1, (os.cpu_count() or 1) // threads)
-
-
-def _listing(entries: list[Entry]) -> Table:
-    table = Table(box=None)
-    for heading in ("cell", "state", "command"):
-        table.add_column(heading, overflow="fold")
-    for entry in entries:
-        table.add_row(entry.configuration.hash, "done" if entry.done else "to run", entry.cell.command)
-    return table
+    return max(1, len(os.sched_getaffinity(0)) // threads)
 
 
 def _run(entries: list[Entry], workers: int, console: Console) -> list[tuple[Entry, str]]:
@@ -100,9 +104,12 @@ def _run(entries: list[Entry], workers: int, console: Console) -> list[tuple[Ent
     display = _Display(len(entries), console)
 
     def ended(cell: Cell, error: str | None) -> None:
-        display.ended(by_cell[cell], error)
+        entry = by_cell[cell]
+        if error is None and finished(entry.configuration) is None:
+            error = f"The cell left no finished result in {entry.configuration.folder}."
+        display.ended(entry, error)
         if error is not None:
-            errors.append((by_cell[cell], error))
+            errors.append((entry, error))
 
     with display.live:
         run_local(
@@ -137,10 +144,15 @@ class _Display:
 
     def _render(self) -> Progress:
         for entry, task in list(self._running.items()):
-            path = entry.configuration.folder / FILE_NAME
-            if path.exists():
-                self._progress.update(task, completed=len(read(path).rows))
+            self._progress.update(task, completed=_experiences_done(entry))
         return self._progress
+
+
+def _experiences_done(entry: Entry) -> int:
+    try:
+        return len(read(entry.configuration.folder / FILE_NAME).rows)
+    except (OSError, ValueError):  # not begun, or left broken by an earlier attempt
+        return 0
 
 
 def _outcome(entry: Entry) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from cl_bench.errors import sentence
 from cl_bench.grid.cells import Cell
-from cl_bench.run import ERROR_NAME, RunFailed, quiet, run
+from cl_bench.run import RunFailed, quiet, run
 
 LOG_NAME = "log.txt"
 
@@ -72,5 +74,9 @@ def _work(cell: Cell, folder: Path, sender: Connection) -> None:
             with quiet():
                 run(cell.configuration())
             sender.send(None)
-        except (RunFailed, ValueError, OSError) as error:
-            sender.send(f"{' '.join(str(error).split())} (traceback: {folder / ERROR_NAME})")
+        except BaseException as error:  # whatever it is, the grid goes on and says it
+            traceback.print_exception(error)
+            words = str(error) if isinstance(error, RunFailed) else sentence(error)
+            sender.send(f"{words} The traceback is in {folder / LOG_NAME}")
+        finally:
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__

@@ -55,7 +55,8 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
         ValueError: If a metric has no definition, or a file is no result file.
     """
     shown = _defined(METRICS if metrics is None else metrics)
-    compared = comparisons(read_all(results_folder))
+    results, unreadable = read_all(results_folder)
+    compared = comparisons(results)
     if not compared:
         raise FileNotFoundError(
             f"There is no {FILE_NAME} below {results_folder}: run a cell first, or name another folder."
@@ -67,7 +68,8 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     texts = _texts(laid_out, format)
     files = [_written(folder / name, text) for name, text in texts.items()]
     files += _drawn(compared, folder)
-    return Report(next(iter(texts.values())), files)
+    text = next(iter(texts.values())) + "".join(f"Not read: {line}\n" for line in unreadable)
+    return Report(text, files)
 
 
 def _defined(metrics: Sequence[str]) -> list[str]:

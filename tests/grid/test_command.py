@@ -59,7 +59,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     path.write_text(
         f"strategies: [{folder}/dying.yaml, {folder}/failing.yaml, ncm, lora]\n"
         "datasets: [toy]\n"
-        "common: {trainer.accelerator: cpu}\n"
+        "common: {trainer.accelerator: cpu, trainer.max_epochs: 3, model.optimizer.lr: 0.01}\n"
     )
     status, output = grid(path, folder / "results", "--workers", "2")
     return Ran(folder / "results", path, status, output)
@@ -68,6 +68,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 def test_failing_cells_do_not_stop_the_rest_and_are_listed_with_their_error(ran: Ran) -> None:
     assert ran.status == 1
     assert "2 of 4 cells done" in ran.output
+    assert "ArithmeticError" in "".join(path.read_text() for path in ran.folder.rglob("log.txt"))
     assert "no basis left" in ran.output
     assert "ended with exit code -9" in ran.output
     done = {
@@ -92,11 +93,14 @@ def test_finished_cells_are_skipped_and_a_dry_run_runs_nothing(ran: Ran) -> None
 
 
 def test_a_cell_of_a_grid_equals_the_same_cell_run_alone(ran: Ran, tmp_path: Path) -> None:
-    assert main(["run", "lora", "toy", "--results", str(tmp_path), "--trainer.accelerator", "cpu"]) == 0
+    words = ["--trainer.max_epochs=3", "--model.optimizer.lr=0.01", "--trainer.accelerator=cpu"]
+    assert main(["run", "lora", "toy", *words, "--results", str(tmp_path)]) == 0
     (alone,) = tmp_path.rglob(FILE_NAME)
     (in_grid,) = ran.folder.glob(f"toy-T3/lora/*/{FILE_NAME}")
     assert in_grid.parent.name == alone.parent.name
     assert read(in_grid).rows == read(alone).rows
+    curves = "curves/metrics.csv"
+    assert (in_grid.parent / curves).read_text() == (alone.parent / curves).read_text()
 
 
 def test_a_cell_with_a_wrong_setting_stops_the_grid_before_anything_runs(

@@ -1,0 +1,20 @@
+"""One sentence for every error."""
+
+from __future__ import annotations
+
+
+def sentence(error: BaseException) -> str:
+    r"""Return what ``error`` says, in one line; its kind comes first where the words alone would not tell.
+
+    >>> sentence(ValueError("Give a rank\nof at least 1."))
+    'Give a rank of at least 1.'
+    >>> sentence(KeyError("means"))
+    "KeyError: 'means'"
+    """
+    lines = str(error).strip().splitlines()
+    # A loader's worker puts its own traceback before the message.
+    if any(line.endswith("Traceback (most recent call last):") for line in lines):
+        lines = [lines[-1].partition(": ")[2] or lines[-1]]
+    words = " ".join(" ".join(lines).split())
+    tells = words and isinstance(error, ValueError | OSError)
+    return words if tells else f"{type(error).__name__}: {words}".rstrip(": ")

@@ -1,0 +1,15 @@
+import torch
+
+from cl_bench.backbones import Backbone
+from cl_bench.experience import Experience
+from strategies.linear_probe import LinearProbe
+
+
+def test_nothing_but_the_current_head_is_trained() -> None:
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    probe = LinearProbe(Backbone("vision_transformer", "random", options))
+    for index in range(2):
+        probe.expand(Experience(index, 2, range(2 * index, 2 * index + 2)))
+        trained = [name for name, parameter in probe.named_parameters() if parameter.requires_grad]
+        assert trained == [f"head.parts.{index}.weight", f"head.parts.{index}.bias"]
+    assert probe(torch.rand(3, 3, 8, 8)).shape == (3, 4)

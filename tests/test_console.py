@@ -1,0 +1,27 @@
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from cl_bench.configuration import layers, resolve
+from cl_bench.console import RunConsole, closing_lines, opening_lines
+from cl_bench.results import read
+from cl_bench.run import finished, quiet, run
+
+
+def test_a_terminal_sees_a_bar_and_keeps_one_line_for_each_experience(tmp_path: Path) -> None:
+    output = io.StringIO()
+    console = Console(file=output, force_terminal=True, width=120)
+    configuration = resolve(
+        layers("lora", "toy"), [f"--results={tmp_path}", "--trainer.accelerator=cpu", "--max_epochs=2"]
+    )
+    with quiet():
+        result = run(configuration, [RunConsole(console)])
+    text = output.getvalue()
+    assert "epoch 2/2" in text
+    assert text.count("accuracy over") == 3
+    assert "LoRA on toy-T3" in opening_lines(configuration)
+    path = finished(configuration)
+    assert path is not None
+    assert read(path) == result
+    assert str(path) in closing_lines(result, configuration.folder)

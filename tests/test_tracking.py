@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+import wandb
+
+from cl_bench.tracking import _mode
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of someone who has set nothing."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    wandb.teardown()
+    return tmp_path
+
+
+def test_without_a_login_a_run_is_offline(home: Path) -> None:
+    assert _mode() == "offline"
+
+
+def test_a_login_makes_a_run_go_online(home: Path) -> None:
+    host = wandb.setup().settings.base_url.removeprefix("https://")
+    (home / ".netrc").write_text(f"machine {host} login user password {'0' * 40}\n")
+    (home / ".netrc").chmod(0o600)
+    assert _mode() == "online"
+
+
+def test_what_the_user_says_is_left_to_wandb(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert _mode() is None
