@@ -10,6 +10,7 @@ not reach the projections: bfloat16 would leave thousandths of what they remove.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -325,7 +326,7 @@ class GPM(nn.Module):
                 self._protect(layer, free[:, :count], rest=free[:, count:])
 
     @torch.no_grad()
-    def free_directions(self, x: Tensor, rank: int) -> Tensor:
+    def free_directions(self, x: Tensor, rank: int, short: Literal["refuse", "zeros"] = "refuse") -> Tensor:
         """Return the strongest directions of ``x`` (L, d, n) that are free, (L, d, rank), strongest first.
 
         They are left singular vectors of ``P x``, where ``P`` projects onto what is free. If ``P x`` has
@@ -338,22 +339,32 @@ class GPM(nn.Module):
         Args:
             x: One matrix for each layer.
             rank: Number of directions in each layer.
+            short: What becomes of a layer with fewer free dimensions than ``rank``: it is refused, since an
+                adapter that shrank by itself would go unnoticed, or gets zeros in their place and a warning.
 
         Raises:
-            ValueError: If a layer has fewer free dimensions than ``rank``, since an adapter that shrank by
-                itself would go unnoticed; or if a matrix does not fit, is zero or not finite.
+            ValueError: If a layer is refused; or if a matrix does not fit, is zero or not finite.
         """
         _require_rank(rank, self.dim)
         self._require_width(x)
-        for layer, held in enumerate(self.dims):
-            if self.dim - held < rank:
+        free = [self.dim - held for held in self.dims]
+        if min(free) < rank:
+            message = self._shortage(free, rank)
+            if short == "refuse":
                 raise ValueError(
-                    f"Layer {layer} has {self.dim - held} of {self.dim} dimensions free, fewer than the rank "
-                    f"{rank}: lower the rank, or the energy threshold so that less is protected."
+                    f"{message}: lower the rank, or the energy threshold so that less is protected."
                 )
+            warnings.warn(f"{message}: its adapters learn in those alone.", stacklevel=2)
         wide = x.double()
         gram = _of_unit_energy(wide @ wide.mT, "features")
-        return self._free_spectrum(gram)[1][..., :rank].to(x.dtype, copy=True)
+        found = self._free_spectrum(gram)[1][..., :rank].to(x.dtype, copy=True)
+        for layer, room in enumerate(free):
+            found[layer, :, room:] = 0
+        return found
+
+    def _shortage(self, free: list[int], rank: int) -> str:
+        layer = next(layer for layer, room in enumerate(free) if room < rank)
+        return f"Layer {layer} has {free[layer]} of {self.dim} dimensions free, fewer than the rank {rank}"
 
     @torch.no_grad()
     def held_energy(self, moments: Tensor) -> Tensor:

@@ -154,9 +154,8 @@ def test_listening_while_training_leaves_the_gradients_as_they_are() -> None:
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(loss_of(backbone)(images, labels), trained)
     moments = SecondMoments(layers)
-    moments.listen()
-    heard = torch.autograd.grad(loss_of(backbone)(images, labels), trained)
-    moments.stop()
+    with moments.listening():
+        heard = torch.autograd.grad(loss_of(backbone)(images, labels), trained)
     assert all(torch.equal(one, other) for one, other in zip(expected, heard, strict=True))
     assert not moments.sums.requires_grad
     torch.testing.assert_close(moments.mean(), second_moments(backbone, layers, batches(12)))
