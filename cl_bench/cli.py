@@ -158,7 +158,6 @@ def _check(words: list[str]) -> int:
     if len(names) != 1:
         raise ValueError(f"Name one strategy: {_CHECK_USAGE}")
     overrides = [word for word in words[1:] if word != "-v"]
-
     from cl_bench.contract.command import check
 
     return DONE if check(names[0], overrides, _console()) else FAILED

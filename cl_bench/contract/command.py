@@ -14,6 +14,7 @@ from rich.console import Console
 from cl_bench.configuration import config_file, stems_of
 from cl_bench.contract.claims import verdicts
 from cl_bench.contract.subject import Subject
+from cl_bench.errors import sentence
 from cl_bench.run import quiet
 from cl_bench.schema import Config
 from cl_bench.spelling import suggestion
@@ -29,20 +30,31 @@ def check(name: str, overrides: Sequence[str], console: Console) -> bool:
         console: Where to print.
 
     Raises:
-        ValueError: If there is no such strategy, or an override is not valid.
+        ValueError: If there is no such strategy, it cannot be built, or an override is not valid.
         FileNotFoundError: If there is no such file.
     """
     began = time.perf_counter()
     failed = 0
     with quiet():
         subject = Subject(layer(name), overrides)
+        _require_buildable(subject)
         console.print(f"{subject.strategy_class.__name__} on a tiny transformer and stream", markup=False)
         for verdict in verdicts(subject):
             failed += not verdict.passed
             console.print(str(verdict), markup=False)
-    outcome = f"{failed} claims failed" if failed else "all claims hold"
+    outcome = f"{failed} claim{'s' * (failed > 1)} failed" if failed else "all claims hold"
     console.print(f"{outcome}, {time.perf_counter() - began:.1f} s", markup=False)
     return not failed
+
+
+def _require_buildable(subject: Subject) -> None:
+    try:
+        _ = subject.fresh
+    except Exception as error:  # whatever a constructor raises, there is nothing to check then
+        raise ValueError(
+            f"{subject.strategy_class.__name__} cannot be built for a transformer of two blocks of width 32: "
+            f"{sentence(error)}"
+        ) from error
 
 
 def layer(name: str) -> Path | Config:

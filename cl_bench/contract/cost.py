@@ -42,7 +42,7 @@ class Experienced:
 def experienced(subject: Subject) -> tuple[Run, list[Experienced]]:
     """Train ``subject`` on a long stream, one epoch an experience, and count."""
     counter = _Counter()
-    run = subject.run("--num_experiences", str(LONG), "--trainer.max_epochs", "1", callbacks=[counter])
+    run = subject.run({"data.num_experiences": LONG, "trainer.max_epochs": 1}, [counter])
     costs = []
     for experience in run.experiences:
         counter.clear()
@@ -115,6 +115,7 @@ def step(costs: list[Experienced], promises: Promises) -> str:
     each = ", ".join(
         f"{round(term)} for each of the {_WORDS[name]}"
         for name, term in zip(promises.step_grows_with, terms[1:], strict=True)
+        if round(term)
     )
     return f"{second} operations in experience 2, {last} in experience {len(costs)}, as declared: {each}"
 

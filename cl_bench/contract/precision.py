@@ -14,7 +14,7 @@ def precision(subject: Subject) -> str:
     """Claim: in float32 and in mixed bfloat16 a stream runs to its end, and what is kept stays precise."""
     accuracies = []
     for name in PRECISIONS:
-        run = subject.run("--trainer.precision", name)
+        run = subject.run({"trainer.precision": name})
         result = run.trainer.run(run.strategy, run.stream)
         _require_precise(run, name)
         accuracies.append(f"{name} ends at {result.metrics()['acc/sample']:.0f} %")

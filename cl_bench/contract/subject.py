@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -119,51 +119,44 @@ class Subject:
     """
 
     def __init__(self, layer: Path | Config, overrides: Sequence[str] = ()) -> None:
-        self._layers = [CONFIGS / "check.yaml", layer]
-        self._overrides = list(overrides)
-        self._overrides = [*self._small(self._configuration()), *overrides]
-        self._of_settings: dict[tuple[str, ...], Configuration] = {}
+        layers = [CONFIGS / "check.yaml", layer]
+        given = resolve(layers, overrides)
+        small = _small(given)
+        self._configuration = resolve(layers, [*small, *overrides]) if small else given
 
     @property
     def strategy_class(self) -> type[Strategy]:
         """The method."""
-        return self._configured().strategy_class
+        return self._configuration.strategy_class
 
-    def run(self, *settings: str, callbacks: Sequence[Callback] = ()) -> Run:
+    def run(self, settings: Mapping[str, Any] | None = None, callbacks: Sequence[Callback] = ()) -> Run:
         """Build the strategy anew, with a trainer and a stream of their own.
 
         Args:
-            settings: Further words of the command line, such as ``--num_experiences 20``.
+            settings: Values in place of those of the config, such as 20 for ``data.num_experiences``.
             callbacks: Watchers of the training.
         """
-        configuration = self._configured(*settings)
+        values = self._configuration.namespace.clone()
+        for key, value in (settings or {}).items():
+            values[key] = value
         _stir()
-        strategy, trainer = configuration.build(list(callbacks), [])
-        values = configuration.namespace.data.as_dict()
-        stream = TinyStream(**values)
+        strategy, trainer = replace(self._configuration, namespace=values).build(list(callbacks), [])
+        stream = TinyStream(**values.data.as_dict())
         trainer.require_fit(strategy, stream)
-        return Run(strategy, trainer, stream, configuration.namespace.backbone.as_dict())
+        return Run(strategy, trainer, stream, values.backbone.as_dict())
 
     @cached_property
     def fresh(self) -> Run:
         """The strategy before its first experience."""
         return self.run()
 
-    def _configured(self, *settings: str) -> Configuration:
-        if settings not in self._of_settings:
-            self._of_settings[settings] = self._configuration(*settings)
-        return self._of_settings[settings]
 
-    def _configuration(self, *settings: str) -> Configuration:
-        return resolve(self._layers, [*self._overrides, *settings])
-
-    @staticmethod
-    def _small(configuration: Configuration) -> list[str]:
-        """Return the settings that make the strategy fit into a tiny transformer."""
-        depth = configuration.namespace.backbone.options["depth"]
-        words = ["--model.rank", str(RANK)] if "model.rank" in configuration.schema.keys else []
-        blocks = configuration.namespace.model.get("blocks")
-        return words + (["--model.blocks", str([b for b in blocks if b < depth])] if blocks else [])
+def _small(configuration: Configuration) -> list[str]:
+    """Return the settings that make a strategy fit into the tiny transformer."""
+    depth = configuration.namespace.backbone.options["depth"]
+    words = ["--model.rank", str(RANK)] if "model.rank" in configuration.schema.keys else []
+    blocks = configuration.namespace.model.get("blocks")
+    return words + (["--model.blocks", str([b for b in blocks if b < depth])] if blocks else [])
 
 
 def strong(run: Run) -> Run:
