@@ -220,7 +220,7 @@ class InputSketch(InputStatistic):
     Args:
         layers: Layers with one number of inputs, ``d``.
         memory: What is protected in each of them.
-        rows: Directions that are kept.
+        rows: Directions that are kept; never more than d.
         every: Take in every so many forward passes, the first among them.
         most_tokens: Tokens of a batch that are taken in, evenly spaced.
 
@@ -231,14 +231,14 @@ class InputSketch(InputStatistic):
         tokens: Number of tokens that each layer has taken in, (L,).
 
     Raises:
-        ValueError: If the layers differ in their number of inputs, the sketch has no row or more than d, or
-            the memory measures the energy of the covariance, of which a sketch does not know the whole.
+        ValueError: If the layers differ in their number of inputs, the sketch has no row, or the memory
+            measures the energy of the covariance, of which a sketch does not know the whole.
 
     >>> layer = nn.Linear(2, 3)
     >>> inputs = InputSketch([layer], GPM(num_layers=1, dim=2), rows=1)
     >>> with inputs.listening():
     ...     _ = layer(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
-    >>> inputs.mean()
+    >>> inputs.mean().round(decimals=4)
     tensor([[[5., 0.],
              [0., 0.]]], dtype=torch.float64)
     """
@@ -257,18 +257,15 @@ class InputSketch(InputStatistic):
         most_tokens: int = 256,
     ) -> None:
         super().__init__(layers, every)
-        if not 1 <= rows <= self.width:
-            raise ValueError(
-                f"A sketch of {rows} rows does not suit inputs of {self.width} features: "
-                f"choose from 1 to {self.width} rows."
-            )
+        if rows < 1:
+            raise ValueError(f"A sketch of {rows} rows holds nothing: give it at least one.")
         if memory.energy != "features":
             raise ValueError(
                 "A sketch knows the energy of features as a whole and that of their covariance in part: "
                 "set energy to features, or estimate exact moments."
             )
         self._memory = (memory,)  # in a tuple, it does not become a part of this module
-        self.rows = rows
+        self.rows = min(rows, self.width)
         self.most_tokens = most_tokens
         self.clear()
 

@@ -77,7 +77,7 @@ class ProtectedStrategy(LowRankStrategy):
                 f"The adapted layers have inputs of {' and '.join(map(str, sorted(widths)))} features, "
                 "and one memory serves one width: leave out fc2, or adapt it alone."
             )
-        self.memory = GPM(len(self.layers), widths.pop(), energy)
+        self.memory = GPM(len(self.layers), widths.pop(), energy, dtype=torch.float32)
 
     def protect(self, moments: Tensor) -> None:
         """Add to the memory what this experience uses of second moments (layers, n, n) of the inputs."""

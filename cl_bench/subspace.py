@@ -261,6 +261,7 @@ class GPM(nn.Module):
         dim: Width of a layer's input, ``d``.
         energy: What a direction's share of the energy is measured on.
         first: How many directions a layer takes that has none yet.
+        dtype: Type in which directions are stored; that of the moments they come from if None.
 
     >>> memory = GPM(num_layers=1, dim=3)
     >>> memory.update(torch.diag(torch.tensor([8.0, 1.0, 1.0])).expand(1, 3, 3), threshold=0.8)
@@ -272,9 +273,15 @@ class GPM(nn.Module):
     """
 
     def __init__(
-        self, num_layers: int, dim: int, energy: Energy = "features", first: FirstCount = "reaching"
+        self,
+        num_layers: int,
+        dim: int,
+        energy: Energy = "features",
+        first: FirstCount = "reaching",
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.num_layers = num_layers
         self.dim = dim
         self.energy = energy
@@ -322,7 +329,7 @@ class GPM(nn.Module):
         for layer, (held, needed) in enumerate(zip(self.dims, counts, strict=True)):
             count = max(needed - 1, 1) if held == 0 and self.first == "below" else needed
             if count > 0:
-                free = directions[layer, :, : self.dim - held].to(moments.dtype)
+                free = directions[layer, :, : self.dim - held].to(self.dtype or moments.dtype)
                 self._protect(layer, free[:, :count], rest=free[:, count:])
 
     @torch.no_grad()
@@ -436,9 +443,14 @@ class DualGPM(GPM):
     """
 
     def __init__(
-        self, num_layers: int, dim: int, energy: Energy = "features", first: FirstCount = "reaching"
+        self,
+        num_layers: int,
+        dim: int,
+        energy: Energy = "features",
+        first: FirstCount = "reaching",
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_layers, dim, energy, first)
+        super().__init__(num_layers, dim, energy, first, dtype)
         for layer in range(num_layers):
             self.register_buffer(f"complement_{layer}", None)
 

@@ -128,6 +128,8 @@ class StreamTrainer(Trainer):
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
         counting = StreamMetrics(result)
         self.callbacks.insert(0, counting)  # type: ignore[attr-defined]
+        on_cpu = self.strategy.root_device.type == "cpu"
+        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
         if self.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
         _save(result, folder)

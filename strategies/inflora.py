@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from cl_bench.backbones import Backbone
@@ -62,7 +63,7 @@ class InfLoRA(LowRankStrategy):
         width = self.layers[0].weight.shape[1]
         form = DualGPM if memory_form == "dual" else GPM
         first: Literal["below", "reaching"] = "below" if energy == "covariance" else "reaching"
-        self.memory = form(len(self.layers), width, energy, first)
+        self.memory = form(len(self.layers), width, energy, first, dtype=torch.float32)
         for _, adapter in self.adapters():
             adapter.A.requires_grad_(False)
 

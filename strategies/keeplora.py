@@ -83,12 +83,13 @@ class KeepLoRA(LowRankStrategy):
         self.head_start = head_start
         for _, adapter in self.adapters():
             adapter.A.requires_grad_(False)
-        self.memory = GPM(sum(1 for _ in self.adapters()), self.layers[0].weight.shape[1])
+        width = self.layers[0].weight.shape[1]
+        self.memory = GPM(sum(1 for _ in self.adapters()), width, dtype=torch.float32)
 
     def expand(self, experience: Experience) -> None:
         """Grow the head; before the first experience, protect the principal directions of the weights."""
         super().expand(experience)
-        if experience.is_first:
+        if experience.is_first and self.weight_threshold > 0:
             weights = torch.stack(self._rows_of([layer.weight for layer in self.layers]))
             sides = weights.mT @ weights if self.principal == "input" else weights @ weights.mT
             self.memory.update(sides, self.weight_threshold)
