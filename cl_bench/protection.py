@@ -49,6 +49,8 @@ class ProtectedStrategy(LowRankStrategy):
         memory: Protected input directions of each adapted layer.
     """
 
+    memory: GPM
+
     def __init__(
         self,
         backbone: Backbone,

@@ -45,6 +45,7 @@ class InfLoRA(LowRankStrategy):
     """
 
     name = "InfLoRA"
+    memory: GPM
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ from cl_bench.backbones import Backbone
 from cl_bench.margin import DecoupledMargin
 from cl_bench.measurements import InputSketch, SecondMoments
 from cl_bench.protection import ProtectedStrategy, RowSpace
-from cl_bench.strategy import Batch, TrainingData
+from cl_bench.strategy import Batch, Promises, TrainingData
 
 
 class JanusLoRA(DecoupledMargin, ProtectedStrategy):
@@ -58,6 +58,9 @@ class JanusLoRA(DecoupledMargin, ProtectedStrategy):
     """
 
     name = "JANUS-LoRA"
+    # DML keeps a prototype for each class and compares every feature with those of old classes; gradients are
+    # projected with the basis.
+    promises = Promises(vectors_per_class=1, step_grows_with=("basis", "classes"))
 
     def __init__(
         self,

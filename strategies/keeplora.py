@@ -35,7 +35,7 @@ from cl_bench.experience import Experience
 from cl_bench.heads import GrowingLinear
 from cl_bench.low_rank import LowRankStrategy
 from cl_bench.measurements import TokenAverages, class_means, full_weight_gradients, measure, second_moments
-from cl_bench.strategy import TrainingData
+from cl_bench.strategy import Promises, TrainingData
 from cl_bench.subspace import GPM
 
 _HEAD_SCALE = 30.0  # of the cosine classifier of KeepLoRA+
@@ -58,6 +58,8 @@ class KeepLoRA(LowRankStrategy):
     """
 
     name = "KeepLoRA"
+    promises = Promises(start_within=1e-5)  # the product is taken out of the weight, which rounds
+    memory: GPM
 
     def __init__(
         self,

@@ -38,7 +38,7 @@ from cl_bench.experience import Experience
 from cl_bench.heads import GrowingCosine
 from cl_bench.losses import cosface
 from cl_bench.measurements import second_moments
-from cl_bench.strategy import Batch, Strategy, TrainingData
+from cl_bench.strategy import Batch, Promises, Strategy, TrainingData
 from cl_bench.subspace import generalised_directions, leading_directions
 
 Recalibration = Literal["diag", "full", "none"]
@@ -65,6 +65,7 @@ class LoDA(Strategy):
     """
 
     name = "LoDA"
+    promises = Promises(merge_within=None)  # recalibration changes the general branch on purpose
     head: GrowingCosine
     old_moments: Tensor
 

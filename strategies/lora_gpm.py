@@ -25,7 +25,7 @@ from cl_bench.backbones import Backbone
 from cl_bench.margin import DecoupledMargin
 from cl_bench.measurements import second_moments
 from cl_bench.protection import ProtectedStrategy
-from cl_bench.strategy import TrainingData
+from cl_bench.strategy import Promises, TrainingData
 
 
 class LoRAGPM(DecoupledMargin, ProtectedStrategy):
@@ -37,6 +37,9 @@ class LoRAGPM(DecoupledMargin, ProtectedStrategy):
     """
 
     name = "LoRA-GPM"
+    # Gradients are projected with the basis; with the decoupled margin, every feature is compared with a
+    # prototype of each old class.
+    promises = Promises(vectors_per_class=1, step_grows_with=("basis", "classes"))
 
     def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
