@@ -279,7 +279,9 @@ class _Lifecycle(Callback):
         strategy = _strategy(pl_module)
         assert isinstance(trainer, StreamTrainer)
         with _measuring(trainer, strategy):
-            strategy.before_training(_DataPasses(trainer, before=True))
+            data = _DataPasses(trainer, before=True)
+            strategy.start_head(data)
+            strategy.before_training(data)
         trainer._trainable = strategy.trainable_parameters
         self._training_began = trainer._now()
 
