@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cl_bench.configuration import Configuration
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+_RUN_FLAGS = ("-v", "-h", "--help", "--print_config", "--print_protocol")
 _RUN_USAGE = "cl-bench run STRATEGY DATASET [--seed 1] [--order numpy:1993] [--KEY VALUE ...]"
 
 
@@ -77,7 +78,7 @@ def _console(*, stderr: bool = False) -> Console:
 
 def _run(words: list[str]) -> int:
     names = list(takewhile(lambda word: not word.startswith("-"), words))
-    flags = {word for word in words if word in ("-v", "-h", "--help", "--print_config")}
+    flags = {word for word in words if word in _RUN_FLAGS}
     overrides = [word for word in words[len(names) :] if word not in flags]
     wants_help = bool(flags & {"-h", "--help"})
     if not names and wants_help:
@@ -95,6 +96,8 @@ def _run(words: list[str]) -> int:
     if "--print_config" in flags:
         sys.stdout.write(configuration.yaml)
         return DONE
+    if "--print_protocol" in flags:
+        return _print_protocol(configuration, verbose="-v" in flags)
     return _run_cell(configuration, verbose="-v" in flags)
 
 
@@ -109,10 +112,24 @@ def _run_help() -> int:
         "  --KEY VALUE     any argument of the strategy, the dataset, the backbone or the trainer, such as\n"
         "                  --rank 4, --num_experiences 5, --trainer.max_epochs 3\n"
         "  --print_config  print the resolved config and stop; saved and run alone, it is the same cell\n"
+        "  --print_protocol\n"
+        "                  say in words what must be equal for results to stand side by side, and stop\n"
         "  -v              print the resolved config, the libraries' notices and tracebacks\n\n"
         "cl-bench run STRATEGY DATASET --help lists the arguments of that pair.",
         markup=False,
     )
+    return DONE
+
+
+def _print_protocol(configuration: Configuration, *, verbose: bool) -> int:
+    from contextlib import nullcontext
+
+    from cl_bench.protocol import in_words
+    from cl_bench.run import quiet
+
+    with nullcontext() if verbose else quiet():
+        words = in_words(configuration)
+    _console().print(words, markup=False)
     return DONE
 
 
