@@ -1,4 +1,4 @@
-"""The verbs of the command line: run, grid, report. Each imports what it needs when it is called."""
+"""The verbs of the command line: run, grid, report, prepare. Each imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["run"]:
             return _run(words[1:])
         options = _parser().parse_args(words)
-        return _grid(options) if options.verb == "grid" else _report(options)
+        return {"grid": _grid, "report": _report, "prepare": _prepare}[options.verb](options)
     except (ValueError, OSError) as error:
         if "-v" in words:
             traceback.print_exception(error)
@@ -69,7 +69,25 @@ def _parser() -> argparse.ArgumentParser:
         "--metrics", nargs="+", default=None, metavar="NAME", help="such as acc/sample bwt/gem"
     )
     report.add_argument("-v", action="store_true", help="show tracebacks")
+    _add_prepare(verbs.add_parser("prepare", help="fetch, check and scan a dataset"))
     return parser
+
+
+def _add_prepare(prepare: argparse.ArgumentParser) -> None:
+    prepare.add_argument("dataset", metavar="DATASET", help="cifar100, imagenet_r, imagenet100 or domainnet")
+    prepare.add_argument("--root", type=Path, required=True, help="folder to fill")
+    prepare.add_argument("--offline", action="store_true", help="touch no network: use the files in the root")
+    prepare.add_argument(
+        "--source", type=Path, default=None, help="imagenet100: where ImageNet-1k is (default: the root)"
+    )
+    prepare.add_argument(
+        "--classes",
+        nargs="+",
+        choices=("first100", "numpy1993", "cmc"),
+        default=("first100", "numpy1993", "cmc"),
+        help="imagenet100: the class lists to build (default: all)",
+    )
+    prepare.add_argument("-v", action="store_true", help="show tracebacks")
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -170,6 +188,20 @@ def _grid(options: argparse.Namespace) -> int:
     return (
         DONE if run_grid(options.grid, options.results, options.workers, dry_run=options.dry_run) else FAILED
     )
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from cl_bench.prepare.command import prepare
+
+    prepare(
+        options.dataset,
+        options.root,
+        _console(),
+        offline=options.offline,
+        source=options.source,
+        classes=options.classes,
+    )
+    return DONE
 
 
 def _report(options: argparse.Namespace) -> int:
