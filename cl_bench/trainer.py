@@ -172,6 +172,19 @@ class StreamTrainer(Trainer):
             )
         self._require_whole_epochs()
 
+    def protocol(self, strategy: Strategy, datamodule: StreamDataModule) -> Protocol:
+        """Return what decides whether results of ``strategy`` on ``datamodule`` may stand beside others."""
+        experiences = datamodule.experiences
+        identity = {
+            **datamodule.protocol(),
+            "backbone": strategy.backbone.protocol(),
+            "precision": str(self.precision),
+            "experience_sizes": [experience.num_classes for experience in experiences],
+        }
+        factors = {"seed": datamodule.seed, "order": datamodule.order_name}
+        axes = {"dataset": datamodule.name, "num_experiences": len(experiences)}
+        return Protocol(identity, factors, axes)
+
     def _require_whole_epochs(self) -> None:
         """Refuse what would cut the stream short and leave numbers that look like results."""
         cut_short = {
@@ -242,14 +255,6 @@ class StreamTrainer(Trainer):
         setting: str | None,
     ) -> Result:
         experiences = datamodule.experiences
-        identity = {
-            **datamodule.protocol(),
-            "backbone": strategy.backbone.protocol(),
-            "precision": str(self.precision),
-            "experience_sizes": [experience.num_classes for experience in experiences],
-        }
-        factors = {"seed": datamodule.seed, "order": datamodule.order_name}
-        axes = {"dataset": datamodule.name, "num_experiences": len(experiences)}
         return Result(
             strategy=_title(strategy, regime),
             dataset=datamodule.name,
@@ -259,10 +264,12 @@ class StreamTrainer(Trainer):
             order=datamodule.order_name,
             seed=datamodule.seed,
             regime=regime,
-            protocol=Protocol(identity, factors, axes),
+            protocol=self.protocol(strategy, datamodule),
             config=config,
             setting=setting,
             provenance=provenance(self.strategy.root_device),
+            domains=datamodule.domains,
+            domain_images=datamodule.domain_images,
         )
 
 

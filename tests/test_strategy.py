@@ -117,7 +117,7 @@ class FewImages:
 def test_a_head_starts_at_random_or_from_class_means(backbone: Backbone) -> None:
     data = FewImages()
     for start in ("random", "means"):
-        strategy = LinearProbe(backbone, head_start=start)  # type: ignore[arg-type]
+        strategy = LinearProbe(backbone, head_start=start)
         strategy.expand(FIRST)
         drawn = copy.deepcopy(strategy.head.state_dict())
         strategy.start_head(data)
