@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from cl_bench.stream import (
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
-_TRAINING, _TEST, _PLAIN, _AUGMENTED = range(4)
+_TRAINING, _TEST, _PLAIN, _AUGMENTED, _OUTSIDE = range(5)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,37 @@ class ArraySource:
         return self.images[index], self.targets[index]
 
 
+class ChosenClasses:
+    """The images of some classes of a source, which are numbered from 0 again.
+
+    Args:
+        source: Labelled images.
+        labels: Which classes.
+    """
+
+    def __init__(self, source: Source, labels: range) -> None:
+        targets = np.asarray(source.targets, dtype=np.int64)
+        self._source = source
+        self._labels = labels
+        self._indices = np.flatnonzero((targets >= labels.start) & (targets < labels.stop))
+        self.targets: list[int] = (targets[self._indices] - labels.start).tolist()
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the fingerprint of the source and the labels."""
+        labels = f"{self._source.fingerprint} {self._labels.start} {self._labels.stop}"
+        return hashlib.sha256(labels.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return image ``index`` with its new label."""
+        image, label = self._source[int(self._indices[index])]
+        return image, label - self._labels.start
+
+
 class StreamDataModule(LightningDataModule, ABC):
     """A dataset dealt into a stream, one experience of which is served at a time.
 
@@ -94,6 +125,8 @@ class StreamDataModule(LightningDataModule, ABC):
         batch_size: Images in a batch of training.
         test_batch_size: Images in a batch without gradients; twice batch_size if null.
         num_workers: Processes that load images; they change the speed, never a batch.
+        held_out_classes: How many classes, the last by original label, are no part of the stream; diagnostics
+            measure on them what the backbone still knows of the rest of the world.
     """
 
     name: str
@@ -113,6 +146,7 @@ class StreamDataModule(LightningDataModule, ABC):
         batch_size: int = 64,
         test_batch_size: int | None = None,
         num_workers: int = 0,
+        held_out_classes: int = 0,
     ) -> None:
         super().__init__()
         self.num_experiences = num_experiences
@@ -123,6 +157,7 @@ class StreamDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.test_batch_size = 2 * batch_size if test_batch_size is None else test_batch_size
         self.num_workers = num_workers
+        self.held_out_classes = held_out_classes
         self._served: _Served | None = None
         self._experience: Experience | None = None
 
@@ -255,11 +290,40 @@ class StreamDataModule(LightningDataModule, ABC):
         plain = self._dealt.plain
         return self._loader(plain, self._sampler(self._current(plain), _PLAIN), self.test_batch_size)
 
+    def held_out_dataloaders(self) -> tuple[DataLoader[Batch], DataLoader[Batch]] | None:
+        """Serve the training and the test images of the classes that are held out; None if none are.
+
+        Both are transformed as at test time and labelled from 0.
+        """
+        if not self.held_out_classes:
+            return None
+        train, test = self._held_out
+        return self._outside(train), self._outside(test)
+
     # How it is done
 
     @cached_property
-    def _opened(self) -> Sources:
+    def _found(self) -> Sources:
         return self.sources()
+
+    @cached_property
+    def _opened(self) -> Sources:
+        """What is dealt: everything but the classes that are held out."""
+        if not self.held_out_classes:
+            return self._found
+        return _of_classes(self._found, range(len(self._found.class_names) - self.held_out_classes))
+
+    @cached_property
+    def _held_out(self) -> tuple[DrawnImages, DrawnImages]:
+        number = len(self._found.class_names)
+        sources = _of_classes(self._found, range(number - self.held_out_classes, number))
+        labels, plain = range(self.held_out_classes), self.test_transform()
+        return DrawnImages(sources.train, labels, plain), DrawnImages(sources.test, labels, plain)
+
+    def _outside(self, images: DrawnImages) -> DataLoader[Batch]:
+        everything = np.arange(len(images.positions), dtype=np.int64)
+        sampler = DrawSampler(everything, (self.seed, _OUTSIDE), shuffle=False)
+        return self._loader(images, sampler, self.test_batch_size)
 
     @property
     def _dealt(self) -> _Served:
@@ -272,10 +336,16 @@ class StreamDataModule(LightningDataModule, ABC):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value} and must be at least 1: choose a larger one.")
-        for name in ("seed", "num_workers"):
+        for name in ("seed", "num_workers", "held_out_classes"):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name} is {value} and cannot be negative: choose 0 or more.")
+
+        if self.held_out_classes and self.held_out_classes >= len(self._found.class_names):
+            raise ValueError(
+                f"{self.held_out_classes} of {len(self._found.class_names)} classes cannot be held out: "
+                "leave the stream at least one."
+            )
 
     def _sizes(self) -> list[int]:
         return experience_sizes(
@@ -398,6 +468,15 @@ class _Served:
     train: DrawnImages
     plain: DrawnImages
     test: DrawnImages
+
+
+def _of_classes(found: Sources, labels: range) -> Sources:
+    return replace(
+        found,
+        train=ChosenClasses(found.train, labels),
+        test=ChosenClasses(found.test, labels),
+        class_names=[found.class_names[label] for label in labels],
+    )
 
 
 @contextmanager

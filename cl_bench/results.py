@@ -110,6 +110,8 @@ class Result:
         rows: Evaluations, in order.
         costs: What each experience took.
         provenance: Versions, device, threads, commit and the start; shown, never hashed.
+        diagnostics: What was measured inside the model, an entry an experience; empty if nothing was. See
+            :mod:`cl_bench.diagnostics`.
         schema: Version of this layout.
     """
 
@@ -129,6 +131,7 @@ class Result:
     rows: list[Row | None] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)
     schema: int = SCHEMA
 
     @property
@@ -235,8 +238,13 @@ def read(path: Path) -> Result:
     )
 
 
+_LATER = ("diagnostics",)
+"""Fields that files of this schema may lack: they were added, empty by default, without a new schema."""
+
+
 def _from_json(payload: Mapping[str, Any]) -> Result:
-    fields = {name: payload[name] for name in Result.__dataclass_fields__}
+    names = (name for name in Result.__dataclass_fields__ if name in payload or name not in _LATER)
+    fields = {name: payload[name] for name in names}
     protocol = payload["protocol"]
     return Result(
         **fields

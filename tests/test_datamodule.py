@@ -253,6 +253,9 @@ def test_the_constructor_leaves_errors_to_setup() -> None:
         ({"image_size": 0}, "image_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"seed": -1}, "seed is -1"),
+        ({"held_out_classes": -1}, "held_out_classes is -1"),
+        ({"held_out_classes": 6}, "6 of 6 classes cannot be held out"),
+        ({"held_out_classes": 2, "order": "identity"}, "4 classes cannot be dealt evenly into 3 experiences"),
     ],
 )
 def test_setup_refuses_what_cannot_be_used(arguments: dict[str, Any], fault: str) -> None:
@@ -270,6 +273,34 @@ def test_nothing_is_served_before_setup_and_enter() -> None:
 class NoData(Toy):
     def sources(self) -> Sources:
         raise FileNotFoundError("no data here")
+
+
+def test_held_out_classes_are_the_last_ones_and_no_part_of_the_stream() -> None:
+    whole = toy(num_classes=8, num_experiences=4, order="identity")
+    data = toy(2, num_classes=8, held_out_classes=2)
+    assert [data.experiences[-1].num_classes_seen, len(data.test_images)] == [6, 6]
+    assert sorted(data.class_names) == [f"spot {label}" for label in range(6)]
+    loaders = data.held_out_dataloaders()
+    assert loaders is not None
+    outside = multiset(served(loaders[0])[0])
+    whole.enter(whole.experiences[3])
+    assert outside == multiset(served(whole.plain_dataloader())[0])
+    assert served(loaders[1])[1].tolist() == [0] * 6 + [1] * 6
+    assert not set(outside) & set(multiset(served(data.test_dataloader())[0]))
+    for index in range(3):
+        data.enter(data.experiences[index])
+        assert not set(outside) & set(multiset(served(data.plain_dataloader())[0]))
+
+
+def test_nothing_is_held_out_unless_asked_for() -> None:
+    assert toy().held_out_dataloaders() is None
+
+
+def test_classes_held_out_make_another_protocol_even_if_the_stream_is_left_alike() -> None:
+    alike = toy(num_classes=8, held_out_classes=2), toy(num_classes=9, held_out_classes=3)
+    assert alike[0].class_names == alike[1].class_names
+    for name in ("train_images", "test_images"):
+        assert len({data.protocol()[name] for data in (*alike, toy())}) == 3
 
 
 def test_the_length_of_the_stream_is_known_before_the_data() -> None:
