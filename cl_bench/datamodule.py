@@ -32,6 +32,7 @@ from cl_bench.stream import (
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
+_HELD_OUT_IMAGES = 32  # of each class for its mean, and as many for the accuracy
 _TRAINING, _TEST, _PLAIN, _AUGMENTED, _OUTSIDE = range(5)
 
 
@@ -291,9 +292,10 @@ class StreamDataModule(LightningDataModule, ABC):
         return self._loader(plain, self._sampler(self._current(plain), _PLAIN), self.test_batch_size)
 
     def held_out_dataloaders(self) -> tuple[DataLoader[Batch], DataLoader[Batch]] | None:
-        """Serve the training and the test images of the classes that are held out; None if none are.
+        """Serve training and test images of the classes that are held out; None if none are.
 
-        Both are transformed as at test time and labelled from 0.
+        The first 32 of each class and kind, or all if there are fewer: they are looked at after every
+        experience. All are transformed as at test time and labelled from 0.
         """
         if not self.held_out_classes:
             return None
@@ -321,8 +323,9 @@ class StreamDataModule(LightningDataModule, ABC):
         return DrawnImages(sources.train, labels, plain), DrawnImages(sources.test, labels, plain)
 
     def _outside(self, images: DrawnImages) -> DataLoader[Batch]:
-        everything = np.arange(len(images.positions), dtype=np.int64)
-        sampler = DrawSampler(everything, (self.seed, _OUTSIDE), shuffle=False)
+        first = [np.flatnonzero(images.positions == label) for label in range(self.held_out_classes)]
+        indices = np.concatenate([of_class[:_HELD_OUT_IMAGES] for of_class in first])
+        sampler = DrawSampler(indices, (self.seed, _OUTSIDE), shuffle=False)
         return self._loader(images, sampler, self.test_batch_size)
 
     @property

@@ -13,7 +13,8 @@ From that and the weights before and after come, for each experience,
   of old classes as they were when these had just been learnt.
 * ``held_out_ncm``: accuracy of the nearest class mean on classes that are no part of the stream, with the
   backbone as it was before the experience and as it is after it, a fraction. It says what an experience costs
-  of what pre-training brought. The datamodule's ``held_out_classes`` holds classes out.
+  of what pre-training brought. The datamodule's ``held_out_classes`` holds classes out, of each of which
+  at most 32 training images make the mean and at most 32 test images are classified.
 
 Source: the violation score, the danger score and its scatter are diagnostics of JANUS-LoRA,
 https://arxiv.org/abs/2605.28495, which does not say over how many inputs its norm is taken; the scale-free

@@ -292,6 +292,14 @@ def test_held_out_classes_are_the_last_ones_and_no_part_of_the_stream() -> None:
         assert not set(outside) & set(multiset(served(data.plain_dataloader())[0]))
 
 
+def test_the_first_32_images_of_a_held_out_class_are_served() -> None:
+    data = toy(num_classes=8, held_out_classes=2, images_per_class=40, test_images_per_class=33)
+    loaders = data.held_out_dataloaders()
+    assert loaders is not None
+    for loader in loaders:
+        assert served(loader)[1].tolist() == [0] * 32 + [1] * 32
+
+
 def test_nothing_is_held_out_unless_asked_for() -> None:
     assert toy().held_out_dataloaders() is None
 
