@@ -172,6 +172,19 @@ class StreamTrainer(Trainer):
             )
         self._require_whole_epochs()
 
+    def protocol(self, strategy: Strategy, datamodule: StreamDataModule) -> Protocol:
+        """Return what decides whether results of ``strategy`` on ``datamodule`` may stand beside others."""
+        experiences = datamodule.experiences
+        identity = {
+            **datamodule.protocol(),
+            "backbone": strategy.backbone.protocol(),
+            "precision": str(self.precision),
+            "experience_sizes": [experience.num_classes for experience in experiences],
+        }
+        factors = {"seed": datamodule.seed, "order": datamodule.order_name}
+        axes = {"dataset": datamodule.name, "num_experiences": len(experiences)}
+        return Protocol(identity, factors, axes)
+
     def _require_whole_epochs(self) -> None:
         """Refuse what would cut the stream short and leave numbers that look like results."""
         cut_short = {
@@ -248,14 +261,6 @@ class StreamTrainer(Trainer):
         setting: str | None,
     ) -> Result:
         experiences = datamodule.experiences
-        identity = {
-            **datamodule.protocol(),
-            "backbone": strategy.backbone.protocol(),
-            "precision": str(self.precision),
-            "experience_sizes": [experience.num_classes for experience in experiences],
-        }
-        factors = {"seed": datamodule.seed, "order": datamodule.order_name}
-        axes = {"dataset": datamodule.name, "num_experiences": len(experiences)}
         return Result(
             strategy=_title(strategy, regime),
             dataset=datamodule.name,
@@ -265,10 +270,12 @@ class StreamTrainer(Trainer):
             order=datamodule.order_name,
             seed=datamodule.seed,
             regime=regime,
-            protocol=Protocol(identity, factors, axes),
+            protocol=self.protocol(strategy, datamodule),
             config=config,
             setting=setting,
             provenance=provenance(self.strategy.root_device),
+            domains=datamodule.domains,
+            domain_images=datamodule.domain_images,
         )
 
 
@@ -285,7 +292,9 @@ class _Lifecycle(Callback):
         strategy = _strategy(pl_module)
         assert isinstance(trainer, StreamTrainer)
         with _measuring(trainer, strategy):
-            strategy.before_training(_DataPasses(trainer, before=True))
+            data = _DataPasses(trainer, before=True)
+            strategy.start_head(data)
+            strategy.before_training(data)
         trainer._trainable = strategy.trainable_parameters
         self._training_began = trainer._now()
 

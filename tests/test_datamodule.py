@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -298,6 +299,26 @@ def test_the_first_32_images_of_a_held_out_class_are_served() -> None:
     assert loaders is not None
     for loader in loaders:
         assert served(loader)[1].tolist() == [0] * 32 + [1] * 32
+
+
+class OfTwoDomains(Toy):
+    """Every other image is a sketch."""
+
+    def sources(self) -> Sources:
+        found = super().sources()
+        places = [[index % 2 for index in range(len(part))] for part in (found.train, found.test)]
+        return replace(found, domains=("photo", "sketch"), train_domains=places[0], test_domains=places[1])
+
+
+def test_what_stays_in_the_stream_keeps_its_domains() -> None:
+    whole, part = (
+        OfTwoDomains(num_classes=number, num_experiences=3, test_images_per_class=5, **held)
+        for number, held in ((9, {}), (9, {"held_out_classes": 3}))
+    )
+    for data in (whole, part):
+        data.setup()
+    kept = [counts[:6] for counts in whole.domain_images]
+    assert part.domain_images == kept == [[3, 2, 3, 2, 3, 2], [2, 3, 2, 3, 2, 3]]
 
 
 def test_nothing_is_held_out_unless_asked_for() -> None:
