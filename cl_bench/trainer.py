@@ -209,6 +209,12 @@ class StreamTrainer(Trainer):
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
 
+    def on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
+        """Yield the batches of ``loader`` in the precision and on the device of this trainer."""
+        for batch in loader:
+            images, labels = self.strategy.batch_to_device(self.precision_plugin.convert_input(batch))
+            yield images, labels
+
     def _now(self) -> float:
         """Return the seconds on a clock, once the device has done what it was given."""
         if self.strategy.root_device.type == "cuda":
@@ -303,29 +309,23 @@ class _Lifecycle(Callback):
 class _DataPasses:
     """The training images of the experience at hand, batch by batch on the strategy's device."""
 
-    def __init__(self, trainer: Trainer, *, before: bool) -> None:
+    def __init__(self, trainer: StreamTrainer, *, before: bool) -> None:
         self._trainer = trainer
         self._before = before
 
     def augmented(self) -> Iterator[Batch]:
         """Yield every training image once, drawn as in training."""
-        return self._on_device(self._datamodule.augmented_dataloader(0 if self._before else 1))
+        return self._trainer.on_device(self._datamodule.augmented_dataloader(0 if self._before else 1))
 
     def plain(self) -> Iterator[Batch]:
         """Yield every training image once, transformed as at test time."""
-        return self._on_device(self._datamodule.plain_dataloader())
+        return self._trainer.on_device(self._datamodule.plain_dataloader())
 
     @property
     def _datamodule(self) -> StreamDataModule:
         datamodule = self._trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, StreamDataModule)
         return datamodule
-
-    def _on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
-        for batch in loader:
-            converted = self._trainer.precision_plugin.convert_input(batch)
-            images, labels = self._trainer.strategy.batch_to_device(converted)
-            yield images, labels
 
 
 @contextmanager
