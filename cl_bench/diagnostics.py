@@ -36,7 +36,7 @@ from torch import Tensor
 from cl_bench.adapters import AdaptedLinear
 from cl_bench.datamodule import StreamDataModule
 from cl_bench.heads import Prototypes
-from cl_bench.losses import cosine_similarities
+from cl_bench.losses import cosine_similarities, danger_score
 from cl_bench.measurements import ClassMeans, SecondMoments, Statistic, class_means, measure
 from cl_bench.rectification import null_space_violation, scale_free_violation
 from cl_bench.strategy import Strategy
@@ -178,7 +178,7 @@ class _Angles(Statistic):
     def add(self, features: Tensor, labels: Tensor) -> None:
         if not len(self._prototypes):
             return
-        self._sum += float(cosine_similarities(features, self._prototypes).amax(dim=1).double().sum())
+        self._sum += float(danger_score(features, self._prototypes)) * len(features)
         for feature, label in zip(features, labels.tolist(), strict=True):
             if self._count % self._stride == 0:
                 self._kept.append((feature.clone(), label))

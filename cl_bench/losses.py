@@ -77,8 +77,9 @@ def decoupled_margin(
     gradient turns a feature away from what it is too near to, whatever the feature's length.
 
     Source: the Decoupled Margin Loss of JANUS-LoRA, https://arxiv.org/abs/2605.28495. Known of it are its
-    purpose, the margin, and that it works on angles between new features and the stored prototypes of old
-    classes; this hinge and its default are a reconstruction.
+    purpose, that it has a margin, and that it stands between new features and stored prototypes of old
+    classes. That it works on angles is inferred from the paper's plots, and so is the value of the margin, as
+    the height to which they fall; the hinge is a reconstruction.
 
     Args:
         features: Features of the images of a batch, all of new classes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cl_bench.adapters import LowRank, inject
@@ -18,7 +18,8 @@ class LowRankStrategy(Strategy):
 
     Args:
         backbone: Pre-trained vision transformer.
-        targets: Projections that carry an adapter, among q, k, v, qkv, proj, fc1, fc2.
+        targets: Projections that carry an adapter, among q, k, v, qkv, proj, fc1, fc2; or the projection of
+            each adapter by its name.
         rank: Rank of every adapter.
         scale: Factor of the low-rank product.
         blocks: Blocks that carry adapters, from 0; all of them if null.
@@ -32,7 +33,7 @@ class LowRankStrategy(Strategy):
         self,
         backbone: Backbone,
         *,
-        targets: Sequence[str] = ("k", "v"),
+        targets: Sequence[str] | Mapping[str, str] = ("k", "v"),
         rank: int = 10,
         scale: float = 1.0,
         blocks: Sequence[int] | None = None,

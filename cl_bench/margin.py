@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,6 +18,9 @@ MarginLoss = Literal["nearest", "all", "triplet"]
 """How nearness is counted: to the nearest old prototype, to all that are too near, or by triplets."""
 
 
+_MARGIN: dict[MarginLoss, float] = {"nearest": 0.2, "all": 0.2, "triplet": 1.0}
+
+
 class DecoupledMargin(Strategy):
     """Adds to the loss of a method a term that pushes new features away from old prototypes.
 
@@ -27,8 +31,10 @@ class DecoupledMargin(Strategy):
     Args:
         backbone: Pre-trained vision transformer.
         decoupled_margin: Whether the term is there; without it nothing is measured or kept.
-        margin: What is enforced: a cosine that nearness must not exceed, for triplets a distance.
-        margin_weight: Factor of the term.
+        margin: Cosine to an old prototype from which on a feature is too near, 0.2 unless given; for triplets
+            the distance by which a negative should be farther than a positive, 1 unless given.
+        margin_weight: Factor of the term. Of 0, 0.1 and 1 the last did best, by less than half a point, on a
+            validation split of a small stream of natural images.
         margin_loss: How nearness is counted: nearest, all or triplet.
         kwargs: Settings of the other strategy.
 
@@ -41,14 +47,17 @@ class DecoupledMargin(Strategy):
         backbone: Backbone,
         *,
         decoupled_margin: bool = False,
-        margin: float = 0.2,
+        margin: float | None = None,
         margin_weight: float = 1.0,
         margin_loss: MarginLoss = "nearest",
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, **kwargs)
+        if decoupled_margin:  # a prototype for each class, and a cosine to each old one for every feature
+            grown = (*self.promises.step_grows_with, "classes")
+            self.promises = replace(self.promises, vectors_per_class=1, step_grows_with=grown)
         self.decoupled_margin = decoupled_margin
-        self.margin = margin
+        self.margin = _MARGIN[margin_loss] if margin is None else margin
         self.margin_weight = margin_weight
         self.margin_loss = margin_loss
         self.prototypes = Prototypes(backbone.feature_dim)

@@ -6,6 +6,7 @@ Before a mean is taken, sums go over all processes of a run, so each may see a p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -213,7 +214,8 @@ class InputSketch(InputStatistic):
 
     Between the steps of training it holds (rows, d) numbers for each layer instead of (d, d). A batch is
     stacked below the sketch, and the singular values of both together are shrunk until no more than ``rows``
-    are left; what shrinking took away is known and put back evenly, since only whole energies are exact here.
+    are left. What shrinking took away is known as a whole, and put back evenly: energies inside and outside
+    of the memory are exact, directions beyond those of the sketch are not. A memory takes no more than these.
 
     Source: frequent directions, https://arxiv.org/abs/1501.01711.
 
@@ -222,7 +224,7 @@ class InputSketch(InputStatistic):
         memory: What is protected in each of them.
         rows: Directions that are kept; never more than d.
         every: Take in every so many forward passes, the first among them.
-        most_tokens: Tokens of a batch that are taken in, evenly spaced.
+        most_tokens: Tokens of a batch that are taken in, spread over images and places alike.
 
     Attributes:
         sketch: ``Y`` (L, rows, d), so that ``Y^T Y`` is nearly ``P X^T X P`` of the inputs ``X``.
@@ -299,7 +301,7 @@ class InputSketch(InputStatistic):
 
     def take(self, index: int, tokens: Tensor) -> None:
         """Stack tokens (N, d) below the sketch and shrink both together."""
-        tokens = tokens[:: -(-len(tokens) // self.most_tokens)].float()
+        tokens = tokens[_spread(len(tokens), self.most_tokens)].float()
         rest = self._memory[0].right_residual(tokens, index)
         energy = rest.double().square().sum()
         self.inside[index] += (tokens.double().square().sum() - energy).clamp(min=0)
@@ -478,6 +480,20 @@ def _requiring_gradients(weights: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for weight, required in zip(weights, before, strict=True):
             weight.requires_grad_(required)
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return at most ``most`` of ``count`` places, far apart, and in step with no period of them.
+
+    The places of a token repeat from image to image: a stride that divided their number would pick the same
+    ones from every image. This one shares no factor with the count, near the golden section of it.
+    """
+    if count <= most:
+        return list(range(count))
+    step = round(count * 0.618)
+    while math.gcd(step, count) != 1:
+        step += 1
+    return [place * step % count for place in range(most)]
 
 
 def _heard(tokens: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -65,6 +66,8 @@ class ProtectedStrategy(LowRankStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, **kwargs)
+        # Every gradient is projected with the basis.
+        self.promises = replace(self.promises, step_grows_with=(*self.promises.step_grows_with, "basis"))
         self.rectification = rectification
         self.row_space = row_space
         self.gauge = gauge
@@ -79,10 +82,16 @@ class ProtectedStrategy(LowRankStrategy):
             )
         self.memory = GPM(len(self.layers), widths.pop(), energy, dtype=torch.float32)
 
-    def protect(self, moments: Tensor) -> None:
-        """Add to the memory what this experience uses of second moments (layers, n, n) of the inputs."""
+    def protect(self, moments: Tensor, most: int | None = None) -> None:
+        """Add to the memory what this experience uses.
+
+        Args:
+            moments: Second moments (layers, n, n) of the inputs.
+            most: Most directions of a layer, where no more are known.
+        """
         at, of = self.experience.index, self.experience.num_experiences
-        self.memory.update(moments, energy_threshold(at, of, self.threshold, self.threshold_end))
+        share = energy_threshold(at, of, self.threshold, self.threshold_end)
+        self.memory.update(moments, share, most)
 
     def before_training(self, data: TrainingData) -> None:
         """Clear the rows of every A, or let the gradient of every B be that of a cleared A."""

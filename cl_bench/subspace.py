@@ -215,8 +215,7 @@ def energy_threshold(index: int, num_experiences: int, start: float, end: float 
 def principal_subspace(weight: Tensor, threshold: float) -> Tensor:
     """Return the input directions (n, p) that hold ``threshold`` of the energy of ``weight`` (m, n).
 
-    They are the first right singular vectors, as few as hold that share of the squared singular values. A
-    memory that starts from those of several weights (L, m, n) is updated once with ``weights.mT @ weights``.
+    They are the first right singular vectors, as few as hold that share of the squared singular values.
 
     Source: KeepLoRA, https://arxiv.org/abs/2601.19659, whose weight is the transpose of PyTorch's.
 
@@ -298,6 +297,26 @@ class GPM(nn.Module):
         """Return the basis (d, k) of what is protected in ``layer``."""
         return self.get_buffer(f"basis_{layer}")
 
+    @property
+    def most_bytes(self) -> int:
+        """Bytes of a memory that is as large as it can become."""
+        return self.num_layers * self.dim * self._most_stored * (self.dtype or torch.float64).itemsize
+
+    @property
+    def _most_stored(self) -> int:
+        """Directions of a layer that are stored at most."""
+        return self.dim
+
+    def adopt(self, layer: int, basis: Tensor) -> None:
+        """Protect the span of ``basis`` (d, k), orthonormal, in a layer that protects nothing yet.
+
+        Raises:
+            ValueError: If the layer protects something.
+        """
+        if self.dims[layer]:
+            raise ValueError(f"Layer {layer} protects {self.dims[layer]} directions: adopt a basis before.")
+        self._buffers[f"basis_{layer}"] = basis.to(self.dtype or basis.dtype)
+
     def residual(self, x: Tensor, layer: int) -> Tensor:
         """Remove from the columns of ``x`` (d, n) what is protected in ``layer``, in the type of ``x``."""
         return residual(x, self.basis(layer).to(x.dtype))
@@ -307,7 +326,7 @@ class GPM(nn.Module):
         return self.residual(x.mT, layer).mT
 
     @torch.no_grad()
-    def update(self, moments: Tensor, threshold: float) -> None:
+    def update(self, moments: Tensor, threshold: float, most: int | None = None) -> None:
         """Protect, in each layer, the strongest new directions until ``threshold`` of the energy is held.
 
         What is protected already stays as it is, and counts with what it holds of these moments. The new
@@ -319,6 +338,8 @@ class GPM(nn.Module):
         Args:
             moments: Second moments (L, d, d) of the inputs of the experience that was just learnt.
             threshold: Share of their energy to hold, in [0, 1].
+            most: Most new directions of a layer, where no more are known; a layer that needs more gets a
+                warning.
 
         Raises:
             ValueError: If the moments do not fit, are zero or not finite, or the threshold is no share.
@@ -328,6 +349,13 @@ class GPM(nn.Module):
         counts = directions_needed(shares, threshold).tolist()
         for layer, (held, needed) in enumerate(zip(self.dims, counts, strict=True)):
             count = max(needed - 1, 1) if held == 0 and self.first == "below" else needed
+            if most is not None and count > most:
+                warnings.warn(
+                    f"Layer {layer} needs {count} new directions to hold {threshold:.3f} of the energy, and "
+                    f"{most} are known: keep more of them, or lower the threshold.",
+                    stacklevel=2,
+                )
+                count = most
             if count > 0:
                 free = directions[layer, :, : self.dim - held].to(self.dtype or moments.dtype)
                 self._protect(layer, free[:, :count], rest=free[:, count:])
@@ -462,6 +490,10 @@ class DualGPM(GPM):
             free = self._complement(layer)
             found.append(super().basis(layer).shape[1] if free is None else self.dim - free.shape[1])
         return found
+
+    @property
+    def _most_stored(self) -> int:
+        return self.dim // 2
 
     def basis(self, layer: int) -> Tensor:
         """Return a basis (d, k) of what is protected in ``layer``, made anew if the other form is stored."""

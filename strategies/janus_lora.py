@@ -8,22 +8,25 @@ whose joint effect is nearest to it. The *Decoupled Margin Loss* (DML) pushes ne
 prototypes of old classes, apart from classification.
 
 Source: JANUS-LoRA, ICML 2026, https://arxiv.org/abs/2605.28495: the three parts and their purpose, the
-projected update and the closed form through the tangent space, adapters with both factors trained on the keys
-and values of every block, cosine geometry and class means in the margin loss.
+projected update and the closed form through the tangent space, both factors trained, on the keys and values
+of every block. Inferred from its figures: that OE takes no pass of its own, that the margin loss works on
+angles, and that its prototypes are class means.
 
 Departures: this is a reconstruction. The paper's text was not at hand and no code of it is public, so these
 are ours, and none of them may be called reproduced:
 
 1. OE: the uncentred second moment of all tokens seen in training, projected once at the end, with the energy
    rule of GPM and the threshold schedule of InfLoRA. ``stream`` keeps a sketch of it in less memory.
-2. GR: the formula, its gauge and its damping; see ``cl_bench/rectification.py``. Without GR the gradient of
-   ``A`` alone is projected.
+2. GR: the formula, its gauge and its damping; see ``cl_bench/rectification.py``. It edits gradients before
+   the optimizer, Adam included. Without GR the gradient of ``A`` alone is projected.
 3. ``row_space: safe``: rows of ``A`` are cleared of protected directions at the start of an experience and
    after every step, which makes the update exactly safe under any optimizer. The paper reports a violation
    above zero, so it has no such step; ``free`` is nearer to it.
-4. DML: a hinge on the cosine to the nearest old prototype, its margin and weight.
-5. A fresh adapter for every experience, merged at its end, and the rest of training as in InfLoRA's code,
-   https://arxiv.org/abs/2404.00228.
+4. DML: a hinge on the cosine to the nearest old prototype, its margin, its weight, and prototypes measured
+   once, when their class has been learnt, from images as at test time.
+5. A fresh adapter of rank 10 without a scale for every experience, merged at its end; a linear head for each,
+   trained by the cross-entropy over its own classes; optimizer, schedule and epochs: all as in InfLoRA's
+   code, https://arxiv.org/abs/2404.00228.
 
 With all three parts off it is plain LoRA, ``merge``, bit for bit.
 """
@@ -40,7 +43,7 @@ from cl_bench.backbones import Backbone
 from cl_bench.margin import DecoupledMargin
 from cl_bench.measurements import InputSketch, SecondMoments
 from cl_bench.protection import ProtectedStrategy, RowSpace
-from cl_bench.strategy import Batch, Promises, TrainingData
+from cl_bench.strategy import Batch, TrainingData
 
 
 class JanusLoRA(DecoupledMargin, ProtectedStrategy):
@@ -58,9 +61,6 @@ class JanusLoRA(DecoupledMargin, ProtectedStrategy):
     """
 
     name = "JANUS-LoRA"
-    # DML keeps a prototype for each class and compares every feature with those of old classes; gradients are
-    # projected with the basis.
-    promises = Promises(vectors_per_class=1, step_grows_with=("basis", "classes"))
 
     def __init__(
         self,
@@ -99,6 +99,7 @@ class JanusLoRA(DecoupledMargin, ProtectedStrategy):
     def after_training(self, data: TrainingData) -> None:
         """Protect what OE has heard, then keep prototypes and merge."""
         if self.inputs is not None:
-            self.protect(self.inputs.mean())
+            known = self.inputs.rows if isinstance(self.inputs, InputSketch) else None
+            self.protect(self.inputs.mean(), known)
             self.inputs.clear()
         super().after_training(data)

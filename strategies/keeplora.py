@@ -14,11 +14,12 @@ Departures:
   adapts both towers of CLIP and compares images with class names. Reconstructed for that: a head must exist
   before the first gradient, so it starts from class means, scaled as KeepLoRA+ scales its classifier. With
   ``head_start: random`` the gradient is mostly that of a random head.
-* ``principal: output`` and ``features: batch_average`` are what the released code does: it takes the
+* ``principal: output`` and ``input_statistic: batch_average`` are what the released code does: it takes the
   principal directions from the output side of its square weights, and averages the tokens at each place of a
   batch instead of gathering their second moment. The defaults are the paper's.
 * Exact decompositions in place of randomised ones, and as many directions as reach a threshold, where the
   released code takes one fewer.
+* Schedules are stepped once an epoch, and the released code's OneCycleLR once a step.
 * Where fewer than r directions are free, the remaining rows of ``A`` are zero, with a warning.
 """
 
@@ -35,7 +36,7 @@ from cl_bench.experience import Experience
 from cl_bench.low_rank import LowRankStrategy
 from cl_bench.measurements import TokenAverages, full_weight_gradients, measure, second_moments
 from cl_bench.strategy import Promises, TrainingData
-from cl_bench.subspace import GPM
+from cl_bench.subspace import GPM, principal_output_subspace, principal_subspace
 
 
 class KeepLoRA(LowRankStrategy):
@@ -49,7 +50,7 @@ class KeepLoRA(LowRankStrategy):
         weight_threshold: Share of the energy of a pre-trained weight that is protected from the start.
         feature_threshold: Share of the energy of its inputs that each experience has protected.
         principal: Side of the weight that its principal directions come from: input, or output as released.
-        features: What is measured of the inputs: second_moment, or batch_average as released.
+        input_statistic: What is measured of the inputs: second_moment, or batch_average as released.
         head_start: Where a new head starts: means, or random.
         kwargs: Settings of every strategy with adapters.
     """
@@ -68,7 +69,7 @@ class KeepLoRA(LowRankStrategy):
         weight_threshold: float = 0.85,
         feature_threshold: float = 0.99,
         principal: Literal["input", "output"] = "input",
-        features: Literal["second_moment", "batch_average"] = "second_moment",
+        input_statistic: Literal["second_moment", "batch_average"] = "second_moment",
         head_start: Literal["means", "random"] = "means",
         **kwargs: Any,
     ) -> None:
@@ -76,19 +77,30 @@ class KeepLoRA(LowRankStrategy):
         self.weight_threshold = weight_threshold
         self.feature_threshold = feature_threshold
         self.principal = principal
-        self.statistic = features
+        self.input_statistic = input_statistic
         for _, adapter in self.adapters():
             adapter.A.requires_grad_(False)
-        width = self.layers[0].weight.shape[1]
+        shapes = {(*adapter.B.shape[:1], *adapter.A.shape[1:]) for _, adapter in self.adapters()}
+        if len(shapes) != 1:
+            raise ValueError(
+                "KeepLoRA compares the adapted projections with each other, and these differ in size: "
+                "choose targets among q, k, v and proj, or a single one."
+            )
+        height, width = shapes.pop()
+        if principal == "output" and height != width:
+            raise ValueError(
+                "Output directions of a projection are no input directions unless it is square: "
+                "set principal to input, or choose targets among q, k, v and proj."
+            )
         self.memory = GPM(sum(1 for _ in self.adapters()), width, dtype=torch.float32)
 
     def expand(self, experience: Experience) -> None:
         """Grow the head; before the first experience, protect the principal directions of the weights."""
         super().expand(experience)
         if experience.is_first and self.weight_threshold > 0:
-            weights = torch.stack(self._rows_of([layer.weight for layer in self.layers]))
-            sides = weights.mT @ weights if self.principal == "input" else weights @ weights.mT
-            self.memory.update(sides, self.weight_threshold)
+            principal = principal_subspace if self.principal == "input" else principal_output_subspace
+            for index, weight in enumerate(self._rows_of([layer.weight for layer in self.layers])):
+                self.memory.adopt(index, principal(weight, self.weight_threshold))
 
     def before_training(self, data: TrainingData) -> None:
         """Start every adapter from the residual of the first gradient."""
@@ -120,7 +132,7 @@ class KeepLoRA(LowRankStrategy):
         ]
 
     def _input_moments(self, data: TrainingData) -> Tensor:
-        if self.statistic == "second_moment":
+        if self.input_statistic == "second_moment":
             return second_moments(self.features, self.layers, data.plain())
         averages = TokenAverages(self.layers)
         measure(self.features, data.plain(), averages)

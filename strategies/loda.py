@@ -6,45 +6,46 @@ much energy in the new inputs for little in the old. Both are frozen and their u
 pairs of steps that look for gradients on which two halves of the classes agree. At the end, the general
 branch is recalibrated, direction by direction, to what it may change for old inputs, and both are merged.
 
-Source: LoDA, ICML 2026, https://arxiv.org/abs/2603.00191, and its released code.
+Source: LoDA, ICML 2026, https://arxiv.org/abs/2603.00191, and its released code; a batch of a single class
+takes an ordinary step there, too.
 
 Departures:
 
 * The alignment of gradients looks ahead down the gradient of one half of the classes, as the code does; the
   paper's wording suggests a step up. Parameters are put back before the optimizer moves them, not after, so
-  they return bit for bit.
+  they return bit for bit; weight decay then acts on them where they are.
+* ``general_weight`` and ``isolated_weight`` are what is left of the code's 0.5 and 1 once it has halved both.
 * ``recalibration: diag`` is the code's, ``full`` the paper's closed form.
 * ``count_merged``: the code adds the moments of a finished experience to the old ones twice, before and after
   merging. That is the default here, since the published numbers come from it.
 * The old second moment is regularised relative to its size before it is decomposed; the code does so by
   absolute numbers, and only where the decomposition fails.
-* A batch of one class takes an ordinary step.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from cl_bench.adapters import LowRank, inject
+from cl_bench.adapters import LowRank
+from cl_bench.alignment import class_halves, looking_ahead
 from cl_bench.backbones import Backbone
-from cl_bench.experience import Experience
 from cl_bench.heads import GrowingCosine
 from cl_bench.losses import cosface
+from cl_bench.low_rank import LowRankStrategy
 from cl_bench.measurements import second_moments
-from cl_bench.strategy import Batch, Promises, Strategy, TrainingData
+from cl_bench.recalibration import Recalibration, recalibration
+from cl_bench.strategy import Batch, Promises, TrainingData
 from cl_bench.subspace import generalised_directions, leading_directions
 
-Recalibration = Literal["diag", "full", "none"]
 
-
-class LoDA(Strategy):
+class LoDA(LowRankStrategy):
     """General and isolated branches on the fused queries, keys and values of every block.
 
     A training step costs two steps of another method, since gradients are aligned in both directions.
@@ -59,13 +60,12 @@ class LoDA(Strategy):
         gradient_alignment: Whether steps are taken in pairs over two halves of the classes of a batch.
         radius: Length of the look-ahead in each adapter tensor.
         recalibration: How the general branch is scaled before it is merged: diag, full or none.
-        gamma: What a change for new inputs weighs against one for old inputs in the recalibration.
+        gamma: What a change missed for new inputs weighs against one made to old inputs.
         count_merged: Whether a finished experience enters the old moments once more after merging.
-        kwargs: Settings of every strategy.
+        kwargs: Settings of every strategy with adapters.
     """
 
     name = "LoDA"
-    promises = Promises(merge_within=None)  # recalibration changes the general branch on purpose
     head: GrowingCosine
     old_moments: Tensor
 
@@ -85,10 +85,9 @@ class LoDA(Strategy):
         count_merged: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, **kwargs)
+        branches = {"general": "qkv", "isolated": "qkv"}
+        super().__init__(backbone, targets=branches, rank=rank, scale=1.0, **kwargs)
         self.head = GrowingCosine(backbone.feature_dim)
-        self.layers = inject(backbone, {"general": "qkv", "isolated": "qkv"}, rank)
-        self.rank = rank
         self.logit_scale = logit_scale
         self.margin = margin
         self.radius = radius
@@ -96,20 +95,21 @@ class LoDA(Strategy):
         self.gamma = gamma
         self.count_merged = count_merged
         self.automatic_optimization = not gradient_alignment
+        if recalibration != "none":  # which changes the general branch on purpose
+            self.promises = Promises(merge_within=None)
         for general, isolated in self._branches():
             general.scale, isolated.scale = general_weight, isolated_weight
         width = self.layers[0].weight.shape[1]
         self.register_buffer("old_moments", torch.zeros(len(self.layers), width, width, dtype=torch.float64))
 
-    def expand(self, experience: Experience) -> None:
-        """Grow the head and start both branches; the first experience has the general one alone."""
-        super().expand(experience)
-        for layer in self.layers:
-            layer.reset()
+    def renew(self) -> None:
+        """Start both branches; the first experience has the general one alone, and trains its rows."""
+        super().renew()
+        first = self.experience.is_first
         for general, isolated in self._branches():
-            general.A.requires_grad_(experience.is_first)
+            general.A.requires_grad_(first)
             isolated.A.requires_grad_(False)
-            isolated.B.requires_grad_(not experience.is_first)
+            isolated.B.requires_grad_(not first)
 
     def before_training(self, data: TrainingData) -> None:
         """Choose the rows of every A; dividing by √3 gives them the size of a fresh linear layer."""
@@ -131,7 +131,7 @@ class LoDA(Strategy):
         """Return the loss of one batch; with gradient alignment, take both of its steps."""
         if self.automatic_optimization:
             return super().training_step(batch, batch_idx)
-        halves = _halves(*batch)
+        halves = class_halves(*batch)
         if halves is None:
             loss = self._step(batch)
         else:
@@ -152,10 +152,10 @@ class LoDA(Strategy):
         """Recalibrate the general branch, merge both, and count this experience among the old ones."""
         new = self._moments(data)
         if not self.experience.is_first:
-            for (general, _), of_old, of_new in zip(self._branches(), self.old_moments, new, strict=True):
-                general.B.copy_(general.B @ self._recalibrated(general.A, of_old, of_new).to(general.B))
-        for layer in self.layers:
-            layer.merge()
+            for (general, _), old, own in zip(self._branches(), self.old_moments, new, strict=True):
+                scaling = recalibration(general.A, old, own, self.gamma, self.recalibration)
+                general.B.copy_(general.B @ scaling.to(general.B))
+        super().after_training(data)
         self.old_moments += new
         if self.count_merged:
             self.old_moments += self._moments(data)
@@ -172,7 +172,7 @@ class LoDA(Strategy):
         assert isinstance(optimizer, LightningOptimizer)
         optimizer.zero_grad()
         with nullcontext() if ahead is None else self._looking_ahead(ahead, share * self.radius):
-            loss = self.loss(self.features(batch[0]), batch[1])
+            loss = self._loss_of(batch)
             self.manual_backward(loss)
         clip, algorithm = self.trainer.gradient_clip_val, self.trainer.gradient_clip_algorithm
         self.clip_gradients(optimizer.optimizer, clip, algorithm)
@@ -180,41 +180,9 @@ class LoDA(Strategy):
         torch.clear_autocast_cache()  # it may hold copies of parameters as they were before the step
         return loss.detach()
 
-    @contextmanager
-    def _looking_ahead(self, batch: Batch, length: float) -> Iterator[None]:
-        """Move every adapter tensor by ``length`` down its gradient on ``batch``; then put them back."""
-        tensors = [
-            tensor for layer in self.layers for tensor in layer.adapters.parameters() if tensor.requires_grad
-        ]
-        gradients = torch.autograd.grad(self.loss(self.features(batch[0]), batch[1]), tensors)
-        before = [tensor.detach().clone() for tensor in tensors]
-        with torch.no_grad():
-            for tensor, gradient in zip(tensors, gradients, strict=True):
-                tensor.sub_(length * gradient / (gradient.norm() + 1e-12))
-        yield
-        with torch.no_grad():
-            for tensor, old in zip(tensors, before, strict=True):
-                tensor.copy_(old)
+    def _looking_ahead(self, batch: Batch, length: float) -> Any:
+        tensors = [p for layer in self.layers for p in layer.adapters.parameters() if p.requires_grad]
+        return looking_ahead(tensors, torch.autograd.grad(self._loss_of(batch), tensors), length)
 
-    def _recalibrated(self, down: Tensor, old: Tensor, new: Tensor) -> Tensor:
-        """Return what multiplies ``B`` from the right (r, r), for moments (n, n) of old and new inputs."""
-        rows = down.double()
-        of_old, of_new = rows @ old @ rows.mT, self.gamma * (rows @ new @ rows.mT)
-        match self.recalibration:
-            case "diag":
-                return torch.diag(of_new.diagonal() / (of_old.diagonal() + of_new.diagonal()))
-            case "full":
-                found: Tensor = torch.linalg.solve(of_old + of_new, of_new, left=False)
-                return found
-            case "none":
-                return torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-
-
-def _halves(images: Tensor, labels: Tensor) -> tuple[Batch, Batch] | None:
-    """Split a batch into two by a random half of its classes; None if it has a single class."""
-    classes = labels.unique()
-    if len(classes) < 2:
-        return None
-    chosen = classes[torch.randperm(len(classes))[: len(classes) // 2].to(classes.device)]
-    first = torch.isin(labels, chosen)
-    return (images[first], labels[first]), (images[~first], labels[~first])
+    def _loss_of(self, batch: Batch) -> Tensor:
+        return self.loss(self.features(batch[0]), batch[1])

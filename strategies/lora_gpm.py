@@ -10,8 +10,8 @@ https://arxiv.org/abs/2605.28495, which also adds its gradient rectification to 
 Departures:
 
 * No code or description of the baseline is public beyond its name: this is a reconstruction, JANUS-LoRA with
-  its online estimation replaced by a pass, and without the other two parts. Adapters, schedule of the energy
-  threshold and training follow InfLoRA, https://arxiv.org/abs/2404.00228.
+  its online estimation replaced by a pass, without the other two parts, and with a free row space. Adapters,
+  schedule of the energy threshold and training follow InfLoRA, https://arxiv.org/abs/2404.00228.
 * The memory is made of the second moment of all tokens instead of some sampled inputs: the same directions
   and energies, without the chance of a sample.
 * ``rectification`` and ``row_space: safe`` are options; both off is the baseline.
@@ -25,7 +25,7 @@ from cl_bench.backbones import Backbone
 from cl_bench.margin import DecoupledMargin
 from cl_bench.measurements import second_moments
 from cl_bench.protection import ProtectedStrategy
-from cl_bench.strategy import Promises, TrainingData
+from cl_bench.strategy import TrainingData
 
 
 class LoRAGPM(DecoupledMargin, ProtectedStrategy):
@@ -37,9 +37,6 @@ class LoRAGPM(DecoupledMargin, ProtectedStrategy):
     """
 
     name = "LoRA-GPM"
-    # Gradients are projected with the basis; with the decoupled margin, every feature is compared with a
-    # prototype of each old class.
-    promises = Promises(vectors_per_class=1, step_grows_with=("basis", "classes"))
 
     def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)

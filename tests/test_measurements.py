@@ -13,6 +13,7 @@ from cl_bench.measurements import (
     InputSketch,
     SecondMoments,
     TokenAverages,
+    _spread,
     class_means,
     full_weight_gradients,
     measure,
@@ -366,11 +367,28 @@ def test_a_sketch_errs_by_no_more_than_what_frequent_directions_guarantee() -> N
     assert bool((lost.max(dim=1).values <= moments.diagonal(dim1=1, dim2=2).sum(1) / 8).all())
 
 
-def test_a_sketch_takes_few_tokens_of_a_large_batch_evenly() -> None:
+@pytest.mark.parametrize(("images", "places"), ((256, 5), (512, 17), (256, 65), (12, 5)))
+def test_a_sketch_takes_tokens_from_every_place_of_an_image(images: int, places: int) -> None:
+    """A stride that divides the number of places would hear the same ones of every image."""
+    layer = nn.Linear(8, 8)
+    sketch = InputSketch([layer], GPM(1, 8), rows=4, most_tokens=256)
+    heard: list[Tensor] = []
+    sketch.take = lambda index, tokens: heard.append(tokens)  # type: ignore[method-assign]
+    marked = torch.arange(places).float()[None, :, None].expand(images, places, 8)
+    with sketch.listening():
+        layer(marked)
+    drawn = heard[0][_spread(images * places, 256)][:, 0]
+    assert len(drawn) == min(256, images * places)
+    counts = torch.bincount(drawn.long(), minlength=places)
+    assert counts.min() >= 1
+    assert counts.max() <= 2 * len(drawn) / places
+
+
+def test_a_sketch_counts_the_tokens_that_it_takes() -> None:
     backbone, layers = adapted()
     sketch = InputSketch(layers, GPM(2, 32), rows=4, most_tokens=20)
     measure(backbone, batches(12), sketch)
-    assert sketch.tokens.tolist() == [20, 20]  # every third of 60
+    assert sketch.tokens.tolist() == [20, 20]
 
 
 def test_what_a_sketch_cannot_do_is_refused() -> None:

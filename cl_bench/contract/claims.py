@@ -23,7 +23,7 @@ class Evidence:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.promises = subject.strategy_class.promises
+        self.promises = subject.fresh.strategy.promises  # which may depend on its settings
 
     @cached_property
     def observed(self) -> list[Observed]:

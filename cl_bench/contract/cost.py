@@ -7,7 +7,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,11 +75,9 @@ def memory(run: Run, costs: list[Experienced]) -> str:
             "declared: merge or drop what an experience leaves, or set "
             "promises = Promises(vectors_per_class=...)"
         )
-    most = _full(strategy)
+    most = 0 if strategy.memory is None else strategy.memory.most_bytes
     if costs[-1].memory > most:
-        raise Broken(
-            f"the memory holds {costs[-1].memory} bytes, more than {most} of bases of all directions"
-        )
+        raise Broken(f"the memory holds {costs[-1].memory} bytes, more than the {most} it may ever need")
     kept = f"; the memory holds {costs[-1].memory} of at most {most} bytes" if most else ""
     return (
         f"an experience adds {head.pop()} bytes to the head and {max(growth, 0)} to the rest{kept}, "
@@ -136,12 +133,6 @@ def _bytes(strategy: Strategy, part: str) -> int:
     module = getattr(strategy, part)
     state = {} if module is None else module.state_dict()
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-
-
-def _full(strategy: Strategy) -> int:
-    """Return the bytes of a memory that protects every direction, in float64; 0 without a memory."""
-    memory = strategy.memory
-    return 0 if memory is None else memory.num_layers * memory.dim**2 * torch.float64.itemsize
 
 
 class _Counter(Callback):

@@ -31,6 +31,25 @@ def test_every_strategy_keeps_its_contract(config: Path) -> None:
     assert failed(found) == {}
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("stem", "overrides"),
+    (
+        ("janus_lora", ("--row_space=free",)),
+        ("janus_lora", ("--online_estimation=stream",)),
+        ("janus_lora", ("--online_estimation=null", "--rectification=false", "--decoupled_margin=false")),
+        ("lora_gpm", ("--decoupled_margin=true", "--row_space=safe")),
+        ("inflora", ("--energy=features", "--memory_form=plain")),
+        ("keeplora", ("--principal=output", "--input_statistic=batch_average", "--head_start=random")),
+        ("loda", ("--gradient_alignment=false", "--recalibration=none")),
+        ("loda", ("--recalibration=full", "--count_merged=false")),
+        ("lora", ("--variant=shared", "--head_start=means")),
+    ),
+)
+def test_every_option_keeps_the_contract(stem: str, overrides: tuple[str, ...]) -> None:
+    assert failed(checked(CONFIGS / "strategies" / f"{stem}.yaml", *overrides)) == {}
+
+
 @pytest.mark.parametrize(
     ("strategy", "claim", "reason"),
     (

@@ -9,6 +9,7 @@ import torch
 
 from cl_bench.backbones import Backbone
 from cl_bench.rectification import relative_violation
+from cl_bench.strategy import TrainingData
 from cl_bench.subspace import leading_directions
 from strategies.inflora import InfLoRA
 
@@ -86,6 +87,25 @@ def test_the_memory_only_grows(backbone: Making, walk: Walking) -> None:
         one <= other for before, after in pairwise(widths) for one, other in zip(before, after, strict=True)
     )
     assert sum(widths[-1]) > 0
+
+
+def test_the_memory_holds_the_share_of_the_schedule_from_the_second_experience_on(
+    backbone: Making, walk: Walking
+) -> None:
+    held: list[list[float]] = []
+
+    class Spied(InfLoRA):
+        def after_training(self, data: TrainingData) -> None:
+            moments = self._moments(data)
+            super().after_training(data)
+            held.append(self.memory.held_energy(moments).tolist())
+
+    walk(inflora(backbone, Spied, threshold=0.9, threshold_end=0.96, energy="features"))
+    assert all(
+        share >= bound - 1e-6
+        for shares, bound in zip(held, (0.9, 0.92, 0.94), strict=True)
+        for share in shares
+    )
 
 
 def test_the_first_blocks_alone_carry_adapters_if_asked(backbone: Making) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
 from cl_bench.backbones import Backbone
+from cl_bench.measurements import class_means, full_weight_gradients
 from cl_bench.rectification import relative_violation
+from cl_bench.strategy import Batch, TrainingData
 from cl_bench.subspace import GPM
 from strategies.janus_lora import JanusLoRA
 from strategies.lora import LoRA
@@ -93,9 +96,9 @@ def test_what_is_measured_in_training_is_what_is_protected(backbone: Making, wal
     seen: list[torch.Tensor] = []
 
     class Spied(JanusLoRA):
-        def protect(self, moments: torch.Tensor) -> None:
+        def protect(self, moments: torch.Tensor, most: int | None = None) -> None:
             seen.append(moments)
-            super().protect(moments)
+            super().protect(moments, most)
 
     strategy = Spied(backbone(), rank=4, optimizer=ADAM, threshold=0.8, threshold_end=0.8)
     walked = walk(strategy, max_epochs=1)
@@ -115,10 +118,10 @@ def test_online_estimation_hears_every_token_of_training_and_no_other(
     tokens: list[int] = []
 
     class Spied(JanusLoRA):
-        def protect(self, moments: torch.Tensor) -> None:
+        def protect(self, moments: torch.Tensor, most: int | None = None) -> None:
             assert self.inputs is not None
             tokens.append(int(self.inputs.tokens[0]))
-            super().protect(moments)
+            super().protect(moments, most)
 
     walk(Spied(backbone(), rank=4, optimizer=ADAM), max_epochs=2)
     assert tokens == [2 * 2 * 12 * 17] * 3  # epochs, classes, images of each, patches and the class token
@@ -134,6 +137,17 @@ def test_a_stream_of_sketches_protects_nearly_the_same(backbone: Making, walk: W
         assert shared > 0.9
 
 
+def test_a_sketch_adds_no_more_directions_than_it_has_rows_and_says_when_they_are_too_few(
+    backbone: Making, walk: Walking
+) -> None:
+    strategy = janus(backbone, online_estimation="stream", sketch_rows=3)
+    with pytest.warns(UserWarning, match="and 3 are known"):
+        learnt = walk(strategy, max_epochs=1).learnt
+    widths = [[basis.shape[1] for basis in one.bases] for one in learnt] + [strategy.memory.dims]
+    assert all(0 <= b - a <= 3 for one, other in pairwise(widths) for a, b in zip(one, other, strict=True))
+    assert widths[-1] > [0, 0]
+
+
 def test_sums_of_an_experience_are_freed_at_its_end(backbone: Making, walk: Walking) -> None:
     strategy = janus(backbone)
     walk(strategy)
@@ -142,15 +156,70 @@ def test_sums_of_an_experience_are_freed_at_its_end(backbone: Making, walk: Walk
     assert strategy.state_dict()["inputs.sums"].numel() == 0
 
 
-def test_prototypes_are_the_mean_features_of_every_class(backbone: Making, walk: Walking) -> None:
-    strategy = janus(backbone)
+def test_prototypes_are_the_mean_features_of_the_merged_model_on_plain_images(
+    backbone: Making, walk: Walking
+) -> None:
+    means: list[torch.Tensor] = []
+
+    class Spied(JanusLoRA):
+        def after_training(self, data: TrainingData) -> None:
+            super().after_training(data)
+            means.append(class_means(self.features, data.plain(), self.experience.classes))
+
+    strategy = Spied(backbone(), rank=4, optimizer=ADAM, threshold=0.8, threshold_end=0.9)
     walk(strategy)
-    assert strategy.prototypes.means.shape == (6, 32)
-    assert strategy.prototypes.means.abs().sum(dim=1).min() > 0
-    assert (
-        walk(janus(backbone, decoupled_margin=False))
-        and not janus(backbone, decoupled_margin=False).prototypes.means.numel()
-    )
+    torch.testing.assert_close(strategy.prototypes.means, torch.cat(means))
+
+
+def test_without_the_margin_no_prototype_is_kept(backbone: Making, walk: Walking) -> None:
+    strategy = janus(backbone, decoupled_margin=False)
+    walk(strategy, max_epochs=1)
+    assert not strategy.prototypes.means.numel()
+
+
+@pytest.mark.parametrize("row_space", ("safe", "free"))
+@pytest.mark.parametrize("gauge", ("half", "a-first"))
+def test_steps_use_the_closed_form_of_the_projected_gradient_of_the_whole_weight(
+    backbone: Making, walk: Walking, row_space: Any, gauge: Any
+) -> None:
+    """Against pseudo-inverses of the full gradient, which the strategy never forms."""
+    compared: list[float] = []
+
+    class Spied(JanusLoRA):
+        def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+            self.batch = batch
+            return super().training_step(batch, batch_idx)
+
+        def rectify_gradients(self) -> None:
+            whole = full_weight_gradients(
+                lambda images, labels: self.loss(self.features(images), labels), self.layers, [self.batch]
+            )
+            super().rectify_gradients()
+            if self.experience.is_first:
+                return
+            for index, layer in enumerate(self.layers):
+                for name, rows in layer.rows.items():
+                    adapter = layer.adapter(name)
+                    A, B = adapter.A.detach().double(), adapter.B.detach().double()
+                    safe = self.memory.right_residual(whole[index][rows].double(), index)
+                    identity = 1e-2 * torch.eye(len(A), dtype=A.dtype)
+                    by_A = torch.linalg.solve(B.mT @ B + identity, B.mT @ safe) / 0.5
+                    by_B = torch.linalg.solve(A @ A.mT + identity, A @ safe.mT).mT / 0.5
+                    overlap = torch.linalg.solve(B.mT @ B + identity, B.mT @ by_B)
+                    to_B = overlap / 2 if gauge == "half" else 0 * overlap
+                    for gradient, expected in (
+                        (adapter.A.grad, by_A - to_B @ A),
+                        (adapter.B.grad, by_B - B @ (overlap - to_B)),
+                    ):
+                        assert gradient is not None
+                        size = expected.norm().clamp(min=1e-6)
+                        compared.append(float((gradient.double() - expected).norm() / size))
+
+    settings: dict[str, Any] = {"row_space": row_space, "gauge": gauge, "scale": 0.5, "damping": 1e-2}
+    strategy = Spied(backbone(), rank=4, optimizer=ADAM, threshold=0.8, threshold_end=0.9, **settings)
+    walk(strategy, max_epochs=1)
+    assert len(compared) > 20
+    assert max(compared) < 1e-3
 
 
 def test_the_margin_pushes_new_features_away_from_old_prototypes(backbone: Making, walk: Walking) -> None:

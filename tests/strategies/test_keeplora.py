@@ -97,10 +97,41 @@ def test_adapters_start_as_the_best_approximation_of_the_residual_gradient(
     assert checked == 3 * 2 * 4
 
 
-def test_without_thresholds_nothing_is_projected(backbone: Making, walk: Walking) -> None:
-    strategy = keeplora(backbone, weight_threshold=0.0, feature_threshold=0.0)
-    walk(strategy)
+def test_without_thresholds_adapters_start_from_the_gradient_as_it_is(
+    backbone: Making, walk: Walking
+) -> None:
+    compared: list[float] = []
+
+    class Spied(KeepLoRA):
+        def before_training(self, data: TrainingData) -> None:
+            gradients = per_adapter(self, full_weight_gradients(self._loss_of, self.layers, data.augmented()))
+            super().before_training(data)
+            for (_, adapter), gradient in zip(self.adapters(), gradients, strict=True):
+                u, s, v = torch.linalg.svd(gradient.double())
+                best = (u[:, :4] * s[:4]) @ v[:4]
+                product = adapter.B.double() @ adapter.A.double()
+                compared.append(float((product - best).norm() / best.norm()))
+
+    strategy = keeplora(backbone, Spied, weight_threshold=0.0, feature_threshold=0.0)
+    walk(strategy, max_epochs=1)
     assert strategy.memory.dims == [0] * 8
+    assert len(compared) == 3 * 8
+    assert max(compared) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    (
+        ({"targets": ("q", "fc1")}, "choose targets among q, k, v and proj"),
+        ({"targets": ("q", "fc2")}, "choose targets among q, k, v and proj"),
+        ({"targets": ("fc1",), "principal": "output"}, "set principal to input"),
+    ),
+)
+def test_projections_that_do_not_go_together_are_refused(
+    backbone: Making, settings: dict[str, Any], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        keeplora(backbone, **settings)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +169,8 @@ def test_a_random_head_is_an_option(backbone: Making, walk: Walking) -> None:
 
 def test_token_averages_protect_fewer_directions_than_tokens(backbone: Making, walk: Walking) -> None:
     dims = []
-    for features in ("second_moment", "batch_average"):
-        strategy = keeplora(backbone, features=features, weight_threshold=0.0, feature_threshold=0.99)
+    for statistic in ("second_moment", "batch_average"):
+        strategy = keeplora(backbone, input_statistic=statistic, weight_threshold=0.0, feature_threshold=0.99)
         walk(strategy, max_epochs=1)
         dims.append(sum(strategy.memory.dims))
     assert dims[0] > dims[1] > 0

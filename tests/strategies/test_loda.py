@@ -3,13 +3,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import scipy.linalg
 import torch
 from torch import Tensor
 
 from cl_bench.backbones import Backbone
-from cl_bench.losses import cosface
+from cl_bench.experience import Experience
 from cl_bench.strategy import Batch, TrainingData
 from strategies.loda import LoDA
 
@@ -94,13 +93,47 @@ def test_finished_experiences_enter_the_old_moments_twice_as_released_or_once(
     torch.testing.assert_close(traces[True], 2 * traces[False])
 
 
-def test_without_alignment_and_margin_the_loss_is_a_softmax_of_scaled_cosines(backbone: Making) -> None:
-    strategy = loda(backbone, gradient_alignment=False)
-    walked_cosines = torch.rand(5, 3)
-    labels = torch.tensor([0, 1, 2, 0, 1])
-    expected = torch.nn.functional.cross_entropy(20 * walked_cosines, labels)
-    found = cosface(walked_cosines, labels, 0, scale=strategy.logit_scale, margin=strategy.margin)
-    torch.testing.assert_close(found, expected)
+def test_without_margin_the_loss_is_a_softmax_of_scaled_cosines_to_the_current_classes(
+    backbone: Making,
+) -> None:
+    strategy = loda(backbone)
+    for index in range(2):
+        strategy.expand(Experience(index, 2, range(3 * index, 3 * index + 3)))
+    features = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([3, 4, 5, 3, 4])
+    weights = strategy.head.parts.get_parameter("1.weight")
+    cosines = torch.nn.functional.cosine_similarity(features[:, None], weights[None], dim=2)
+    expected = torch.nn.functional.cross_entropy(20 * cosines, labels - 3)
+    torch.testing.assert_close(strategy.loss(features, labels), expected)
+
+
+def test_the_first_experience_is_merged_as_trained_and_later_ones_as_recalibrated(
+    backbone: Making, walk: Walking
+) -> None:
+    checked: list[bool] = []
+
+    class Spied(LoDA):
+        def after_training(self, data: TrainingData) -> None:
+            new, old = self._moments(data), self.old_moments.clone()
+            expected = []
+            for layer, of_old, of_new in zip(self.layers, old, new, strict=True):
+                general, isolated = layer.adapter("general"), layer.adapter("isolated")
+                rows = general.A.double()
+                energy_old = torch.einsum("ri,ij,rj->r", rows, of_old, rows)
+                energy_new = torch.einsum("ri,ij,rj->r", rows, of_new, rows)
+                kept = 1 - energy_old / (energy_old + 3 * energy_new)
+                assert bool((kept == 1).all()) is self.experience.is_first
+                delta = 0.25 * general.B.double() @ torch.diag(kept) @ rows
+                delta += 0.5 * isolated.B.double() @ isolated.A.double()
+                expected.append(layer.weight.double() + delta)
+            super().after_training(data)
+            for layer, weight in zip(self.layers, expected, strict=True):
+                torch.testing.assert_close(layer.weight.double(), weight, atol=1e-6, rtol=0)
+                assert not layer.adapter("general").B.any() and not layer.adapter("isolated").B.any()
+            checked.append(True)
+
+    walk(loda(backbone, Spied))
+    assert len(checked) == 3
 
 
 class Stepping(LoDA):
@@ -129,6 +162,38 @@ def test_every_batch_of_two_classes_takes_two_steps_and_looking_ahead_leaves_no_
     assert isinstance(strategy, Stepping)
     assert strategy.steps == 2 * 3
     assert strategy.drift == 0
+
+
+def test_a_step_takes_the_gradient_where_a_step_on_the_other_half_would_lead(
+    backbone: Making, walk: Walking
+) -> None:
+    """By hand, for plain SGD: the gradient there, the step from here, heads never moved ahead."""
+    checked: list[bool] = []
+
+    class Spied(LoDA):
+        def _step(self, batch: Batch, ahead: Batch | None = None, share: float = 0.0) -> Tensor:
+            if ahead is None:
+                return super()._step(batch, ahead, share)
+            trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+            here = {name: p.detach().clone() for name, p in trained.items()}
+            tensors = list(trained.values())
+            ahead_of = torch.autograd.grad(self._loss_of(ahead), tensors)
+            gradients = dict(zip(trained, ahead_of, strict=True))
+            for name, parameter in trained.items():
+                if "adapters" in name:
+                    norm = gradients[name].norm() + 1e-12
+                    parameter.data.sub_(share * self.radius * gradients[name] / norm)
+            there = torch.autograd.grad(self._loss_of(batch), tensors)
+            for name, parameter in trained.items():
+                parameter.data.copy_(here[name])
+            loss = super()._step(batch, ahead, share)
+            for (name, parameter), gradient in zip(trained.items(), there, strict=True):
+                torch.testing.assert_close(parameter.detach(), here[name] - 0.05 * gradient)
+            checked.append(True)
+            return loss
+
+    walk(loda(backbone, Spied, optimizer=lambda p: torch.optim.SGD(p, lr=0.05)), max_epochs=1)
+    assert len(checked) >= 6
 
 
 def test_a_radius_of_zero_is_two_plain_steps_on_the_halves(backbone: Making, walk: Walking) -> None:
@@ -179,51 +244,3 @@ def test_a_schedule_is_stepped_once_an_epoch(backbone: Making, walk: Walking) ->
             max_epochs=2,
         )
         assert rates == [0.05, 0.025] * 3
-
-
-def random_moments(seed: int) -> Tensor:
-    inputs = torch.randn(50, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return inputs.mT @ inputs / 50
-
-
-def objective(strategy: LoDA, up: Tensor, down: Tensor, scaling: Tensor, old: Tensor, new: Tensor) -> float:
-    """Return what old inputs see of the branch plus what new ones miss of it, weighted."""
-
-    def energy(product: Tensor, moments: Tensor) -> float:
-        return float((product @ moments @ product.mT).trace())
-
-    missed = up @ (scaling - torch.eye(len(scaling), dtype=scaling.dtype)) @ down
-    return energy(up @ scaling @ down, old) + strategy.gamma * energy(missed, new)
-
-
-def test_full_recalibration_is_the_optimum_and_the_diagonal_one_is_near(backbone: Making) -> None:
-    old, new = random_moments(0), random_moments(1)
-    generator = torch.Generator().manual_seed(2)
-    up = torch.randn(96, 4, generator=generator, dtype=torch.float64)
-    down = torch.randn(4, 32, generator=generator, dtype=torch.float64)
-    values = {}
-    for kind in ("full", "diag", "none"):
-        strategy = loda(backbone, recalibration=kind)
-        values[kind] = objective(strategy, up, down, strategy._recalibrated(down, old, new), old, new)
-    assert values["full"] <= values["diag"] <= values["none"]
-    best = loda(backbone, recalibration="full")
-    scaling = best._recalibrated(down, old, new)
-    for seed in range(5):
-        nearby = scaling + 0.01 * torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
-        assert objective(best, up, down, nearby, old, new) > values["full"]
-
-
-@pytest.mark.parametrize("kind", ("diag", "full"))
-def test_limits_of_recalibration(backbone: Making, kind: str) -> None:
-    """Old inputs that do not matter leave the branch as it is; new ones that do not matter remove it."""
-    old, new = random_moments(0), random_moments(1)
-    down = torch.randn(4, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    eye = torch.eye(4, dtype=torch.float64)
-    all_new, all_old = (
-        loda(backbone, recalibration=kind, gamma=1e9),
-        loda(backbone, recalibration=kind, gamma=1e-9),
-    )
-    torch.testing.assert_close(all_new._recalibrated(down, old, new), eye, atol=1e-6, rtol=0)
-    torch.testing.assert_close(all_old._recalibrated(down, old, new), 0 * eye, atol=1e-6, rtol=0)
-    without_old = loda(backbone, recalibration=kind)._recalibrated(down, 0 * old, new)
-    torch.testing.assert_close(without_old, eye, atol=1e-9, rtol=0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cl_bench.backbones import Backbone
+from cl_bench.losses import decoupled_margin
 from cl_bench.measurements import second_moments
 from cl_bench.rectification import relative_violation
 from cl_bench.strategy import TrainingData
@@ -74,11 +75,37 @@ def test_tables_say_which_parts_of_janus_lora_were_plugged_in(
     assert lora_gpm(backbone, **settings).variant == variant
 
 
-def test_both_parts_of_janus_lora_plug_in(backbone: Making, walk: Walking) -> None:
-    strategy = lora_gpm(backbone, rectification=True, decoupled_margin=True)
+def test_rectification_plugs_in_and_keeps_the_composite_near_the_projected_gradient(
+    backbone: Making, walk: Walking
+) -> None:
+    """At the first step ``B`` is zero: the rectified gradient of ``A`` is zero, that of ``B`` is not."""
+    first: list[tuple[float, float]] = []
+
+    class Spied(LoRAGPM):
+        def rectify_gradients(self) -> None:
+            super().rectify_gradients()
+            for _, adapter in self.adapters():
+                if not adapter.B.any():
+                    assert adapter.A.grad is not None and adapter.B.grad is not None
+                    first.append((float(adapter.A.grad.norm()), float(adapter.B.grad.norm())))
+
+    walk(lora_gpm(backbone, Spied, rectification=True))
+    assert len(first) == 3 * 4
+    assert all(of_A == 0 and of_B > 0 for of_A, of_B in first)
     plain = walk(lora_gpm(backbone)).losses
-    assert walk(strategy).losses != plain
-    assert strategy.prototypes.num_classes == 6
+    assert walk(lora_gpm(backbone, rectification=True)).losses[1:6] != plain[1:6]
+
+
+def test_the_margin_plugs_in_with_its_term_alone(backbone: Making, walk: Walking) -> None:
+    strategy = lora_gpm(backbone, decoupled_margin=True, margin_weight=0.7)
+    walk(strategy)
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(6, 32, generator=generator), torch.tensor([4, 5] * 3)
+    with_margin = strategy.loss(features, labels)
+    strategy.decoupled_margin = False
+    term = 0.7 * decoupled_margin(features, strategy.prototypes.means[:4], 0.2)
+    assert term > 0
+    torch.testing.assert_close(with_margin - strategy.loss(features, labels), term)
 
 
 def test_layers_of_two_widths_are_refused(backbone: Making) -> None:
