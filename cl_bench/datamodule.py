@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -36,7 +36,8 @@ from cl_bench.views import CentreView, RandomView, scaled
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
-_TRAINING, _TEST, _PLAIN, _AUGMENTED = range(4)
+_HELD_OUT_IMAGES = 32  # of each class for its mean, and as many for the accuracy
+_TRAINING, _TEST, _PLAIN, _AUGMENTED, _OUTSIDE = range(5)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,40 @@ class ArraySource:
         return self.images[index], self.targets[index]
 
 
+class ChosenClasses:
+    """The images of some classes of a source, which are numbered from 0 again.
+
+    Args:
+        source: Labelled images.
+        labels: Which classes.
+
+    Attributes:
+        indices: Which images of the source these are (n,).
+    """
+
+    def __init__(self, source: Source, labels: range) -> None:
+        targets = np.asarray(source.targets, dtype=np.int64)
+        self._source = source
+        self._labels = labels
+        self.indices = np.flatnonzero((targets >= labels.start) & (targets < labels.stop))
+        self.targets: list[int] = (targets[self.indices] - labels.start).tolist()
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the fingerprint of the source and the labels."""
+        labels = f"{self._source.fingerprint} {self._labels.start} {self._labels.stop}"
+        return hashlib.sha256(labels.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return image ``index`` with its new label."""
+        image, label = self._source[int(self.indices[index])]
+        return image, label - self._labels.start
+
+
 class StreamDataModule(LightningDataModule, ABC):
     """A dataset dealt into a stream, one experience of which is served at a time.
 
@@ -105,6 +140,8 @@ class StreamDataModule(LightningDataModule, ABC):
         test_batch_size: Images in a batch without gradients; twice batch_size if null.
         num_workers: Processes that load images; they change the speed, never a batch. They live as long as
             the stream is served.
+        held_out_classes: How many classes, the last by original label, are no part of the stream; diagnostics
+            measure on them what the backbone still knows of the rest of the world.
         val_fraction: Share of each class's training images to hold out and evaluate on, to choose settings
             by; the test images then stay closed. 0 for a result.
         val_seed: Seed of the choice of these images; every seed and class order shares it.
@@ -127,6 +164,7 @@ class StreamDataModule(LightningDataModule, ABC):
         batch_size: int = 64,
         test_batch_size: int | None = None,
         num_workers: int = 0,
+        held_out_classes: int = 0,
         val_fraction: float = 0.0,
         val_seed: int = 0,
     ) -> None:
@@ -139,6 +177,7 @@ class StreamDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.test_batch_size = 2 * batch_size if test_batch_size is None else test_batch_size
         self.num_workers = num_workers
+        self.held_out_classes = held_out_classes
         self.val_fraction = val_fraction
         self.val_seed = val_seed
         self._served: _Served | None = None
@@ -331,6 +370,17 @@ class StreamDataModule(LightningDataModule, ABC):
         plain = self._dealt.plain
         return self._loader(plain, self._sampler(self._current(plain), _PLAIN), self.test_batch_size)
 
+    def held_out_dataloaders(self) -> tuple[DataLoader[Batch], DataLoader[Batch]] | None:
+        """Serve training and test images of the classes that are held out; None if none are.
+
+        The first 32 of each class and kind, or all if there are fewer: they are looked at after every
+        experience. All are transformed as at test time and labelled from 0.
+        """
+        if not self.held_out_classes:
+            return None
+        train, test = self._held_out
+        return self._outside(train), self._outside(test)
+
     # How it is done
 
     def ready(self, sources: Sources) -> Sources:
@@ -338,8 +388,28 @@ class StreamDataModule(LightningDataModule, ABC):
         return sources
 
     @cached_property
-    def _opened(self) -> Sources:
+    def _found(self) -> Sources:
         return self.ready(self.sources())
+
+    @cached_property
+    def _opened(self) -> Sources:
+        """What is dealt: everything but the classes that are held out."""
+        if not self.held_out_classes:
+            return self._found
+        return _of_classes(self._found, range(len(self._found.class_names) - self.held_out_classes))
+
+    @cached_property
+    def _held_out(self) -> tuple[DrawnImages, DrawnImages]:
+        number = len(self._found.class_names)
+        sources = _of_classes(self._found, range(number - self.held_out_classes, number))
+        labels, plain = range(self.held_out_classes), self.test_transform()
+        return DrawnImages(sources.train, labels, plain), DrawnImages(sources.test, labels, plain)
+
+    def _outside(self, images: DrawnImages) -> DataLoader[Batch]:
+        first = [np.flatnonzero(images.positions == label) for label in range(self.held_out_classes)]
+        indices = np.concatenate([of_class[:_HELD_OUT_IMAGES] for of_class in first])
+        sampler = DrawSampler(indices, (self.seed, _OUTSIDE), shuffle=False)
+        return self._loader(images, sampler, self.test_batch_size)
 
     @property
     def _dealt(self) -> _Served:
@@ -352,7 +422,7 @@ class StreamDataModule(LightningDataModule, ABC):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value} and must be at least 1: choose a larger one.")
-        for name in ("seed", "num_workers", "val_seed"):
+        for name in ("seed", "num_workers", "held_out_classes", "val_seed"):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name} is {value} and cannot be negative: choose 0 or more.")
@@ -360,6 +430,11 @@ class StreamDataModule(LightningDataModule, ABC):
             raise ValueError(
                 f"val_fraction is {self.val_fraction} and must be a share of the training images: give 0 for "
                 "none, or a number below 1 such as 0.1."
+            )
+        if self.held_out_classes and self.held_out_classes >= len(self._found.class_names):
+            raise ValueError(
+                f"{self.held_out_classes} of {len(self._found.class_names)} classes cannot be held out: "
+                "leave the stream at least one."
             )
 
     def _sizes(self) -> list[int]:
@@ -404,7 +479,8 @@ class StreamDataModule(LightningDataModule, ABC):
         return DrawSampler(indices, (self.seed, self.experience.index, *what), shuffle=shuffle)
 
     def _loader(self, images: DrawnImages, sampler: DrawSampler, batch_size: int) -> DataLoader[Batch]:
-        datasets = (self._dealt.train, self._dealt.plain, self._dealt.test)
+        outside = self._held_out if self.held_out_classes else ()
+        datasets = (self._dealt.train, self._dealt.plain, self._dealt.test, *outside)
         if self.num_workers and self._pool is None:
             self._pool = WorkerPool(datasets, self.num_workers)
         return StreamLoader(
@@ -517,6 +593,18 @@ class _Served:
     train: DrawnImages
     plain: DrawnImages
     test: DrawnImages
+
+
+def _of_classes(found: Sources, labels: range) -> Sources:
+    train, test = ChosenClasses(found.train, labels), ChosenClasses(found.test, labels)
+    return replace(
+        found,
+        train=train,
+        test=test,
+        class_names=[found.class_names[label] for label in labels],
+        train_domains=[found.train_domains[i] for i in train.indices.tolist()] if found.domains else (),
+        test_domains=[found.test_domains[i] for i in test.indices.tolist()] if found.domains else (),
+    )
 
 
 @contextmanager

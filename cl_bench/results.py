@@ -19,7 +19,7 @@ import numpy.typing as npt
 from cl_bench import metrics
 
 SCHEMA = 1
-_ADDED_FIELDS = {"domains", "domain_images"}
+_ADDED_FIELDS = {"diagnostics", "domains", "domain_images"}
 FILE_NAME = "result.json"
 
 Status = Literal["running", "done", "diverged", "failed"]
@@ -113,6 +113,8 @@ class Result:
         rows: Evaluations, in order.
         costs: What each experience took.
         provenance: Versions, device, threads, commit and the start; shown, never hashed.
+        diagnostics: What was measured inside the model, an entry an experience; empty if nothing was. See
+            :mod:`cl_bench.diagnostics`.
         domains: Names of the domains that the test images come from; empty where a dataset has none.
         domain_images: Number of test images of each domain and of the class at each position.
         schema: Version of this layout.
@@ -134,6 +136,7 @@ class Result:
     rows: list[Row | None] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     domain_images: list[list[int]] = field(default_factory=list)
     schema: int = SCHEMA

@@ -34,9 +34,9 @@ def loggers(configuration: Configuration) -> Iterator[list[Logger]]:
 def wandb_run(configuration: Configuration) -> wandb.Run:
     """Start the W&B run of a cell: its group is the benchmark, its job type the strategy.
 
-    What is logged once an experience, ``stream/*``, has the experience as its step. Mode and project are
-    W&B's own ``WANDB_MODE`` and ``WANDB_PROJECT`` where they are set; otherwise the run is online for who is
-    logged in and offline for everyone else, in the project ``cl-bench``.
+    What is logged once an experience, such as ``stream/*``, has the experience as its step. Mode and project
+    are W&B's own ``WANDB_MODE`` and ``WANDB_PROJECT`` where they are set; otherwise the run is online for who
+    is logged in and offline for everyone else, in the project ``cl-bench``.
     """
     folder = configuration.folder
     run = wandb.init(
@@ -53,7 +53,8 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
     run.define_metric("trainer/global_step")
     run.define_metric("train/*", step_metric="trainer/global_step")
     run.define_metric("stream/experience")
-    run.define_metric("stream/*", step_metric="stream/experience")
+    for once_an_experience in ("stream/*", "diagnostics/*", "retention/*"):
+        run.define_metric(once_an_experience, step_metric="stream/experience")
     return run
 
 

@@ -128,13 +128,16 @@ class StreamTrainer(Trainer):
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
         counting = StreamMetrics(result)
         self.callbacks.insert(0, counting)  # type: ignore[attr-defined]
+        on_cpu = self.strategy.root_device.type == "cpu"
+        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
         if self.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
         _save(result, folder)
         try:
             with _ctrl_c_raises():
                 for experience in _experiences(datamodule, regime):
-                    self._learn(strategy, datamodule, experience, result)
+                    self.learn(strategy, datamodule, experience)
+                    self._evaluate(strategy, datamodule, result)
                     with self.phase("checkpoints"):
                         _save(result, folder)
             result.status = "done"
@@ -207,15 +210,26 @@ class StreamTrainer(Trainer):
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
 
+    def on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
+        """Yield the batches of ``loader`` in the precision and on the device of this trainer."""
+        for batch in loader:
+            images, labels = self.strategy.batch_to_device(self.precision_plugin.convert_input(batch))
+            yield images, labels
+
     def _now(self) -> float:
         """Return the seconds on a clock, once the device has done what it was given."""
         if self.strategy.root_device.type == "cuda":
             torch.cuda.synchronize(self.strategy.root_device)
         return time.perf_counter()
 
-    def _learn(
-        self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience, result: Result
-    ) -> None:
+    def learn(self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience) -> None:
+        """Train ``strategy`` on one experience, and evaluate nothing; :meth:`run` does so for all of them.
+
+        Args:
+            strategy: The method, as the experience before left it.
+            datamodule: The stream, set up; afterwards it serves this experience.
+            experience: The next one.
+        """
         self._seconds = {}
         # Seeding every experience anew makes it independent of how many numbers the ones before it drew, and
         # gives all strategies the same head to start from.
@@ -226,6 +240,8 @@ class StreamTrainer(Trainer):
         self.fit_loop.epoch_progress.reset()
         self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
         self.fit(strategy, datamodule=datamodule)
+
+    def _evaluate(self, strategy: Strategy, datamodule: StreamDataModule, result: Result) -> None:
         with self.phase("evaluation"):
             self.test(strategy, datamodule=datamodule, verbose=False)
         result.costs.append(Cost(self._seconds, self._trainable, strategy.stored_bytes, self._peak_memory()))
@@ -277,7 +293,9 @@ class _Lifecycle(Callback):
         strategy = _strategy(pl_module)
         assert isinstance(trainer, StreamTrainer)
         with _measuring(trainer, strategy):
-            strategy.before_training(_DataPasses(trainer, before=True))
+            data = _DataPasses(trainer, before=True)
+            strategy.start_head(data)
+            strategy.before_training(data)
         trainer._trainable = strategy.trainable_parameters
         self._training_began = trainer._now()
 
@@ -292,29 +310,23 @@ class _Lifecycle(Callback):
 class _DataPasses:
     """The training images of the experience at hand, batch by batch on the strategy's device."""
 
-    def __init__(self, trainer: Trainer, *, before: bool) -> None:
+    def __init__(self, trainer: StreamTrainer, *, before: bool) -> None:
         self._trainer = trainer
         self._before = before
 
     def augmented(self) -> Iterator[Batch]:
         """Yield every training image once, drawn as in training."""
-        return self._on_device(self._datamodule.augmented_dataloader(0 if self._before else 1))
+        return self._trainer.on_device(self._datamodule.augmented_dataloader(0 if self._before else 1))
 
     def plain(self) -> Iterator[Batch]:
         """Yield every training image once, transformed as at test time."""
-        return self._on_device(self._datamodule.plain_dataloader())
+        return self._trainer.on_device(self._datamodule.plain_dataloader())
 
     @property
     def _datamodule(self) -> StreamDataModule:
         datamodule = self._trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, StreamDataModule)
         return datamodule
-
-    def _on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
-        for batch in loader:
-            converted = self._trainer.precision_plugin.convert_input(batch)
-            images, labels = self._trainer.strategy.batch_to_device(converted)
-            yield images, labels
 
 
 @contextmanager

@@ -94,6 +94,18 @@ def test_workers_change_no_batch(root: Path, way: dict[str, Any]) -> None:
             assert torch.equal(labels, other_labels)
 
 
+def test_workers_load_classes_that_are_held_out(root: Path) -> None:
+    sides = []
+    for num_workers in (0, 2):
+        data = pictures(root, num_experiences=3, held_out_classes=1, cache="pixels", num_workers=num_workers)
+        loaders = data.held_out_dataloaders()
+        assert loaders is not None
+        sides.append([served(loader) for loader in loaders])
+    for (images, labels), (other_images, other_labels) in zip(*sides, strict=True):
+        assert torch.equal(images, other_images)
+        assert labels.tolist() == other_labels.tolist() == [0] * len(labels)
+
+
 def test_the_batch_size_and_the_batchs_other_images_change_no_view(root: Path) -> None:
     first, second = (
         served(pictures(root, cache="pixels", augmentation="batched", batch_size=size).train_dataloader())
