@@ -21,6 +21,8 @@ import numpy.typing as npt
 import PIL
 from filelock import FileLock
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 from cl_bench.images import FileSource, Picture, Pixels, decoded
 from cl_bench.results import digest
@@ -88,7 +90,13 @@ def _built(source: FileSource, kind: CacheKind, view: CentreView, folder: Path) 
     """Return the file of the cache and its index; build them unless they are there, whole."""
     key = digest([source.fingerprint, kind, view.short_side, view.interpolation, PIL.__version__])
     place = folder / f"{kind}-{view.short_side}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"The folder {folder} of the decode cache cannot be made ({error.strerror}): "
+            "choose another with --cache_dir."
+        ) from error
     with FileLock(folder / f".{place.name}.lock"):
         if not place.is_dir():
             unfinished = folder / f".{place.name}.building"
@@ -112,7 +120,8 @@ def _build(source: FileSource, kind: CacheKind, view: CentreView, folder: Path) 
         _require_room(_size(kind, shapes, paths, view), len(paths), folder)
         offsets = [0]
         with (folder / "images.bin").open("wb") as stream:
-            for encoded in _in_order(pool, lambda path: encode(view.resized(decoded(path))), paths):
+            kept = _in_order(pool, lambda path: encode(view.resized(decoded(path))), paths)
+            for encoded in _shown(kept, len(paths)):
                 stream.write(encoded)
                 offsets.append(stream.tell())
     np.savez(folder / "index.npz", offsets=np.array(offsets), shapes=np.array(shapes))
@@ -124,6 +133,13 @@ def _in_order(
     """Yield the encoded images in their order, holding only some of them in memory."""
     for start in range(0, len(paths), _AHEAD):
         yield from pool.map(encode, paths[start : start + _AHEAD])
+
+
+def _shown(encoded: Iterable[bytes], number: int) -> Iterable[bytes]:
+    """Yield what is given, under a bar where there is a terminal."""
+    console = Console(stderr=True)
+    quiet = not console.is_terminal
+    return track(encoded, "keep images", number, console=console, transient=True, disable=quiet)
 
 
 def _size(kind: CacheKind, shapes: list[tuple[int, int]], paths: list[Path], view: CentreView) -> int:

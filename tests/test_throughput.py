@@ -88,6 +88,23 @@ def our_seconds(data: Pictures, view: str) -> float:
     return time.perf_counter() - began
 
 
+def test_the_next_pass_waits_for_no_process_to_start(pictures: Path) -> None:
+    data = Pictures(
+        root=str(pictures), num_experiences=1, num_workers=PROCESSES, batch_size=2, cache="pixels"
+    )
+    data.setup()
+    data.enter(data.experiences[0])
+    waited = []
+    for loader in (data.train_dataloader(), data.plain_dataloader(), data.train_dataloader()):
+        began = time.perf_counter()
+        batches = iter(loader)
+        next(batches)
+        waited.append(time.perf_counter() - began)
+        assert list(batches)
+    print(f"first batch after {', '.join(f'{1000 * seconds:.0f} ms' for seconds in waited)}")
+    assert max(waited[1:]) < waited[0] / 2
+
+
 @pytest.mark.parametrize(
     ("view", "cache", "augmentation", "least"),
     [
