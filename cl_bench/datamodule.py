@@ -7,16 +7,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cl_bench.experience import Experience
+from cl_bench.loading import StreamLoader, WorkerPool, collate
+from cl_bench.regions import BatchedView, Region, Regions
 from cl_bench.stream import (
     Indices,
     Source,
@@ -29,6 +31,7 @@ from cl_bench.stream import (
     require_one_division,
 )
 from cl_bench.validation import PartSource, held_out
+from cl_bench.views import CentreView, RandomView, scaled
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
@@ -135,7 +138,8 @@ class StreamDataModule(LightningDataModule, ABC):
         image_size: Height and width of the images, in pixels.
         batch_size: Images in a batch of training.
         test_batch_size: Images in a batch without gradients; twice batch_size if null.
-        num_workers: Processes that load images; they change the speed, never a batch.
+        num_workers: Processes that load images; they change the speed, never a batch. They live as long as
+            the stream is served.
         held_out_classes: How many classes, the last by original label, are no part of the stream; diagnostics
             measure on them what the backbone still knows of the rest of the world.
         val_fraction: Share of each class's training images to hold out and evaluate on, to choose settings
@@ -177,6 +181,7 @@ class StreamDataModule(LightningDataModule, ABC):
         self.val_fraction = val_fraction
         self.val_seed = val_seed
         self._served: _Served | None = None
+        self._pool: WorkerPool | None = None
         self._experience: Experience | None = None
 
     # What a dataset implements
@@ -296,6 +301,32 @@ class StreamDataModule(LightningDataModule, ABC):
             "test_transform": _text("test", dealt.test.transform),
         }
 
+    def close(self) -> None:
+        """End the processes that load images; they are started anew when a batch is asked for."""
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = None
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Finish a batch on the device: whole numbers become [0, 1], and regions become views."""
+        images, *rest = batch
+        if isinstance(images, Regions):
+            transform = self._dealt.train.transform
+            assert isinstance(transform, BatchedView)
+            finished = transform.views(images)
+        elif images.dtype == torch.uint8:
+            finished = scaled(images)
+        else:
+            return batch
+        trainer = self._serving
+        return [finished if trainer is None else trainer.precision_plugin.convert_input(finished), *rest]
+
+    @property
+    def _serving(self) -> Trainer | None:
+        """The trainer that is at work, if one is."""
+        working = self.trainer is not None and self.trainer.state.stage is not None
+        return self.trainer if working else None
+
     # The experience at hand
 
     def enter(self, experience: Experience) -> None:
@@ -352,9 +383,13 @@ class StreamDataModule(LightningDataModule, ABC):
 
     # How it is done
 
+    def ready(self, sources: Sources) -> Sources:
+        """Return ``sources`` as the loaders read them; a dataset may put a cache in front."""
+        return sources
+
     @cached_property
     def _found(self) -> Sources:
-        return self.sources()
+        return self.ready(self.sources())
 
     @cached_property
     def _opened(self) -> Sources:
@@ -444,17 +479,25 @@ class StreamDataModule(LightningDataModule, ABC):
         return DrawSampler(indices, (self.seed, self.experience.index, *what), shuffle=shuffle)
 
     def _loader(self, images: DrawnImages, sampler: DrawSampler, batch_size: int) -> DataLoader[Batch]:
-        loader: DataLoader[Any] = DataLoader(
-            images,
+        outside = self._held_out if self.held_out_classes else ()
+        datasets = (self._dealt.train, self._dealt.plain, self._dealt.test, *outside)
+        if self.num_workers and self._pool is None:
+            self._pool = WorkerPool(datasets, self.num_workers)
+        return StreamLoader(
+            dataset=images,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
-            # A loader draws a seed for its workers when it is iterated. No draw depends on it, and without a
-            # generator of its own it would come from the global one.
+            # A loader draws a seed when it is iterated. No draw depends on it, and without a generator of its
+            # own it would come from the global one.
             generator=torch.Generator(),
+            # Lightning finishes a batch after its transfer; whoever else asks for one gets it finished.
+            finish=partial(self.on_after_batch_transfer, dataloader_idx=0) if self._serving is None else None,
+            pool=self._pool if self.num_workers else None,
+            place=datasets.index(images),
         )
-        return loader
 
 
 class Draw(NamedTuple):
@@ -525,13 +568,21 @@ class DrawnImages(Dataset[tuple[Any, ...]]):
         """Return the drawn image (3, H, W), its position in the class order, and its domain if it has one."""
         image, _ = self.source[draw.image]
         with _seeded(draw.seed):
-            transformed = self.transform(image)
+            transformed = self._transformed(image)
         position = int(self.positions[draw.image])
         return (
             (transformed, position, int(self.domains[draw.image]))
             if len(self.domains)
             else (transformed, position)
         )
+
+    def _transformed(self, image: Any) -> Tensor | Region:
+        """Return what of the transform is done for each image alone; the rest is done batch by batch."""
+        if isinstance(self.transform, BatchedView):
+            return self.transform.region(image)
+        if isinstance(self.transform, RandomView | CentreView):
+            return self.transform.pixels(image)
+        return self.transform(image)
 
 
 @dataclass(frozen=True)

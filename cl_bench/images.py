@@ -81,11 +81,46 @@ def decoded(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"The image {path} cannot be read ({error}): replace it, or remove it from the dataset."
         ) from error
+
+
+class Pixels:
+    """An image that is an array already; only what is asked of it becomes a Pillow image.
+
+    Args:
+        array: RGB (H, W, 3), uint8.
+    """
+
+    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+        self.array = array
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return int(self.array.shape[0])
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return int(self.array.shape[1])
+
+    def crop(self, box: tuple[int, int, int, int]) -> Pixels:
+        """Return the part from column and row to column and row, as Pillow counts them."""
+        left, top, right, bottom = box
+        return Pixels(self.array[top:bottom, left:right])
+
+    def pillow(self) -> Image.Image:
+        """Return the image as Pillow's."""
+        return Image.fromarray(self.array)
+
+
+Picture = Image.Image | Pixels
+"""An image in RGB."""
 
 
 def require_files(root: Path, files: Collection[str], remedy: str) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cl_bench.datamodule import StreamDataModule
-from cl_bench.stream import Transform
-from cl_bench.views import NORMALISATION, Preset, PresetName, preset
+from cl_bench.cache import CachedSource, CacheKind, description
+from cl_bench.datamodule import Sources, StreamDataModule
+from cl_bench.images import FileSource
+from cl_bench.regions import BatchedView
+from cl_bench.stream import Source, Transform
+from cl_bench.views import NORMALISATION, Preset, PresetName, RandomView, preset
+
+Augmentation = Literal["exact", "batched"]
 
 
 class Photographs(StreamDataModule):
@@ -19,6 +25,8 @@ class Photographs(StreamDataModule):
     Args:
         root: Folder that ``cl-bench prepare`` filled.
         transforms: Codebase whose training and test transforms are used: inflora, pilot or clip.
+        augmentation: exact, each training view by Pillow as in published code; batched, crops drawn alike and
+            resized batch by batch on the training device. Test views are exact in either case.
         kwargs: As in every dataset.
     """
 
@@ -27,10 +35,18 @@ class Photographs(StreamDataModule):
     whole_test_images: bool = False
     """Whether the preset ``inflora`` shows whole test images of this dataset."""
 
-    def __init__(self, *, root: str = "", transforms: PresetName = "inflora", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        root: str = "",
+        transforms: PresetName = "inflora",
+        augmentation: Augmentation = "exact",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.root = root
         self.transforms = transforms
+        self.augmentation = augmentation
 
     @property
     def variants(self) -> dict[str, str]:
@@ -44,7 +60,8 @@ class Photographs(StreamDataModule):
 
     def train_transform(self) -> Transform:
         """Return the preset's view for training."""
-        return self._preset.train
+        view = self._preset.train
+        return BatchedView(view) if self.augmentation == "batched" and isinstance(view, RandomView) else view
 
     def test_transform(self) -> Transform:
         """Return the preset's view for testing."""
@@ -74,3 +91,54 @@ class Photographs(StreamDataModule):
     @property
     def _remedy(self) -> str:
         return f"fetch the data with cl-bench prepare {self.name} --root {self.root}"
+
+
+class PhotographFiles(Photographs):
+    """A published dataset of image files, which may be decoded once and kept.
+
+    Args:
+        cache: none, every image is decoded each time; pixels, it is kept resized, uint8 in a memory-mapped
+            file; jpeg, likewise, re-encoded. Training crops of the last two are cut out of the resized image.
+        cache_dir: Where caches are kept; below the root if null.
+        augmentation: As in every dataset of photographs; batched takes a cache.
+        kwargs: As in every dataset of photographs.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: CacheKind = "none",
+        cache_dir: str | None = None,
+        augmentation: Augmentation = "exact",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(augmentation=augmentation, **kwargs)
+        self.cache = cache
+        self.cache_dir = cache_dir
+
+    @property
+    def decoding(self) -> str:  # type: ignore[override]
+        """How stored images become pixels."""
+        decoded = super().decoding
+        return decoded if self.cache == "none" else f"{decoded}, {description(self.cache, self._preset.test)}"
+
+    def ready(self, sources: Sources) -> Sources:
+        """Return ``sources`` with the cache in front.
+
+        Raises:
+            ValueError: If augmentation is batched without a cache, or an image cannot be decoded.
+            OSError: If the disk has no room for the cache.
+        """
+        if self.cache == "none":
+            if self.augmentation == "batched":
+                raise ValueError(
+                    "Batched augmentation of images at their own sizes would leave out most pixels of large "
+                    "ones: set --cache to pixels or jpeg, or --augmentation to exact."
+                )
+            return sources
+        return replace(sources, train=self._cached(sources.train), test=self._cached(sources.test))
+
+    def _cached(self, source: Source) -> CachedSource:
+        assert isinstance(source, FileSource)
+        folder = Path(self.cache_dir) if self.cache_dir else Path(self.root) / ".cl-bench-cache"
+        return CachedSource(source, self.cache, self._preset.test, folder)

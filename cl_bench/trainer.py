@@ -147,6 +147,7 @@ class StreamTrainer(Trainer):
             result.error = "Interrupted." if interrupted else sentence(error)
             raise
         finally:
+            datamodule.close()
             self.callbacks.remove(counting)  # type: ignore[attr-defined]
             _save(result, folder)
         return result

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
+
+from cl_bench.images import Picture, Pixels
 
 PresetName = Literal["inflora", "pilot", "clip"]
 
@@ -62,14 +64,14 @@ class RandomView:
         top, left, crop_height, crop_width = self._crop(height, width)
         return Box(top, left, crop_height, crop_width, bool(torch.rand(1) < 0.5))
 
-    def pixels(self, image: Image.Image) -> Tensor:
+    def pixels(self, image: Picture) -> Tensor:
         """Return a view (3, S, S) of ``image``, uint8."""
         box = self.box(image.height, image.width)
-        cropped = image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
-        resized = _resized(cropped, self.size, self.size, self.interpolation)
-        return _tensor(resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if box.mirrored else resized)
+        resized = _resized(cropped(image, box), self.size, self.size, self.interpolation)
+        pixels = pixels_of(resized)
+        return pixels.flip(2) if box.mirrored else pixels
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Picture) -> Tensor:
         """Return a view (3, S, S) of ``image`` in [0, 1]."""
         return scaled(self.pixels(image))
 
@@ -108,15 +110,22 @@ class CentreView:
     def resized(self, image: Image.Image) -> Image.Image:
         """Return ``image`` with its short side resized, as it is before the crop."""
         height, width = resized_shape(image.height, image.width, self.short_side)
-        return _resized(image, height, width, self.interpolation)
+        resized = _resized(image, height, width, self.interpolation)
+        assert isinstance(resized, Image.Image)
+        return resized
 
-    def pixels(self, image: Image.Image) -> Tensor:
+    def pixels(self, image: Picture) -> Tensor:
         """Return the view (3, S, S) of ``image``, uint8."""
-        whole = self.resized(image)
-        top, left = round((whole.height - self.size) / 2), round((whole.width - self.size) / 2)
-        return _tensor(whole.crop((left, top, left + self.size, top + self.size)))
+        height, width = resized_shape(image.height, image.width, self.short_side)
+        top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        # Pillow resizes along rows, rounds, and resizes along columns. Done apart, columns that are cropped
+        # away are left out of the second step.
+        rows = _resized(image, image.height, width, self.interpolation)
+        columns = rows.crop((left, 0, left + self.size, rows.height))
+        whole = _resized(columns, height, self.size, self.interpolation)
+        return pixels_of(whole.crop((0, top, self.size, top + self.size)))
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: Picture) -> Tensor:
         """Return the view (3, S, S) of ``image`` in [0, 1]."""
         return scaled(self.pixels(image))
 
@@ -180,6 +189,17 @@ def scaled(pixels: Tensor) -> Tensor:
     return pixels.to(torch.float32).div_(255)
 
 
+def cropped(image: Picture, box: Box) -> Picture:
+    """Return what ``box`` shows of ``image``, not mirrored."""
+    return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
+
+
+def pixels_of(image: Picture) -> Tensor:
+    """Return an RGB image as a tensor (3, H, W), uint8."""
+    array = image.array.copy() if isinstance(image, Pixels) else np.array(image)
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
 @cache
 def _log(ratio: tuple[float, float]) -> tuple[float, float]:
     """Return the logarithms in the precision in which torchvision takes them."""
@@ -187,12 +207,8 @@ def _log(ratio: tuple[float, float]) -> tuple[float, float]:
     return lowest, highest
 
 
-def _resized(image: Image.Image, height: int, width: int, interpolation: str) -> Image.Image:
+def _resized(image: Picture, height: int, width: int, interpolation: str) -> Picture:
     if (image.height, image.width) == (height, width):
         return image
-    return image.resize((width, height), Image.Resampling[interpolation.upper()])
-
-
-def _tensor(image: Image.Image) -> Tensor:
-    tensor: Tensor = v2.functional.pil_to_tensor(image)
-    return tensor
+    whole = image.pillow() if isinstance(image, Pixels) else image
+    return whole.resize((width, height), Image.Resampling[interpolation.upper()])

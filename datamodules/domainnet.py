@@ -6,12 +6,12 @@ from typing import Any
 
 from cl_bench.datamodule import Sources
 from cl_bench.images import FileSource, require_files
-from cl_bench.photographs import Photographs
+from cl_bench.photographs import PhotographFiles
 from cl_bench.published import domainnet
 from cl_bench.published.domainnet import Variant
 
 
-class DomainNet(Photographs):
+class DomainNet(PhotographFiles):
     """The images that the official lists in ``root`` name, all domains pooled.
 
     Labels are in the official numbering, and the images are those of the cleaned version. Every image carries

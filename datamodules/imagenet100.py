@@ -8,14 +8,14 @@ from typing import Any
 
 from cl_bench.datamodule import Sources
 from cl_bench.images import FileSource
-from cl_bench.photographs import Photographs
+from cl_bench.photographs import PhotographFiles
 from cl_bench.published import imagenet100
 from cl_bench.published.imagenet100 import Classes
 
 _EXTENSION = ".JPEG"
 
 
-class ImageNet100(Photographs):
+class ImageNet100(PhotographFiles):
     """The images of ``root/train/<wnid>`` and, for testing, of ``root/val/<wnid>``.
 
     The root may be a folder of the whole of ImageNet-1k. Labels are the sorted WordNet ids of the variant.

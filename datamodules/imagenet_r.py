@@ -6,12 +6,12 @@ from typing import Any
 
 from cl_bench.datamodule import Sources
 from cl_bench.images import FileSource, require_files
-from cl_bench.photographs import Photographs
+from cl_bench.photographs import PhotographFiles
 from cl_bench.published import imagenet_r
 from cl_bench.published.imagenet_r import LabelOrder, Split
 
 
-class ImageNetR(Photographs):
+class ImageNetR(PhotographFiles):
     """The images of ``root/imagenet-r``, divided as one of three splits in use.
 
     Published with T=5, 10 and 20. PILOT's split cannot be made: it is a pair of archives without a list.

@@ -1,0 +1,147 @@
+"""Worker processes that outlive an epoch, a data pass and an experience.
+
+Lightning shuts the workers of a DataLoader down at the end of every fit and test, persistent or not. Here one
+DataLoader, which Lightning never sees, loads from all datasets of a stream; what Lightning is given hands it
+one batch list after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
+
+from cl_bench.regions import Region, batched
+
+
+def collate(samples: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Return a batch: images first, then labels and what else the samples hold.
+
+    Images of one size become one tensor, of whole numbers if they are; regions become a canvas.
+    """
+    images, *rest = zip(*samples, strict=True)
+    return [_batch(images), *default_collate(list(zip(*rest, strict=True)))]
+
+
+def _batch(images: Sequence[Any]) -> Any:
+    if isinstance(images[0], Region):
+        return batched(images)
+    return default_collate(list(images))
+
+
+class WorkerPool:
+    """Processes that load from several datasets and live as long as the pool.
+
+    Args:
+        datasets: What is loaded from; the processes keep them as they are when the first batch is asked for.
+        num_workers: Number of processes, at least 1.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset[Any]], num_workers: int) -> None:
+        self._datasets = _Together(datasets)
+        self._batches = _Batches()
+        self._loader = self._new_loader(self._batches, num_workers, persistent=True)
+        self._num_workers = num_workers
+        self._under_way: object | None = None
+
+    def load(self, dataset: int, batches: Collection[Sequence[Any]]) -> Iterator[Any]:
+        """Yield the batches whose items are listed by ``batches``.
+
+        A pass that begins while another is under way gets processes of its own for its time.
+
+        Args:
+            dataset: Place of the dataset to load from.
+            batches: The items of each batch, as its ``__getitem__`` takes them.
+        """
+        marked = [[(dataset, item) for item in batch] for batch in batches]
+        if self._under_way is not None:
+            yield from self._new_loader(_Batches(marked), self._num_workers, persistent=False)
+            return
+        own = self._under_way = object()
+        self._batches.listed = marked
+        loaded = iter(self._loader)
+        try:
+            for left in reversed(range(len(marked))):
+                batch = next(loaded)
+                if not left:  # Lightning asks for no batch after the last, and would keep the pass under way
+                    self._under_way = None
+                yield batch
+        finally:
+            if self._under_way is own:  # given up before its end, or empty
+                self._under_way = None
+
+    def close(self) -> None:
+        """End the processes."""
+        iterator = self._loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+    def _new_loader(self, batches: _Batches, num_workers: int, *, persistent: bool) -> DataLoader[Any]:
+        return DataLoader(
+            self._datasets,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            persistent_workers=persistent,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            # A loader draws a seed for its workers when it is iterated. No draw depends on it, and without a
+            # generator of its own it would come from the global one.
+            generator=torch.Generator(),
+        )
+
+
+class StreamLoader(DataLoader[Any]):
+    """A loader of one pass; where there is a pool it starts no process, and Lightning has none to stop.
+
+    Args:
+        finish: Applied to every batch that leaves the loader; nothing if None.
+        pool: Who loads, if not this process.
+        place: Place of the dataset among those of the pool.
+        kwargs: As for every DataLoader.
+    """
+
+    def __init__(
+        self,
+        *,
+        finish: Callable[[Any], Any] | None = None,
+        pool: WorkerPool | None = None,
+        place: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.finish = finish
+        self.pool = pool
+        self.place = place
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches of one pass; nothing is loaded before the first is asked for."""
+        if self.pool is None:
+            loaded: Iterable[Any] = super().__iter__()
+        else:
+            batches = BatchSampler(self.sampler, self.batch_size or 1, drop_last=False)
+            loaded = self.pool.load(self.place, list(batches))
+        for batch in loaded:
+            yield batch if self.finish is None else self.finish(batch)
+
+
+class _Batches(Sampler[list[Any]]):
+    """Hands on whatever batches are listed at the time."""
+
+    def __init__(self, listed: Iterable[list[Any]] = ()) -> None:
+        self.listed = listed
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        return iter(self.listed)
+
+
+class _Together(Dataset[Any]):
+    """Several datasets; an item is the place of one and its own item."""
+
+    def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
+        self.datasets = datasets
+
+    def __getitem__(self, item: tuple[int, Any]) -> Any:
+        place, own = item
+        return self.datasets[place][own]

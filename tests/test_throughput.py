@@ -1,0 +1,145 @@
+"""Images a second, ours over a bare loop's in the same run: a busy machine slows both."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from cl_bench.cache import CacheKind
+from cl_bench.datamodule import Sources
+from cl_bench.images import FileSource
+from cl_bench.photographs import Augmentation, PhotographFiles
+
+pytestmark = pytest.mark.soak
+
+IMAGES = 256
+ROUNDS = 3
+PROCESSES = 2
+
+TRAIN = transforms.Compose(
+    [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+)
+TEST = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()])
+
+
+class Pictures(PhotographFiles):
+    """The same pictures for training and for testing, as one class."""
+
+    name = "pictures"
+
+    def sources(self) -> Sources:
+        root = Path(self.root)
+        files = sorted(path.name for path in root.glob("*.jpg"))
+        source = FileSource(root, files, [0] * len(files))
+        return Sources(source, source, ["picture"])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of 500 × 375 pixels: clouds under a little noise, about as large as photographs are."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.RandomState(0)
+    for index in range(IMAGES):
+        clouds = Image.fromarray(generator.randint(256, size=(24, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(clouds.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = smooth + generator.randint(-12, 13, size=smooth.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / f"{index:03}.jpg", quality=90)
+    return root
+
+
+def bare(paths: list[Path], transform: Callable[[Any], torch.Tensor]) -> None:
+    for path in paths:
+        with Image.open(path) as image:
+            transform(image.convert("RGB"))
+
+
+def bare_seconds(pictures: Path, transform: Callable[[Any], torch.Tensor]) -> float:
+    """Seconds of a bare loop over all pictures, one process a core, each over its share of them."""
+    paths = sorted(pictures.glob("*.jpg"))
+    context = multiprocessing.get_context("fork")
+    children = [
+        context.Process(target=bare, args=(paths[place::PROCESSES], transform)) for place in range(PROCESSES)
+    ]
+    began = time.perf_counter()
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return time.perf_counter() - began
+
+
+def our_seconds(data: Pictures, view: str) -> float:
+    """Seconds of one pass, the workers being there already."""
+    loader = data.train_dataloader() if view == "train" else data.test_dataloader()
+    began, count = time.perf_counter(), 0
+    for batch in loader:
+        count += len(batch[0])
+    assert count == IMAGES
+    return time.perf_counter() - began
+
+
+def test_the_next_pass_waits_for_no_process_to_start(pictures: Path) -> None:
+    data = Pictures(
+        root=str(pictures), num_experiences=1, num_workers=PROCESSES, batch_size=2, cache="pixels"
+    )
+    data.setup()
+    data.enter(data.experiences[0])
+    waited = []
+    for loader in (data.train_dataloader(), data.plain_dataloader(), data.train_dataloader()):
+        began = time.perf_counter()
+        batches = iter(loader)
+        next(batches)
+        waited.append(time.perf_counter() - began)
+        assert list(batches)
+    print(f"first batch after {', '.join(f'{1000 * seconds:.0f} ms' for seconds in waited)}")
+    assert max(waited[1:]) < waited[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("view", "cache", "augmentation", "least"),
+    [
+        ("train", "none", "exact", 1.0),
+        ("test", "none", "exact", 1.0),
+        ("train", "pixels", "exact", 2.5),
+        ("train", "pixels", "batched", 1.5),  # made for an accelerator; here the CPU resizes as well
+        ("test", "pixels", "exact", 4.0),
+        ("train", "jpeg", "exact", 1.0),
+        ("test", "jpeg", "exact", 1.0),
+    ],
+)
+def test_images_a_second_against_a_bare_loop(
+    pictures: Path, view: str, cache: CacheKind, augmentation: Augmentation, least: float
+) -> None:
+    data = Pictures(
+        root=str(pictures),
+        num_experiences=1,
+        num_workers=PROCESSES,
+        batch_size=32,
+        test_batch_size=32,
+        cache=cache,
+        augmentation=augmentation,
+    )
+    data.setup()
+    data.enter(data.experiences[0])
+    our_seconds(data, view)
+    ratios = []
+    for _ in range(ROUNDS):
+        theirs = bare_seconds(pictures, TRAIN if view == "train" else TEST)
+        ours = our_seconds(data, view)
+        ratios.append(theirs / ours)
+    load = os.getloadavg()[0]
+    print(
+        f"{view} views, cache {cache}, {augmentation}: {IMAGES / ours:.0f} images a second, bare loop "
+        f"{IMAGES / theirs:.0f}; ratios {', '.join(f'{ratio:.2f}' for ratio in ratios)}; load {load:.1f}"
+    )
+    assert sorted(ratios)[ROUNDS // 2] >= least
