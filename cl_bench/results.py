@@ -63,11 +63,13 @@ class Row:
         correct: Test images whose predicted class, among all classes seen, is right.
         correct_within_experience: Right when the choice is restricted to the true experience's classes.
         correct_experience: Predicted class lies in the true experience, right or wrong.
+        correct_by_domain: The counts of ``correct`` apart by domain, domain × class; empty without domains.
     """
 
     correct: list[int]
     correct_within_experience: list[int]
     correct_experience: list[int]
+    correct_by_domain: list[list[int]] = field(default_factory=list)
 
 
 @dataclass
@@ -110,6 +112,9 @@ class Result:
         rows: Evaluations, in order.
         costs: What each experience took.
         provenance: Versions, device, threads, commit and the start; shown, never hashed.
+        diagnostics: What was measured inside the model, an entry an experience; empty if nothing was.
+        domains: Names of the domains of the test images; empty for a dataset that has none.
+        domain_images: Test images, domain × class position; empty without domains.
         schema: Version of this layout.
     """
 
@@ -129,6 +134,9 @@ class Result:
     rows: list[Row | None] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)
+    domains: list[str] = field(default_factory=list)
+    domain_images: list[list[int]] = field(default_factory=list)
     schema: int = SCHEMA
 
     @property
@@ -235,8 +243,13 @@ def read(path: Path) -> Result:
     )
 
 
+_LATER = ("diagnostics", "domains", "domain_images")
+"""Fields that files of this schema may lack: they were added, empty by default, without a new schema."""
+
+
 def _from_json(payload: Mapping[str, Any]) -> Result:
-    fields = {name: payload[name] for name in Result.__dataclass_fields__}
+    names = (name for name in Result.__dataclass_fields__ if name in payload or name not in _LATER)
+    fields = {name: payload[name] for name in names}
     protocol = payload["protocol"]
     return Result(
         **fields

@@ -127,3 +127,14 @@ def test_a_result_file_is_as_readable_as_any_other(result: Result, tmp_path: Pat
 def test_a_missing_results_folder_is_said(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no results folder"):
         list(read_all(tmp_path / "absent"))
+
+
+def test_a_file_from_before_domains_and_diagnostics_is_still_read(result: Result, tmp_path: Path) -> None:
+    path = result.write(tmp_path)
+    payload = json.loads(path.read_text())
+    for name in ("diagnostics", "domains", "domain_images"):
+        del payload[name]
+    for row in payload["rows"]:
+        del row["correct_by_domain"]
+    path.write_text(json.dumps(payload))
+    assert read(path) == result
