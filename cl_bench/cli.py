@@ -64,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", help="tables and pictures of a results folder")
     report.add_argument("results", type=Path, metavar="RESULTS", help="folder with results")
     report.add_argument(
-        "--format", choices=("md", "latex", "csv", "json"), default="md", help="of the table (default: md)"
+        "--format",
+        choices=("md", "latex", "csv", "json", "html"),
+        default="md",
+        help="of the table (default: md)",
     )
     report.add_argument(
         "--metrics", nargs="+", default=None, metavar="NAME", help="such as acc/sample bwt/gem"

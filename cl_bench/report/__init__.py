@@ -14,13 +14,14 @@ from cl_bench.metrics import DEFINITIONS
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.latex import latex
 from cl_bench.report.markdown import markdown
+from cl_bench.report.page import page
 from cl_bench.report.pictures import pictures
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables
 from cl_bench.results import FILE_NAME, Result, read_all
 from cl_bench.spelling import suggestion
 
-Format = Literal["md", "latex", "csv", "json"]
+Format = Literal["md", "latex", "csv", "json", "html"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 """What a report can be written as."""
@@ -31,7 +32,10 @@ METRICS = ("acc/sample", "maa/sample", "bwt/gem", "forgetting/chaudhry")
 FOLDER = "report"
 """Where the files of a report go, inside the results folder."""
 
-_OURS = ("table.*", "absent.csv", "differences.csv", "curves_*.png", "matrix_*.png")
+PAGE = "page.html"
+"""The page, in that folder."""
+
+_OURS = (PAGE, "table.*", "absent.csv", "differences.csv", "curves_*.png", "matrix_*.png")
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Report:
     """What a report leaves.
 
     Attributes:
-        text: The tables, to be printed.
+        text: The tables, to be printed; of a page, where it is.
         files: Paths written: tables first, then pictures.
     """
 
@@ -56,7 +60,8 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     Args:
         results_folder: Folder that holds result files, at any depth.
         format: ``md`` for Markdown to read, ``latex`` for a paper, ``csv`` for one statistic a line, ``json``
-            for one tree of everything. Pictures come with the first two.
+            for one tree of everything, ``html`` for one page that opens from disk. Pictures come with the
+            first two.
         metrics: Names of the metrics shown, as in :data:`cl_bench.metrics.DEFINITIONS`; None for ``METRICS``.
 
     Raises:
@@ -70,11 +75,17 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     folder = results_folder / FOLDER
     folder.mkdir(exist_ok=True)
     _remove_earlier(folder)
+    if format == "html":
+        path = _written(folder / PAGE, page(laid_out, results_folder.resolve().name, unreadable))
+        return Report(f"One page, to be opened in a browser.\n{_unread(unreadable)}".rstrip(), [path])
     texts = _texts(laid_out, format)
     files = [_written(folder / name, text) for name, text in texts.items()]
     files += _drawn(compared, folder) if format in ("md", "latex") else []
-    text = next(iter(texts.values())) + "".join(f"Not read: {line}\n" for line in unreadable)
-    return Report(text, files)
+    return Report(next(iter(texts.values())) + _unread(unreadable), files)
+
+
+def _unread(unreadable: Sequence[str]) -> str:
+    return "".join(f"Not read: {line}\n" for line in unreadable)
 
 
 def results_below(folder: Path) -> tuple[list[Result], list[str]]:

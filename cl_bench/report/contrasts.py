@@ -18,6 +18,7 @@ from cl_bench.report.statistics import (
     Statistic,
     holm,
     permutation_p,
+    smallest_p,
     statistic,
 )
 
@@ -38,6 +39,7 @@ class Contrast:
         difference: ``first - second`` over the shared blocks.
         p: Two-sided p value of a sign-flip permutation test; NaN where there are too few shared blocks.
         p_holm: The same after Holm's correction over all pairs of the benchmark in this metric.
+        tests: How many tests that correction covers.
     """
 
     first: str
@@ -46,6 +48,7 @@ class Contrast:
     difference: Statistic
     p: float = math.nan
     p_holm: float = math.nan
+    tests: int = 0
 
     @property
     def wins(self) -> int:
@@ -74,7 +77,11 @@ class Contrast:
             return NOISE
         if self.difference.n < PERMUTATION_BLOCKS:
             return "interval clear of zero; too few blocks to test"
-        return "significant after Holm" if self.p_holm < LEVEL else "not significant after Holm"
+        if self.p_holm < LEVEL:
+            return "significant after Holm"
+        if self.tests * smallest_p(self.difference.n) >= LEVEL:
+            return f"interval clear of zero; too few blocks for {self.tests} tests"
+        return "not significant after Holm"
 
 
 def contrasts(comparison: Comparison, metric: str) -> list[Contrast]:
@@ -86,8 +93,9 @@ def contrasts(comparison: Comparison, metric: str) -> list[Contrast]:
     entries = [entry for entry in comparison.finished if not entry.is_joint]
     made = [contrast(first, second, metric) for first, second in itertools.combinations(entries, 2)]
     p = _tested([made_one.difference for made_one in made])
+    tests = sum(not math.isnan(p_one) for p_one in p)
     return [
-        replace(made_one, p=p_one, p_holm=corrected)
+        replace(made_one, p=p_one, p_holm=corrected, tests=tests)
         for made_one, p_one, corrected in zip(made, p, holm(p), strict=True)
     ]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cl_bench.report.comparison import COSTS
+from cl_bench.report.comparison import COSTS, Comparison
 from cl_bench.report.contrasts import Contrast
 from cl_bench.report.markdown import HOW_TO_READ_DIFFERENCES, p_value, quantity
 from cl_bench.report.sentences import absent, compared, definitions, protocol_differences
@@ -57,7 +57,7 @@ def latex(tables: Sequence[Table]) -> str:
             )
         ),
     ]
-    floats = [part for table in tables for part in (_metrics(table), *_differences(table), _costs(table))]
+    floats = [part for table in tables for part in (_metrics(table), *_differences(table), *_costs(table))]
     return "\n".join(lines) + "\n\n" + "\n\n".join(floats) + "\n"
 
 
@@ -69,7 +69,7 @@ def _metrics(table: Table) -> str:
             places = table.places(index, name)
             for line, row, place in zip(body, table.rows, places, strict=True):
                 line.append(_metric_cell(table, row, index, name, place))
-    return _float(table, names, body, _caption(table), "results")
+    return _float(table, table.comparisons, names, body, _caption(table), "results")
 
 
 def _metric_cell(table: Table, row: Row, index: int, name: str, place: int | None) -> str:
@@ -140,20 +140,18 @@ def _difference(pair: Contrast) -> list[str]:
     return [mean, shown, str(value.n), p_value(pair), pair.verdict]
 
 
-def _costs(table: Table) -> str:
+def _costs(table: Table) -> list[str]:
+    """One float for each benchmark: side by side they fit no page."""
     names = [escaped(COST_HEADINGS[name]) for name in COSTS]
-    body = [
-        [
-            _label(row),
-            *(_cost_cell(row, index, name) for index in range(len(table.comparisons)) for name in COSTS),
-        ]
-        for row in table.rows
-    ]
-    caption = (
-        "Costs, means over runs: seconds of a whole run and of its phases, peak memory, parameters trained "
-        "at once, megabytes kept at the end."
-    )
-    return _float(table, names, body, escaped(caption), "costs")
+    made = []
+    for index, comparison in enumerate(table.comparisons):
+        body = [[_label(row), *(_cost_cell(row, index, name) for name in COSTS)] for row in table.rows]
+        caption = (
+            f"Costs on {comparison.title}, means over runs: seconds of a whole run and of its phases, peak "
+            "memory, parameters trained at once, megabytes kept at the end."
+        )
+        made.append(_float(table, [comparison], names, body, escaped(caption), "costs"))
+    return made
 
 
 def _cost_cell(row: Row, index: int, name: str) -> str:
@@ -167,12 +165,19 @@ def _label(row: Row) -> str:
     return escaped(row.label) + (_DAGGER if row.is_joint else "")
 
 
-def _float(table: Table, names: Sequence[str], body: Sequence[Sequence[str]], caption: str, kind: str) -> str:
-    """Lay out one float: a column for each name under each benchmark, benchmarks apart by a thin space."""
+def _float(
+    table: Table,
+    comparisons: Sequence[Comparison],
+    names: Sequence[str],
+    body: Sequence[Sequence[str]],
+    caption: str,
+    kind: str,
+) -> str:
+    """Lay out one float: a column for each name under each of ``comparisons``, upper bounds ruled off."""
     width = len(names)
     spans = [
         (escaped(comparison.title), 2 + index * width, 1 + (index + 1) * width)
-        for index, comparison in enumerate(table.comparisons)
+        for index, comparison in enumerate(comparisons)
     ]
     titles = "".join(rf" & \multicolumn{{{width}}}{{c}}{{{title}}}" for title, _, _ in spans)
     rules = " ".join(rf"\cmidrule(lr){{{first}-{last}}}" for _, first, last in spans)
@@ -184,7 +189,7 @@ def _float(table: Table, names: Sequence[str], body: Sequence[Sequence[str]], ca
             r"\begin{table*}",
             r"\centering",
             rf"\caption{{{caption}}}",
-            rf"\label{{tab:{kind}-{'-'.join(comparison.title for comparison in table.comparisons)}}}",
+            rf"\label{{tab:{kind}-{'-'.join(comparison.title for comparison in comparisons)}}}",
             rf"\begin{{tabular}}{{l{('r' * width) * len(spans)}}}",
             r"\toprule",
             titles + r" \\",

@@ -172,6 +172,15 @@ def permutation_p(differences: Array) -> Array:
     return np.atleast_1d(np.asarray(found.pvalue, dtype=np.float64))
 
 
+def smallest_p(n: int) -> float:
+    """Return the smallest p value that `permutation_p` can give for ``n`` blocks, however large a difference.
+
+    >>> smallest_p(6)
+    0.03125
+    """
+    return max(2.0 ** (1 - n), 2 / (PERMUTATIONS + 1))
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Return the p values after Holm's correction for as many tests as are not NaN.
 

@@ -27,7 +27,7 @@ COST_HEADINGS = dict(
             "seconds",
             *(phase.replace("_", " ") for phase in PHASES),
             "peak MB",
-            "trainable parameters",
+            "parameters",
             "stored MB",
         ),
         strict=True,

@@ -37,7 +37,7 @@ def test_best_is_bold_second_underlined_and_the_bound_neither(made: Made) -> Non
 def test_rules_are_those_of_booktabs_and_environments_are_closed(made: Made) -> None:
     text = _latex([made(), made("NCM"), made(dataset="toy")])
     assert r"\hline" not in text
-    assert text.count(r"\toprule") == text.count(r"\bottomrule") == 3
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == 4
     assert r"\cmidrule(lr){2-3} \cmidrule(lr){4-5}" in text
     begun = re.findall(r"\\begin{(.*?)}", text)
     assert sorted(begun) == sorted(re.findall(r"\\end{(.*?)}", text))

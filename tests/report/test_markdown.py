@@ -54,7 +54,7 @@ def test_costs_stand_by_phase_and_what_was_not_measured_is_a_dash(made: Made) ->
         "evaluation": "1",
         "checkpoints": "–",
         "peak MB": "1,000",
-        "trainable parameters": "101",
+        "parameters": "101",
         "stored MB": "1.5",
     }
 
