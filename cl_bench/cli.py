@@ -1,4 +1,4 @@
-"""The verbs of the command line: run, grid, report. Each imports what it needs when it is called."""
+"""The verbs of the command line: run, check, grid, report. Each imports what it needs when it is called."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cl_bench.configuration import Configuration
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+_CHECK_USAGE = "cl-bench check STRATEGY [--KEY VALUE ...]"
 _RUN_USAGE = "cl-bench run STRATEGY DATASET [--seed 1] [--order numpy:1993] [--KEY VALUE ...]"
 
 
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["run"]:
             return _run(words[1:])
+        if words[:1] == ["check"]:
+            return _check(words[1:])
         options = _parser().parse_args(words)
         return _grid(options) if options.verb == "grid" else _report(options)
     except (ValueError, OSError) as error:
@@ -49,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     verbs.add_parser("run", help="train and evaluate one strategy on one dataset", usage=_RUN_USAGE)
+    verbs.add_parser("check", help="hold a strategy to its contract, in seconds", usage=_CHECK_USAGE)
     grid = verbs.add_parser("grid", help="run every cell of a grid; finished cells are skipped")
     grid.add_argument("grid", type=str, metavar="GRID", help="config stem or path of a grid")
     grid.add_argument(
@@ -149,6 +153,33 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
         )
         return FAILED
     console.print(closing_lines(result, configuration.folder), markup=False)
+    return DONE
+
+
+def _check(words: list[str]) -> int:
+    names = list(takewhile(lambda word: not word.startswith("-"), words))
+    if "-h" in words or "--help" in words:
+        return _check_help()
+    if len(names) != 1:
+        raise ValueError(f"Name one strategy: {_CHECK_USAGE}")
+    overrides = [word for word in words[1:] if word != "-v"]
+    from cl_bench.contract.command import check
+
+    return DONE if check(names[0], overrides, _console()) else FAILED
+
+
+def _check_help() -> int:
+    from cl_bench.configuration import stems_of
+
+    _console().print(
+        f"usage: {_CHECK_USAGE}\n\n"
+        "Run a strategy on a tiny transformer and stream, and print a line for each claim of its contract.\n"
+        "The exit status is 0 if all hold, 1 if one fails.\n\n"
+        f"  STRATEGY        {', '.join(stems_of('strategies'))}; the path of a config; a class path,\n"
+        "                  such as strategies.lora.LoRA; or a file, FILE.py or FILE.py:MyMethod\n"
+        "  --KEY VALUE     any argument of the strategy, such as --variant shared",
+        markup=False,
+    )
     return DONE
 
 

@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,11 +155,11 @@ class Configuration:
         )
 
 
-def resolve(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Configuration:
+def resolve(layers: Sequence[Path | Config], overrides: Sequence[str] = ()) -> Configuration:
     """Return the configuration that ``layers`` and command-line ``overrides`` describe.
 
     The folder of a layer becomes importable, so a strategy may live beside its config; so do the folders
-    that its key ``code`` names.
+    that its key ``code`` names. A layer that is in no file is given as its content.
 
     Raises:
         ValueError: If a layer, a class path, a key or a value is not valid.
@@ -168,6 +169,9 @@ def resolve(layers: Sequence[Path], overrides: Sequence[str] = ()) -> Configurat
     files: dict[str, Path] = {}
     code: list[Path] = []
     for path in layers:
+        if not isinstance(path, Path):
+            _merge(config, deepcopy(path))
+            continue
         layer = load(path)
         code += _code(layer, path)
         _require_groups(layer, path)
@@ -301,22 +305,20 @@ def _class(config: Config, group: str, base: type[Any], files: Mapping[str, Path
     class_path = config.get(group, {}).get("class_path")
     if class_path is None:
         raise ValueError(f"No layer says which class to use: write {group}: {{class_path: module.Class}}.")
-    file = files[f"{group}.class_path"]
+    key = f"{group}.class_path"
+    said = f"{key} in {files[key]}" if key in files else key
     if not (isinstance(class_path, str) and all(class_path.rpartition(".")[::2])):
-        raise ValueError(f"{group}.class_path in {file} cannot be {class_path!r}: write module.Class.")
+        raise ValueError(f"{said} cannot be {class_path!r}: write module.Class.")
     module_name, _, name = class_path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         match = nearest_class(class_path)
         raise ValueError(
-            f"{group}.class_path in {file} cannot be {class_path!r}: {error}."
-            + (f" Did you mean {match}?" if match else "")
+            f"{said} cannot be {class_path!r}: {error}." + (f" Did you mean {match}?" if match else "")
         ) from error
     if not (inspect.isclass(found) and issubclass(found, base)):
-        raise ValueError(
-            f"{group}.class_path in {file} cannot be {class_path!r}: it is no subclass of {base.__name__}."
-        )
+        raise ValueError(f"{said} cannot be {class_path!r}: it is no subclass of {base.__name__}.")
     return found
 
 

@@ -53,6 +53,23 @@ class GrowingLinear(nn.Module):
         self.parts.requires_grad_(False)
         self.parts.append(nn.Linear(self.feature_dim, num_classes, bias=self.bias))
 
+    @torch.no_grad()
+    def write_current(self, weight: Tensor) -> None:
+        """Set the weight (C, d) of the newest part, in place, and its bias to zero.
+
+        Raises:
+            ValueError: If the shape is another.
+        """
+        newest = self._linears[-1]
+        if weight.shape != newest.weight.shape:
+            raise ValueError(
+                f"A weight of shape {tuple(weight.shape)} does not fit the newest {newest.out_features} "
+                f"classes: give a row of {self.feature_dim} for each."
+            )
+        newest.weight.copy_(weight)
+        if newest.bias is not None:
+            newest.bias.zero_()
+
     def current(self, features: Tensor) -> Tensor:
         """Return the logits (B, classes of the newest part) of features (B, d)."""
         logits: Tensor = self._linears[-1](features)

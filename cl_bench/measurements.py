@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from cl_bench.adapters import AdaptedLinear
+from cl_bench.subspace import GPM
+
+_NOTHING_HEARD = "A layer has seen no token: run images through the backbone while the statistic listens."
 
 
 class Statistic:
@@ -66,7 +68,65 @@ class ClassMeans(Statistic):
         )
 
 
-class SecondMoments(nn.Module, Statistic):
+class InputStatistic(nn.Module, Statistic):
+    """What is added up of the inputs of layers of one width, over all tokens.
+
+    Within :func:`measure` it listens by itself, and around a training step within :meth:`listening`. As an
+    attribute of a strategy, its sums are part of every checkpoint until :meth:`clear` frees them.
+
+    Args:
+        layers: Layers with one number of inputs, ``d``.
+        every: Take in every so many forward passes, the first among them.
+
+    Raises:
+        ValueError: If the layers differ in their number of inputs.
+    """
+
+    def __init__(self, layers: Sequence[AdaptedLinear | nn.Linear], every: int = 1) -> None:
+        super().__init__()
+        widths = sorted({layer.weight.shape[1] for layer in layers})
+        if len(widths) != 1:
+            raise ValueError(
+                f"Layers of {' and '.join(map(str, widths)) or 'no'} inputs share no statistic: "
+                "give layers of one width, and others to a statistic of their own."
+            )
+        self.every = every
+        self.width = widths[0]
+        self.layers = tuple(layers)  # in a tuple, they do not become a part of this module
+        self._passes = [0] * len(layers)
+
+    def take(self, index: int, tokens: Tensor) -> None:
+        """Take in the tokens (N, d) that layer ``index`` was given."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Forget every token, and free the sums."""
+        self._passes = [0] * len(self.layers)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear every input of the layers as long as the context is open."""
+        handles = [
+            layer.register_forward_pre_hook(partial(self._hear, index))
+            for index, layer in enumerate(self.layers)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def _hear(self, index: int, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._passes[index] += 1
+        if (self._passes[index] - 1) % self.every:
+            return
+        tokens = inputs[0].detach().flatten(0, -2)
+        with torch.autocast(tokens.device.type, enabled=False):
+            self.take(index, tokens)
+
+
+class SecondMoments(InputStatistic):
     """The uncentred second moment ``X^T X / N`` (d, d) of the inputs of each layer, over all N tokens.
 
     Queries, keys and values share one fused layer, hence one statistic. A batch costs one product of its
@@ -79,10 +139,6 @@ class SecondMoments(nn.Module, Statistic):
     up to an energy do not: fractions of energy differ by 1e-8 between the two, by 1e-6 with inputs rounded to
     TF32, and every count was the same. On a CPU, a forward pass becomes dearer by 11 %, with float32 by 5 %.
     GPUs made for graphics have little float64: ask for float32 there if only energies matter.
-
-    Within :func:`measure` it listens by itself. To measure while a method trains, call :meth:`listen` before
-    the first step and :meth:`stop` after the last; as an attribute of a strategy, its sums are part of every
-    checkpoint until :meth:`clear` frees them.
 
     Args:
         layers: Layers with one number of inputs, ``d``.
@@ -114,47 +170,16 @@ class SecondMoments(nn.Module, Statistic):
         every: int = 1,
         dtype: torch.dtype = torch.float64,
     ) -> None:
-        super().__init__()
-        widths = sorted({layer.weight.shape[1] for layer in layers})
-        if len(widths) != 1:
-            raise ValueError(
-                f"Layers of {' and '.join(map(str, widths)) or 'no'} inputs share no statistic: "
-                "give layers of one width, and others to a statistic of their own."
-            )
-        self.every = every
+        super().__init__(layers, every)
         self.dtype = dtype
-        self._width = widths[0]
-        self._layers = tuple(layers)  # in a tuple, they do not become a part of this module
-        self._passes = [0] * len(layers)
-        self._handles: list[RemovableHandle] = []
         self.clear()
 
     def clear(self) -> None:
         """Forget every token, and free the sums."""
-        device = self._layers[0].weight.device
+        super().clear()
+        device = self.layers[0].weight.device
         self.register_buffer("sums", torch.empty(0, dtype=torch.float64, device=device))
-        self.register_buffer("tokens", torch.zeros(len(self._layers), dtype=torch.int64, device=device))
-        self._passes = [0] * len(self._layers)
-
-    def listen(self) -> None:
-        """Hear every input of the layers from now on."""
-        self.stop()
-        for index, layer in enumerate(self._layers):
-            self._handles.append(layer.register_forward_pre_hook(partial(self._hear, index)))
-
-    def stop(self) -> None:
-        """Hear no more."""
-        while self._handles:
-            self._handles.pop().remove()
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hear every input of the layers as long as the context is open."""
-        self.listen()
-        try:
-            yield
-        finally:
-            self.stop()
+        self.register_buffer("tokens", torch.zeros(len(self.layers), dtype=torch.int64, device=device))
 
     def mean(self) -> Tensor:
         """Return the second moments (L, d, d), in float64.
@@ -162,26 +187,17 @@ class SecondMoments(nn.Module, Statistic):
         Raises:
             ValueError: If no token has been heard.
         """
-        tokens = _over_processes(self.tokens)
-        if not (self.sums.numel() and bool(tokens.all())):
-            raise ValueError(
-                "A layer has seen no token: run images through the backbone while the statistic listens."
-            )
+        tokens = _heard(self.tokens)
         return _over_processes(self.sums) / tokens[:, None, None]
 
-    @torch.no_grad()
-    def _hear(self, index: int, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._passes[index] += 1
-        if (self._passes[index] - 1) % self.every:
-            return
-        tokens = inputs[0].detach().flatten(0, -2)
+    def take(self, index: int, tokens: Tensor) -> None:
+        """Add the product of tokens (N, d) with themselves."""
         if not self.sums.numel():
-            shape = (len(self._layers), self._width, self._width)
+            shape = (len(self.layers), self.width, self.width)
             self.sums = tokens.new_zeros(shape, dtype=torch.float64)
             self.tokens = self.tokens.to(tokens.device)
-        with torch.autocast(tokens.device.type, enabled=False):
-            tokens = tokens.to(self.dtype)
-            self.sums[index] += tokens.T @ tokens
+        tokens = tokens.to(self.dtype)
+        self.sums[index] += tokens.T @ tokens
         self.tokens[index] += len(tokens)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -190,6 +206,146 @@ class SecondMoments(nn.Module, Statistic):
         if saved is not None:
             self.sums = torch.empty_like(saved, dtype=torch.float64, device=self.sums.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class InputSketch(InputStatistic):
+    """A sketch of the inputs of each layer outside of what a memory protects, in ``rows`` vectors.
+
+    Between the steps of training it holds (rows, d) numbers for each layer instead of (d, d). A batch is
+    stacked below the sketch, and the singular values of both together are shrunk until no more than ``rows``
+    are left; what shrinking took away is known and put back evenly, since only whole energies are exact here.
+
+    Source: frequent directions, https://arxiv.org/abs/1501.01711.
+
+    Args:
+        layers: Layers with one number of inputs, ``d``.
+        memory: What is protected in each of them.
+        rows: Directions that are kept; never more than d.
+        every: Take in every so many forward passes, the first among them.
+        most_tokens: Tokens of a batch that are taken in, evenly spaced.
+
+    Attributes:
+        sketch: ``Y`` (L, rows, d), so that ``Y^T Y`` is nearly ``P X^T X P`` of the inputs ``X``.
+        inside: Energy of the inputs in the protected directions, (L,) in float64.
+        outside: Their energy elsewhere, (L,) in float64.
+        tokens: Number of tokens that each layer has taken in, (L,).
+
+    Raises:
+        ValueError: If the layers differ in their number of inputs, the sketch has no row, or the memory
+            measures the energy of the covariance, of which a sketch does not know the whole.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> inputs = InputSketch([layer], GPM(num_layers=1, dim=2), rows=1)
+    >>> with inputs.listening():
+    ...     _ = layer(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+    >>> inputs.mean().round(decimals=4)
+    tensor([[[5., 0.],
+             [0., 0.]]], dtype=torch.float64)
+    """
+
+    sketch: Tensor
+    inside: Tensor
+    outside: Tensor
+    tokens: Tensor
+
+    def __init__(
+        self,
+        layers: Sequence[AdaptedLinear | nn.Linear],
+        memory: GPM,
+        rows: int = 64,
+        every: int = 1,
+        most_tokens: int = 256,
+    ) -> None:
+        super().__init__(layers, every)
+        if rows < 1:
+            raise ValueError(f"A sketch of {rows} rows holds nothing: give it at least one.")
+        if memory.energy != "features":
+            raise ValueError(
+                "A sketch knows the energy of features as a whole and that of their covariance in part: "
+                "set energy to features, or estimate exact moments."
+            )
+        self._memory = (memory,)  # in a tuple, it does not become a part of this module
+        self.rows = min(rows, self.width)
+        self.most_tokens = most_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every token."""
+        super().clear()
+        count, device = len(self.layers), self.layers[0].weight.device
+        self.register_buffer("sketch", torch.zeros(count, self.rows, self.width, device=device))
+        for name in ("inside", "outside"):
+            self.register_buffer(name, torch.zeros(count, dtype=torch.float64, device=device))
+        self.register_buffer("tokens", torch.zeros(count, dtype=torch.int64, device=device))
+
+    def mean(self) -> Tensor:
+        """Return what stands for the second moments (L, d, d), in float64: their energies are exact.
+
+        Raises:
+            ValueError: If no token has been heard.
+        """
+        tokens = _heard(self.tokens)
+        kept = self.sketch.double()
+        found = _over_processes(kept.mT @ kept)
+        inside, outside = _over_processes(self.inside), _over_processes(self.outside)
+        missing = (outside - found.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=0)
+        for index, moment in enumerate(found):
+            basis = self._memory[0].basis(index).double()
+            held, free = basis.shape[1], self.width - basis.shape[1]
+            protected = basis @ basis.mT
+            moment += protected * (inside[index] / max(held, 1))
+            moment += (torch.eye(self.width).to(protected) - protected) * (missing[index] / max(free, 1))
+        return found / tokens[:, None, None]
+
+    def take(self, index: int, tokens: Tensor) -> None:
+        """Stack tokens (N, d) below the sketch and shrink both together."""
+        tokens = tokens[:: -(-len(tokens) // self.most_tokens)].float()
+        rest = self._memory[0].right_residual(tokens, index)
+        energy = rest.double().square().sum()
+        self.inside[index] += (tokens.double().square().sum() - energy).clamp(min=0)
+        self.outside[index] += energy
+        self.tokens[index] += len(tokens)
+        stacked = torch.cat([self.sketch[index], rest]).double()
+        values, vectors = torch.linalg.eigh(stacked @ stacked.mT)  # weakest first
+        beyond = values[-self.rows - 1].clamp(min=0) if len(values) > self.rows else values.new_zeros(())
+        values, vectors = values[-self.rows :], vectors[:, -self.rows :]
+        shrunk = ((values - beyond).clamp(min=0) / values.clamp(min=torch.finfo(values.dtype).tiny)).sqrt()
+        self.sketch[index] = (shrunk[:, None] * (vectors.mT @ stacked)).float()
+
+
+class TokenAverages(InputStatistic):
+    """The mean over batches of the token at each place of a batch, whatever image it belongs to.
+
+    Batches of another size than the first are left out. This is what the released code of KeepLoRA,
+    https://arxiv.org/abs/2601.19659, decomposes in place of the tokens themselves: directions in which tokens
+    vary from batch to batch are averaged away.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> averages = TokenAverages([layer])
+    >>> with averages.listening():
+    ...     _ = layer(torch.tensor([[1.0], [5.0]])), layer(torch.tensor([[1.0], [1.0]]))
+    >>> averages.second_moments()
+    tensor([[[5.]]], dtype=torch.float64)
+    """
+
+    def __init__(self, layers: Sequence[AdaptedLinear | nn.Linear]) -> None:
+        super().__init__(layers)
+        self._sums: dict[int, Tensor] = {}
+        self._batches = 0
+
+    def take(self, index: int, tokens: Tensor) -> None:
+        """Add the tokens (N, d) of a batch to those of the others, place by place."""
+        total = self._sums.setdefault(index, torch.zeros_like(tokens, dtype=torch.float64))
+        if total.shape == tokens.shape:
+            total += tokens
+            self._batches += index == 0
+
+    def second_moments(self) -> Tensor:
+        """Return the uncentred second moment of the averages, (L, d, d) in float64."""
+        if not self._batches:
+            raise ValueError(_NOTHING_HEARD)
+        averages = torch.stack([self._sums[index] / self._batches for index in range(len(self.layers))])
+        return averages.mT @ averages / averages.shape[1]
 
 
 @torch.no_grad()
@@ -322,6 +478,14 @@ def _requiring_gradients(weights: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for weight, required in zip(weights, before, strict=True):
             weight.requires_grad_(required)
+
+
+def _heard(tokens: Tensor) -> Tensor:
+    """Return the numbers of tokens (L,) over all processes."""
+    counts = _over_processes(tokens)
+    if not bool(counts.all()):
+        raise ValueError(_NOTHING_HEARD)
+    return counts
 
 
 def _over_processes(sums: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,6 +22,7 @@ from cl_bench.backbones import Backbone
 from cl_bench.experience import Experience
 from cl_bench.heads import GrowingLinear, Prototypes
 from cl_bench.losses import local_cross_entropy
+from cl_bench.subspace import GPM
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
@@ -38,6 +40,34 @@ class TrainingData(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Promises:
+    """What a method keeps to; ``cl-bench check`` holds it to that.
+
+    The defaults are what most methods can promise. One that cannot says so where it sets ``promises``, which
+    makes the exception a documented part of the method.
+
+    Attributes:
+        start_within: Largest change of a feature, or of the logit of an old class, from the end of an
+            experience to the first step of the next; 0 for the same bits, None where that changes on purpose.
+        merge_within: Largest change of a feature by ``after_training``, which merging moves by rounding
+            alone; None where the method changes what it has trained.
+        keeps_old_head: Whether the head leaves what belongs to old classes as it is, bit by bit.
+        vectors_per_class: Features kept for each class beside the head, such as prototypes.
+        step_grows_with: What the operations of a training step may grow with, by terms of first order:
+            ``basis``, the columns that ``memory`` holds, and ``classes``, the number of old classes.
+
+    >>> Promises(start_within=1e-5).merge_within
+    1e-05
+    """
+
+    start_within: float | None = 0.0
+    merge_within: float | None = 1e-5
+    keeps_old_head: bool = True
+    vectors_per_class: int = 0
+    step_grows_with: tuple[Literal["basis", "classes"], ...] = ()
+
+
 class Strategy(LightningModule):
     """A frozen backbone, a head over the classes seen, and hooks that a method overrides.
 
@@ -50,6 +80,8 @@ class Strategy(LightningModule):
     Attributes:
         name: What tables call the method; the name of its class unless it sets another.
         variant: Which of its meanings this is, where it has several.
+        promises: What the method keeps to, where that differs from what most do.
+        memory: Protected input directions of each adapted layer, where the method keeps any.
 
     Args:
         backbone: Pre-trained vision transformer; the strategy freezes it.
@@ -60,6 +92,7 @@ class Strategy(LightningModule):
 
     name: str
     variant: str | None = None
+    promises: Promises = Promises()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Name a method after its class unless it says otherwise."""
@@ -83,6 +116,7 @@ class Strategy(LightningModule):
         self._head_lr = head_lr
         self._pretrained_bytes = _state_bytes(backbone)
         self._experience: Experience | None = None
+        self.memory: GPM | None = None
 
     # What a method overrides
 

@@ -10,6 +10,7 @@ not reach the projections: bfloat16 would leave thousandths of what they remove.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -260,6 +261,7 @@ class GPM(nn.Module):
         dim: Width of a layer's input, ``d``.
         energy: What a direction's share of the energy is measured on.
         first: How many directions a layer takes that has none yet.
+        dtype: Type in which directions are stored; that of the moments they come from if None.
 
     >>> memory = GPM(num_layers=1, dim=3)
     >>> memory.update(torch.diag(torch.tensor([8.0, 1.0, 1.0])).expand(1, 3, 3), threshold=0.8)
@@ -271,9 +273,15 @@ class GPM(nn.Module):
     """
 
     def __init__(
-        self, num_layers: int, dim: int, energy: Energy = "features", first: FirstCount = "reaching"
+        self,
+        num_layers: int,
+        dim: int,
+        energy: Energy = "features",
+        first: FirstCount = "reaching",
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.num_layers = num_layers
         self.dim = dim
         self.energy = energy
@@ -321,11 +329,11 @@ class GPM(nn.Module):
         for layer, (held, needed) in enumerate(zip(self.dims, counts, strict=True)):
             count = max(needed - 1, 1) if held == 0 and self.first == "below" else needed
             if count > 0:
-                free = directions[layer, :, : self.dim - held].to(moments.dtype)
+                free = directions[layer, :, : self.dim - held].to(self.dtype or moments.dtype)
                 self._protect(layer, free[:, :count], rest=free[:, count:])
 
     @torch.no_grad()
-    def free_directions(self, x: Tensor, rank: int) -> Tensor:
+    def free_directions(self, x: Tensor, rank: int, short: Literal["refuse", "zeros"] = "refuse") -> Tensor:
         """Return the strongest directions of ``x`` (L, d, n) that are free, (L, d, rank), strongest first.
 
         They are left singular vectors of ``P x``, where ``P`` projects onto what is free. If ``P x`` has
@@ -338,22 +346,32 @@ class GPM(nn.Module):
         Args:
             x: One matrix for each layer.
             rank: Number of directions in each layer.
+            short: What becomes of a layer with fewer free dimensions than ``rank``: it is refused, since an
+                adapter that shrank by itself would go unnoticed, or gets zeros in their place and a warning.
 
         Raises:
-            ValueError: If a layer has fewer free dimensions than ``rank``, since an adapter that shrank by
-                itself would go unnoticed; or if a matrix does not fit, is zero or not finite.
+            ValueError: If a layer is refused; or if a matrix does not fit, is zero or not finite.
         """
         _require_rank(rank, self.dim)
         self._require_width(x)
-        for layer, held in enumerate(self.dims):
-            if self.dim - held < rank:
+        free = [self.dim - held for held in self.dims]
+        if min(free) < rank:
+            message = self._shortage(free, rank)
+            if short == "refuse":
                 raise ValueError(
-                    f"Layer {layer} has {self.dim - held} of {self.dim} dimensions free, fewer than the rank "
-                    f"{rank}: lower the rank, or the energy threshold so that less is protected."
+                    f"{message}: lower the rank, or the energy threshold so that less is protected."
                 )
+            warnings.warn(f"{message}: its adapters learn in those alone.", stacklevel=2)
         wide = x.double()
         gram = _of_unit_energy(wide @ wide.mT, "features")
-        return self._free_spectrum(gram)[1][..., :rank].to(x.dtype, copy=True)
+        found = self._free_spectrum(gram)[1][..., :rank].to(x.dtype, copy=True)
+        for layer, room in enumerate(free):
+            found[layer, :, room:] = 0
+        return found
+
+    def _shortage(self, free: list[int], rank: int) -> str:
+        layer = next(layer for layer, room in enumerate(free) if room < rank)
+        return f"Layer {layer} has {free[layer]} of {self.dim} dimensions free, fewer than the rank {rank}"
 
     @torch.no_grad()
     def held_energy(self, moments: Tensor) -> Tensor:
@@ -425,9 +443,14 @@ class DualGPM(GPM):
     """
 
     def __init__(
-        self, num_layers: int, dim: int, energy: Energy = "features", first: FirstCount = "reaching"
+        self,
+        num_layers: int,
+        dim: int,
+        energy: Energy = "features",
+        first: FirstCount = "reaching",
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(num_layers, dim, energy, first)
+        super().__init__(num_layers, dim, energy, first, dtype)
         for layer in range(num_layers):
             self.register_buffer(f"complement_{layer}", None)
 

@@ -128,13 +128,16 @@ class StreamTrainer(Trainer):
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
         counting = StreamMetrics(result)
         self.callbacks.insert(0, counting)  # type: ignore[attr-defined]
+        on_cpu = self.strategy.root_device.type == "cpu"
+        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
         if self.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
         _save(result, folder)
         try:
             with _ctrl_c_raises():
                 for experience in _experiences(datamodule, regime):
-                    self._learn(strategy, datamodule, experience, result)
+                    self.learn(strategy, datamodule, experience)
+                    self._evaluate(strategy, datamodule, result)
                     with self.phase("checkpoints"):
                         _save(result, folder)
             result.status = "done"
@@ -199,9 +202,14 @@ class StreamTrainer(Trainer):
             torch.cuda.synchronize(self.strategy.root_device)
         return time.perf_counter()
 
-    def _learn(
-        self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience, result: Result
-    ) -> None:
+    def learn(self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience) -> None:
+        """Train ``strategy`` on one experience, and evaluate nothing; :meth:`run` does so for all of them.
+
+        Args:
+            strategy: The method, as the experience before left it.
+            datamodule: The stream, set up; afterwards it serves this experience.
+            experience: The next one.
+        """
         self._seconds = {}
         # Seeding every experience anew makes it independent of how many numbers the ones before it drew, and
         # gives all strategies the same head to start from.
@@ -212,6 +220,8 @@ class StreamTrainer(Trainer):
         self.fit_loop.epoch_progress.reset()
         self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
         self.fit(strategy, datamodule=datamodule)
+
+    def _evaluate(self, strategy: Strategy, datamodule: StreamDataModule, result: Result) -> None:
         with self.phase("evaluation"):
             self.test(strategy, datamodule=datamodule, verbose=False)
         result.costs.append(Cost(self._seconds, self._trainable, strategy.stored_bytes, self._peak_memory()))

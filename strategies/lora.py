@@ -13,52 +13,36 @@ Departures: None.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
-from cl_bench.adapters import inject
 from cl_bench.backbones import Backbone
-from cl_bench.experience import Experience
-from cl_bench.strategy import Strategy, TrainingData
+from cl_bench.low_rank import LowRankStrategy
+from cl_bench.strategy import TrainingData
 
 
-class LoRA(Strategy):
+class LoRA(LowRankStrategy):
     """Sequential training of low-rank adapters.
 
     Args:
         backbone: Pre-trained vision transformer.
         variant: ``merge``: a fresh adapter for every experience, merged at its end; ``shared``: one for all.
-        targets: Projections that carry an adapter, among q, k, v, proj, fc1, fc2.
-        rank: Rank of every adapter.
-        scale: Factor of the low-rank product.
-        kwargs: Settings of every strategy.
+        kwargs: Settings of every strategy with adapters.
     """
 
     name = "LoRA"
 
     def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        variant: Literal["merge", "shared"] = "merge",
-        targets: Sequence[str] = ("k", "v"),
-        rank: int = 10,
-        scale: float = 1.0,
-        **kwargs: Any,
+        self, backbone: Backbone, *, variant: Literal["merge", "shared"] = "merge", **kwargs: Any
     ) -> None:
         super().__init__(backbone, **kwargs)
         self.variant = variant
-        self.layers = inject(backbone, targets, rank, scale)
 
-    def expand(self, experience: Experience) -> None:
+    def renew(self) -> None:
         """Start a fresh adapter where the variant asks for one."""
-        super().expand(experience)
-        if experience.is_first or self.variant == "merge":
-            for layer in self.layers:
-                layer.reset()
+        if self.experience.is_first or self.variant == "merge":
+            super().renew()
 
     def after_training(self, data: TrainingData) -> None:
         """Add the trained product to the weight, unless the adapter lives on."""
         if self.variant == "merge":
-            for layer in self.layers:
-                layer.merge()
+            super().after_training(data)

@@ -348,3 +348,13 @@ def test_images_that_are_not_square_are_refused() -> None:
 def test_a_model_that_is_no_vision_transformer_is_refused() -> None:
     with pytest.raises(ValueError, match="test_resnet is no row of attention blocks"):
         Backbone("test_resnet", "random")
+
+
+def test_attention_agrees_in_one_kernel_and_as_products(images: torch.Tensor) -> None:
+    backbone = tiny()
+    features = []
+    for fused in (True, False):
+        backbone.fuse_attention(fused)
+        assert {block.get_submodule("attn").__dict__["fused_attn"] for block in backbone.blocks} == {fused}
+        features.append(backbone(images))
+    torch.testing.assert_close(*features)

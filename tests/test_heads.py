@@ -32,6 +32,17 @@ def test_current_logits_are_the_last_columns_of_all_logits(features: torch.Tenso
     assert torch.equal(head.current(features), head(features)[:, 2:])
 
 
+def test_writing_the_newest_part_leaves_older_ones_alone(features: torch.Tensor) -> None:
+    head = grown([3, 2])
+    older = head(features)[:, :3]
+    weight = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    head.write_current(weight)
+    torch.testing.assert_close(head.current(features), features @ weight.T)
+    assert torch.equal(head(features)[:, :3], older)
+    with pytest.raises(ValueError, match="give a row of 8 for each"):
+        head.write_current(weight[:1])
+
+
 def test_only_the_newest_part_is_trained(features: torch.Tensor) -> None:
     head = grown([2, 3])
     head(features).sum().backward()

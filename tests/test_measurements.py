@@ -10,12 +10,15 @@ from cl_bench.adapters import AdaptedLinear, inject
 from cl_bench.backbones import Backbone
 from cl_bench.measurements import (
     ClassMeans,
+    InputSketch,
     SecondMoments,
+    TokenAverages,
     class_means,
     full_weight_gradients,
     measure,
     second_moments,
 )
+from cl_bench.subspace import GPM
 
 TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 Batches = list[tuple[Tensor, Tensor]]
@@ -154,9 +157,8 @@ def test_listening_while_training_leaves_the_gradients_as_they_are() -> None:
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(loss_of(backbone)(images, labels), trained)
     moments = SecondMoments(layers)
-    moments.listen()
-    heard = torch.autograd.grad(loss_of(backbone)(images, labels), trained)
-    moments.stop()
+    with moments.listening():
+        heard = torch.autograd.grad(loss_of(backbone)(images, labels), trained)
     assert all(torch.equal(one, other) for one, other in zip(expected, heard, strict=True))
     assert not moments.sums.requires_grad
     torch.testing.assert_close(moments.mean(), second_moments(backbone, layers, batches(12)))
@@ -310,3 +312,90 @@ def test_processes_that_share_the_images_measure_what_one_would(monkeypatch: pyt
     assert not sent
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 if one.dtype == torch.float32 else 1e-10)
+
+
+# Sketches and averages of inputs
+
+
+def protecting(columns: int) -> GPM:
+    """Return a memory of two layers, 32 wide, in which random directions are protected."""
+    memory = GPM(2, 32)
+    generator = torch.Generator().manual_seed(5)
+    for layer in range(2):
+        basis = torch.linalg.qr(torch.randn(32, columns, generator=generator, dtype=torch.float64)).Q
+        memory._buffers[f"basis_{layer}"] = basis
+    return memory
+
+
+@pytest.mark.parametrize("columns", (0, 5))
+def test_a_sketch_as_wide_as_the_inputs_is_exact_outside_of_what_is_protected(columns: int) -> None:
+    backbone, layers = adapted()
+    memory = protecting(columns)
+    sketch = InputSketch(layers, memory, rows=32)
+    measure(backbone, batches(4), sketch)
+    moments = second_moments(backbone, layers, batches(12))
+    for layer, (ours, exact) in enumerate(zip(sketch.mean(), moments, strict=True)):
+        outside = memory.right_residual(memory.residual(exact, layer), layer)
+        ours_outside = memory.right_residual(memory.residual(ours, layer), layer)
+        torch.testing.assert_close(ours_outside, outside, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", (2, 8))
+def test_energies_of_a_sketch_are_exact_however_small_it_is(rows: int) -> None:
+    backbone, layers = adapted()
+    memory = protecting(5)
+    sketch = InputSketch(layers, memory, rows=rows)
+    measure(backbone, batches(4), sketch)
+    moments = second_moments(backbone, layers, batches(12))
+    found = sketch.mean()
+    traces = [m.diagonal(dim1=1, dim2=2).sum(1) for m in (found, moments)]
+    torch.testing.assert_close(*traces, atol=0, rtol=1e-5)
+    torch.testing.assert_close(memory.held_energy(found), memory.held_energy(moments), atol=1e-5, rtol=0)
+
+
+def test_a_sketch_errs_by_no_more_than_what_frequent_directions_guarantee() -> None:
+    """No direction gains, and none loses more than the whole divided by the number of rows."""
+    backbone, layers = adapted()
+    sketch = InputSketch(layers, GPM(2, 32), rows=8)
+    measure(backbone, batches(4), sketch)
+    moments = second_moments(backbone, layers, batches(12))
+    tokens = sketch.tokens[:, None, None]
+    kept = sketch.sketch.double().mT @ sketch.sketch.double() / tokens
+    lost = torch.linalg.eigvalsh(moments - kept)
+    assert lost.min() > -1e-5
+    assert bool((lost.max(dim=1).values <= moments.diagonal(dim1=1, dim2=2).sum(1) / 8).all())
+
+
+def test_a_sketch_takes_few_tokens_of_a_large_batch_evenly() -> None:
+    backbone, layers = adapted()
+    sketch = InputSketch(layers, GPM(2, 32), rows=4, most_tokens=20)
+    measure(backbone, batches(12), sketch)
+    assert sketch.tokens.tolist() == [20, 20]  # every third of 60
+
+
+def test_what_a_sketch_cannot_do_is_refused() -> None:
+    _, layers = adapted()
+    with pytest.raises(ValueError, match="set energy to features"):
+        InputSketch(layers, GPM(2, 32, "covariance"))
+    with pytest.raises(ValueError, match="give it at least one"):
+        InputSketch(layers, GPM(2, 32), rows=0)
+    with pytest.raises(ValueError, match="seen no token"):
+        InputSketch(layers, GPM(2, 32)).mean()
+
+
+def test_token_averages_take_the_mean_over_batches_at_each_place() -> None:
+    backbone, layers = adapted()
+    averages = TokenAverages(layers)
+    measure(backbone, batches(5), averages)  # 5, 5 and 2: the last is another size, and left out
+    inputs: list[Tensor] = []
+    handle = layers[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0].flatten(0, 1)))
+    for images, _ in batches(5)[:2]:
+        backbone(images)
+    handle.remove()
+    mean = (inputs[0] + inputs[1]) / 2
+    torch.testing.assert_close(averages.second_moments()[0], mean.mT @ mean / len(mean))
+
+
+def test_token_averages_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match="seen no token"):
+        TokenAverages(adapted()[1]).second_moments()

@@ -468,6 +468,17 @@ def test_a_rank_beyond_what_is_free_is_refused() -> None:
         memory.free_directions(moments(0)[:2], rank=3)
 
 
+def test_a_rank_beyond_what_is_free_may_leave_zeros_with_a_warning() -> None:
+    memory = DualGPM(2, WIDTH)
+    full = torch.diag((torch.arange(WIDTH) < 14).double())
+    memory.update(torch.stack([moments(0)[0], full]), 0.999)
+    with pytest.warns(UserWarning, match="Layer 1 has 2 of 16 dimensions free, fewer than the rank 3"):
+        found = memory.free_directions(moments(0)[:2], rank=3, short="zeros")
+    norms = found.norm(dim=1)
+    torch.testing.assert_close(norms, torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 0.0]]).to(norms))
+    assert memory.residual(found[1], 1).sub(found[1]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_moments_without_energy_or_with_broken_entries_are_refused(bad: float) -> None:
     broken = moments(0)

@@ -1,0 +1,48 @@
+"""Learning-rate schedules that papers use and PyTorch does not have; each is stepped once an epoch."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class QuarterCosine(LambdaLR):
+    """From the full learning rate to nearly zero along the first quarter of a cosine.
+
+    In epoch ``e`` of ``E`` it is ``lr cos(99 π e / (200 (E - 1)))``: it falls late and fast, where PyTorch's
+    cosine annealing falls most in the middle.
+
+    Source: the released code of InfLoRA, https://arxiv.org/abs/2404.00228, and its relatives.
+
+    Args:
+        optimizer: Its learning rates are scaled.
+        epochs: Epochs of one experience, ``E``.
+
+    Raises:
+        ValueError: If there is no epoch.
+
+    >>> import torch
+    >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    >>> schedule = QuarterCosine(optimizer, epochs=3)
+    >>> rates = [optimizer.param_groups[0]["lr"]]
+    >>> for epoch in range(2):
+    ...     optimizer.step(), schedule.step()
+    ...     rates.append(optimizer.param_groups[0]["lr"])
+    (None, None)
+    (None, None)
+    >>> [round(rate, 3) for rate in rates]
+    [1.0, 0.713, 0.016]
+    """
+
+    def __init__(self, optimizer: Optimizer, epochs: int) -> None:
+        if epochs < 1:
+            raise ValueError(f"A schedule over {epochs} epochs has no learning rate: give at least one.")
+        self.epochs = epochs
+        super().__init__(optimizer, self._share)
+
+    def _share(self, epoch: int) -> float:
+        # A run of one epoch never leaves the start; epochs past the end stay at its rate.
+        last = max(self.epochs - 1, 1)
+        return math.cos(99 * math.pi * min(epoch, last) / (200 * last))

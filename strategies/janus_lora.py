@@ -1,0 +1,104 @@
+"""JANUS-LoRA: estimate in training what the inputs use, and update both factors so that it stays untouched.
+
+Three parts work together, and each can be switched off. *Online Estimation* (OE) listens to the inputs of
+every adapted layer during training and, at the end of an experience, adds the directions that hold most of
+their energy to a memory; no extra pass is made and no image is kept. *Gradient Rectification* (GR) takes the
+gradient of the whole weight without those directions and finds the updates of both factors, ``A`` and ``B``,
+whose joint effect is nearest to it. The *Decoupled Margin Loss* (DML) pushes new features away from the
+prototypes of old classes, apart from classification.
+
+Source: JANUS-LoRA, ICML 2026, https://arxiv.org/abs/2605.28495: the three parts and their purpose, the
+projected update and the closed form through the tangent space, adapters with both factors trained on the keys
+and values of every block, cosine geometry and class means in the margin loss.
+
+Departures: this is a reconstruction. The paper's text was not at hand and no code of it is public, so these
+are ours, and none of them may be called reproduced:
+
+1. OE: the uncentred second moment of all tokens seen in training, projected once at the end, with the energy
+   rule of GPM and the threshold schedule of InfLoRA. ``stream`` keeps a sketch of it in less memory.
+2. GR: the formula, its gauge and its damping; see ``cl_bench/rectification.py``. Without GR the gradient of
+   ``A`` alone is projected.
+3. ``row_space: safe``: rows of ``A`` are cleared of protected directions at the start of an experience and
+   after every step, which makes the update exactly safe under any optimizer. The paper reports a violation
+   above zero, so it has no such step; ``free`` is nearer to it.
+4. DML: a hinge on the cosine to the nearest old prototype, its margin and weight.
+5. A fresh adapter for every experience, merged at its end, and the rest of training as in InfLoRA's code,
+   https://arxiv.org/abs/2404.00228.
+
+With all three parts off it is plain LoRA, ``merge``, bit for bit.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cl_bench.backbones import Backbone
+from cl_bench.margin import DecoupledMargin
+from cl_bench.measurements import InputSketch, SecondMoments
+from cl_bench.protection import ProtectedStrategy, RowSpace
+from cl_bench.strategy import Batch, Promises, TrainingData
+
+
+class JanusLoRA(DecoupledMargin, ProtectedStrategy):
+    """Both factors trained, outside of what older inputs were seen to use, away from old prototypes.
+
+    Args:
+        backbone: Pre-trained vision transformer.
+        online_estimation: OE: ``exact`` second moments, a ``stream`` sketch of them, or null for none.
+        rectification: GR: whether both gradients are rectified, or that of A alone is projected.
+        decoupled_margin: DML: whether new features are pushed away from old prototypes.
+        row_space: ``safe`` keeps the rows of A outside the protected directions; ``free`` does not.
+        estimate_every: OE takes in every so many steps, the first among them.
+        sketch_rows: Directions that a ``stream`` keeps, and so the most that one experience can add.
+        kwargs: Settings of every strategy with protected directions, and of the decoupled margin.
+    """
+
+    name = "JANUS-LoRA"
+    # DML keeps a prototype for each class and compares every feature with those of old classes; gradients are
+    # projected with the basis.
+    promises = Promises(vectors_per_class=1, step_grows_with=("basis", "classes"))
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        online_estimation: Literal["exact", "stream"] | None = "exact",
+        rectification: bool = True,
+        decoupled_margin: bool = True,
+        row_space: RowSpace = "safe",
+        estimate_every: int = 1,
+        sketch_rows: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            backbone,
+            rectification=rectification,
+            decoupled_margin=decoupled_margin,
+            row_space=row_space,
+            **kwargs,
+        )
+        self.inputs: SecondMoments | InputSketch | None = None
+        if online_estimation == "exact":
+            # Only shares of energy are asked for, and they are the same from float32 products.
+            self.inputs = SecondMoments(self.layers, estimate_every, torch.float32)
+        elif online_estimation == "stream":
+            self.inputs = InputSketch(self.layers, self.memory, sketch_rows, estimate_every)
+        parts = {"OE": online_estimation, "GR": rectification, "DML": decoupled_margin}
+        on = [part for part, setting in parts.items() if setting]
+        self.variant = None if len(on) == len(parts) else " + ".join(on) or "all parts off"
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch, and let OE hear the inputs of the layers."""
+        with nullcontext() if self.inputs is None else self.inputs.listening():
+            return super().training_step(batch, batch_idx)
+
+    def after_training(self, data: TrainingData) -> None:
+        """Protect what OE has heard, then keep prototypes and merge."""
+        if self.inputs is not None:
+            self.protect(self.inputs.mean())
+            self.inputs.clear()
+        super().after_training(data)

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from cl_bench.backbones import Backbone
+from cl_bench.rectification import relative_violation
+from cl_bench.subspace import leading_directions
+from strategies.inflora import InfLoRA
+
+Walking = Callable[..., Any]
+Making = Callable[..., Backbone]
+
+
+def inflora(backbone: Making, kind: type[InfLoRA] = InfLoRA, **changes: Any) -> InfLoRA:
+    settings: dict[str, Any] = {
+        "rank": 4,
+        "threshold": 0.98,
+        "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+    }
+    return kind(backbone(), **settings | changes)
+
+
+def test_rows_are_orthonormal_over_root_three_shared_by_keys_and_values_and_never_trained(
+    backbone: Making, walk: Walking
+) -> None:
+    for learnt in walk(inflora(backbone)).learnt:
+        for down, at_end in zip(learnt.down, learnt.down_at_end, strict=True):
+            assert torch.equal(down["k"], down["v"])
+            assert torch.equal(down["k"], at_end["k"])
+            torch.testing.assert_close(3 * down["k"] @ down["k"].mT, torch.eye(4), atol=1e-6, rtol=0)
+
+
+COMPLEMENT = {"energy": "features", "threshold": 0.995, "threshold_end": 0.998}
+"""Protects more than half of the dimensions, so that a dual memory stores the others."""
+
+
+@pytest.mark.parametrize("settings", ({}, {"memory_form": "plain"}, COMPLEMENT))
+def test_updates_act_on_nothing_that_the_memory_protects(
+    backbone: Making, walk: Walking, settings: dict[str, Any]
+) -> None:
+    strategy = inflora(backbone, **settings)
+    for learnt in walk(strategy).learnt[1:]:
+        for down, update, basis in zip(learnt.down, learnt.updates, learnt.bases, strict=True):
+            assert basis.shape[1] > 0
+            assert (down["k"] @ basis).abs().max() < 1e-6
+            assert relative_violation(update, basis.double()) < 1e-5
+    assert ("complement_0" in strategy.memory.state_dict()) is (settings is COMPLEMENT)
+
+
+def test_the_first_experience_learns_along_the_principal_directions_of_its_inputs(
+    backbone: Making, walk: Walking
+) -> None:
+    found: list[torch.Tensor] = []
+
+    class Spied(InfLoRA):
+        def _moments(self, data: Any) -> torch.Tensor:
+            found.append(super()._moments(data))
+            return found[-1]
+
+    first = walk(inflora(backbone, Spied), max_epochs=1).learnt[0]
+    principal = leading_directions(found[0], 4)
+    for down, directions in zip(first.down, principal, strict=True):
+        projector = 3 * down["k"].double().mT @ down["k"].double()
+        torch.testing.assert_close(projector, directions @ directions.mT, atol=1e-6, rtol=0)
+
+
+def test_the_energy_of_features_needs_more_directions_than_that_of_the_covariance(
+    backbone: Making, walk: Walking
+) -> None:
+    dims = {}
+    for energy in ("features", "covariance"):
+        strategy = inflora(backbone, energy=energy, threshold=0.9, threshold_end=0.9)
+        walk(strategy)
+        dims[energy] = strategy.memory.dims
+    assert all(one > other for one, other in zip(dims["features"], dims["covariance"], strict=True))
+
+
+def test_the_memory_only_grows(backbone: Making, walk: Walking) -> None:
+    widths = [[basis.shape[1] for basis in learnt.bases] for learnt in walk(inflora(backbone)).learnt]
+    assert all(
+        one <= other for before, after in pairwise(widths) for one, other in zip(before, after, strict=True)
+    )
+    assert sum(widths[-1]) > 0
+
+
+def test_the_first_blocks_alone_carry_adapters_if_asked(backbone: Making) -> None:
+    strategy = inflora(backbone, blocks=[0], memory_form="plain")
+    assert len(strategy.layers) == 1
+    assert strategy.memory.num_layers == 1
