@@ -76,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--metrics", nargs="+", default=None, metavar="NAME", help="such as acc/sample bwt/gem"
     )
+    report.add_argument(
+        "--wandb",
+        default=None,
+        metavar="PROJECT",
+        help="also rebuild the runs on Weights & Biases, with a view for each benchmark; offline, write both",
+    )
     report.add_argument("-v", action="store_true", help="show tracebacks")
     return parser
 
@@ -198,4 +204,11 @@ def _report(options: argparse.Namespace) -> int:
     console = _console()
     console.print(written.text, markup=False)
     console.print("\n".join(f"wrote {path}" for path in written.files), markup=False)
+    if options.wandb is not None:
+        from cl_bench.report import FOLDER, METRICS, results_below
+        from cl_bench.report.upload import upload
+
+        results, _ = results_below(options.results)
+        shown = options.metrics or METRICS
+        console.print(upload(results, options.wandb, options.results / FOLDER, shown).text, markup=False)
     return DONE

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from cl_bench.configuration import Configuration
 from cl_bench.errors import sentence
 from cl_bench.results import FILE_NAME, Result, read
-from cl_bench.tracking import loggers
+from cl_bench.tracking import loggers, record
 
 ERROR_NAME = "error.txt"
 
@@ -47,7 +47,7 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
         strategy, trainer = configuration.build(callbacks, opened)
         trainer.require_fit(strategy, configuration.datamodule)
         try:
-            return trainer.run(
+            result = trainer.run(
                 strategy,
                 configuration.datamodule,
                 regime=values.regime,
@@ -58,6 +58,8 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
         except Exception as error:
             (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
             raise RunFailed(sentence(error)) from error
+        record(result, opened)
+        return result
 
 
 def finished(configuration: Configuration) -> Path | None:

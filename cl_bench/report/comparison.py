@@ -13,18 +13,6 @@ from cl_bench.report.settings import differences, distinguishing, plain, short_n
 from cl_bench.report.statistics import Statistic, statistic
 from cl_bench.results import Regime, Result
 
-PHASES = ("data_passes", "training", "evaluation", "checkpoints")
-"""What the seconds of a run are split into."""
-
-COSTS = (
-    "seconds",
-    *(f"seconds/{phase}" for phase in PHASES),
-    "peak_megabytes",
-    "trainable_parameters",
-    "stored_megabytes",
-)
-"""What a run took, beside its metrics."""
-
 RANKING = "acc/sample"
 """Metric by which entries are ordered."""
 
@@ -185,22 +173,8 @@ def _entry(group: str, label: str, runs: Sequence[Result]) -> Entry:
         regime=runs[0].regime,
         runs=finished,
         unfinished=[run for run in runs if run.status != "done"],
-        measured={_block(run): run.metrics() | _costs(run) for run in finished},
+        measured={_block(run): run.metrics() | run.spending() for run in finished},
     )
-
-
-def _costs(run: Result) -> dict[str, float]:
-    """What ``run`` took; NaN where it was not measured."""
-    if not run.costs:
-        return dict.fromkeys(COSTS, math.nan)
-    phases = run.seconds()
-    return {
-        "seconds": sum(phases.values()),
-        **{f"seconds/{phase}": phases.get(phase, math.nan) for phase in PHASES},
-        "peak_megabytes": max(cost.peak_memory_bytes for cost in run.costs) / 1e6,
-        "trainable_parameters": float(max(cost.trainable_parameters for cost in run.costs)),
-        "stored_megabytes": run.costs[-1].stored_bytes / 1e6,
-    }
 
 
 def _block(run: Result) -> Block:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from cl_bench.report.comparison import COSTS, RANKING
+from cl_bench.report.comparison import RANKING
 from cl_bench.report.contrasts import Contrast
 from cl_bench.report.sentences import (
     absent,
@@ -17,6 +17,7 @@ from cl_bench.report.sentences import (
 )
 from cl_bench.report.statistics import BOOTSTRAP_BLOCKS, PERMUTATION_BLOCKS, TOO_SMALL, Interval, Statistic
 from cl_bench.report.tables import COST_HEADINGS, UNDEFINED, UPPER_BOUND, Row, Table
+from cl_bench.results import COSTS
 
 HOW_TO_READ_DIFFERENCES = (
     "Δ is the first line minus the second on the seeds and class orders that both finished, with Student's "

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from cl_bench import __version__
 from cl_bench.metrics import DEFINITIONS, HIGHER_IS_BETTER, accuracy_matrix, incremental_accuracy
-from cl_bench.report.comparison import COSTS, Comparison, Entry
+from cl_bench.report.comparison import Comparison, Entry
 from cl_bench.report.contrasts import Contrast
 from cl_bench.report.markdown import HOW_TO_READ_DIFFERENCES
 from cl_bench.report.records import finite, statistic_record
@@ -26,7 +26,7 @@ from cl_bench.report.sentences import absences, compared, mixed_provenance, prot
 from cl_bench.report.settings import flat
 from cl_bench.report.statistics import Statistic, statistic
 from cl_bench.report.tables import COST_HEADINGS, SHORT_NAMES, Table
-from cl_bench.results import Result
+from cl_bench.results import COSTS, Result
 
 Array = npt.NDArray[np.float64]
 Json = dict[str, Any]

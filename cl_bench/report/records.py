@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from cl_bench.report.comparison import COSTS, Comparison, Entry
+from cl_bench.report.comparison import Comparison, Entry
 from cl_bench.report.contrasts import Contrast
 from cl_bench.report.sentences import absences, definitions, mixed_provenance, protocol_differences
 from cl_bench.report.statistics import CONFIDENCE, Interval, Statistic
 from cl_bench.report.tables import Table
+from cl_bench.results import COSTS
 
 _KEYS = ["benchmark", "fingerprint"]
 _SUMMARY = ["mean", "std", "n", "low", "high", "bootstrap_low", "bootstrap_high"]

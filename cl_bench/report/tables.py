@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cl_bench.metrics import HIGHER_IS_BETTER
-from cl_bench.report.comparison import COSTS, PHASES, RANKING, Comparison, Entry
+from cl_bench.report.comparison import RANKING, Comparison, Entry
 from cl_bench.report.contrasts import Contrast, against, contrasts
 from cl_bench.report.statistics import NO_VALUES, Statistic
+from cl_bench.results import COSTS, PHASES
 
 UNDEFINED = "–"
 """What a cell says of a metric that does not exist, or a cost that was not measured."""

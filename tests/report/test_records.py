@@ -5,10 +5,10 @@ import io
 import json
 from collections.abc import Callable
 
-from cl_bench.report.comparison import COSTS, comparisons
+from cl_bench.report.comparison import comparisons
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import tables
-from cl_bench.results import Result
+from cl_bench.results import COSTS, Result
 
 Made = Callable[..., Result]
 
