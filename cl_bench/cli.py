@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(words[1:])
         if words[:1] == ["check"]:
             return _check(words[1:])
+        if words[:1] == ["reproduce"]:
+            return _reproduce(*_parser().parse_known_args(words))
         options = _parser().parse_args(words)
         return _grid(options) if options.verb == "grid" else _report(options)
     except (ValueError, OSError) as error:
@@ -83,7 +85,26 @@ def _parser() -> argparse.ArgumentParser:
         help="also rebuild the runs on Weights & Biases, with a view for each benchmark; offline, write both",
     )
     report.add_argument("-v", action="store_true", help="show tracebacks")
+    _add_reproduce(verbs)
     return parser
+
+
+def _add_reproduce(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "reproduce",
+        help="put our cells beside a published number, running those that are not done",
+        epilog="Any other --KEY=VALUE goes to every cell, such as --root=FOLDER.",
+    )
+    verb.add_argument("strategy", metavar="STRATEGY", help="config stem of a strategy, such as janus_lora")
+    verb.add_argument("dataset", metavar="DATASET", help="config stem of a dataset, such as imagenet_r")
+    verb.add_argument("--num_experiences", type=int, default=None, help="length of the stream, as published")
+    verb.add_argument("--against", default="inflora", help="strategy of the contrast (default: inflora)")
+    verb.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
+    verb.add_argument("--orders", nargs="+", default=["identity"], help="class orders (default: identity)")
+    verb.add_argument("--results", type=Path, default=Path("results/reproduce"), help="folder of all results")
+    verb.add_argument("--workers", type=int, default=None, help="cells at a time, as in a grid")
+    verb.add_argument("--dry-run", action="store_true", help="run nothing; compare what there is")
+    verb.add_argument("-v", action="store_true", help="show tracebacks")
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -195,6 +216,26 @@ def _grid(options: argparse.Namespace) -> int:
     return (
         DONE if run_grid(options.grid, options.results, options.workers, dry_run=options.dry_run) else FAILED
     )
+
+
+def _reproduce(options: argparse.Namespace, overrides: list[str]) -> int:
+    for word in overrides:
+        if not word.startswith("--") or "=" not in word:
+            raise ValueError(f"{word!r} is no setting: write --KEY=VALUE, with the equals sign.")
+
+    from cl_bench.reproduction.command import Wanted, reproduce
+
+    wanted = Wanted(
+        strategy=options.strategy,
+        dataset=options.dataset,
+        num_experiences=options.num_experiences,
+        against=None if options.against == options.strategy else options.against,
+        seeds=options.seeds,
+        orders=options.orders,
+        results=options.results,
+        overrides=overrides,
+    )
+    return DONE if reproduce(wanted, options.workers, dry_run=options.dry_run) else FAILED
 
 
 def _report(options: argparse.Namespace) -> int:

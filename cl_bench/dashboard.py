@@ -75,7 +75,8 @@ def opened(
     run.define_metric("trainer/global_step")
     run.define_metric("train/*", step_metric="trainer/global_step")
     run.define_metric("stream/experience")
-    run.define_metric("stream/*", step_metric="stream/experience")
+    for once_an_experience in ("stream/*", "diagnostics/*", "retention/*"):
+        run.define_metric(once_an_experience, step_metric="stream/experience")
     return run
 
 

@@ -82,7 +82,7 @@ def _metrics(table: Table) -> str:
     columns = [_labels(table.rows)]
     for index, prefix in _prefixes(table):
         columns += [[prefix + name, *_metric_cells(table, index, name)] for name in table.metrics]
-    return _aligned(columns)
+    return aligned(columns)
 
 
 def _intervals(table: Table) -> list[str]:
@@ -101,7 +101,7 @@ def _intervals(table: Table) -> list[str]:
             for name in table.metrics
         ]
     remark = f"Student's 95 % interval of each mean; the bootstrap's too from {BOOTSTRAP_BLOCKS} runs on."
-    return [remark, _aligned(columns)]
+    return [remark, aligned(columns)]
 
 
 def _interval_cell(row: Row, index: int, name: str) -> str:
@@ -133,7 +133,7 @@ def _differences(table: Table) -> list[str]:
             ["p (Holm)", *(p_value(pair) for pair in pairs)],
             ["verdict", *(pair.verdict for pair in pairs)],
         ]
-        paragraphs.append(_aligned(columns).replace("+nan (0)", f"{UNDEFINED} (0)"))
+        paragraphs.append(aligned(columns).replace("+nan (0)", f"{UNDEFINED} (0)"))
     return [*paragraphs, HOW_TO_READ_DIFFERENCES] if paragraphs else []
 
 
@@ -159,7 +159,7 @@ def _costs(table: Table) -> list[str]:
         "Costs, means over runs: seconds of a whole run and of its phases, peak memory of the accelerator "
         "(on a CPU, resident memory of the process), parameters trained at once, MB kept at the end."
     )
-    return [remark, _aligned(columns)]
+    return [remark, aligned(columns)]
 
 
 def _cost_cell(row: Row, index: int, name: str) -> str:
@@ -214,7 +214,7 @@ def quantity(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 or value.is_integer() else f"{value:.3g}"
 
 
-def _aligned(columns: Sequence[Sequence[str]]) -> str:
+def aligned(columns: Sequence[Sequence[str]]) -> str:
     """Lay out columns as a Markdown table whose source is aligned too: it is printed as it is."""
     widths = [max(map(len, column)) for column in columns]
     justify: list[Callable[[str, int], str]] = [str.ljust, *[str.rjust] * (len(columns) - 1)]
