@@ -16,6 +16,9 @@ from cl_bench.results import Result, Row
 class StreamMetrics(Callback):
     """Fill row after row of the accuracy matrix, as integer counts, from one pass over all classes seen.
 
+    Where the test images come from several domains, a batch ends with the place of each image's domain, and
+    the images classified rightly are counted for each domain apart as well.
+
     The callback sees logits and labels, never the model. From one confusion matrix come the
     class-incremental count (its diagonal) and the count of images placed in their own experience (its
     diagonal blocks); a second one, of predictions restricted to the true experience, gives the task-masked
@@ -34,12 +37,14 @@ class StreamMetrics(Callback):
         num_classes = max(2, len(self.experience_of_class))  # torchmetrics refuses a matrix of one class
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.confusion_within = MulticlassConfusionMatrix(num_classes, validate_args=False)
+        self.correct_by_domain = torch.zeros(len(result.domains), num_classes, dtype=torch.int64)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a row."""
         for confusion in (self.confusion, self.confusion_within):
             confusion.to(pl_module.device).reset()
         self.finite = torch.tensor(True, device=pl_module.device)
+        self.correct_by_domain = torch.zeros_like(self.correct_by_domain, device=pl_module.device)
         self.experience_of_class = self.experience_of_class.to(pl_module.device)
 
     def on_test_batch_end(
@@ -54,6 +59,8 @@ class StreamMetrics(Callback):
         """Count one batch."""
         logits, labels = outputs, batch[1]
         self.finite &= logits.isfinite().all()
+        if self.result.domains:
+            self._count_by_domain(logits.argmax(dim=1) == labels, labels, batch[2])
         self.confusion.update(logits.argmax(dim=1), labels)
         self.confusion_within.update(self._within_experience(logits, labels).argmax(dim=1), labels)
 
@@ -92,6 +99,10 @@ class StreamMetrics(Callback):
         seen = self.experience_of_class[: logits.shape[1]]
         return logits.masked_fill(seen != self.experience_of_class[labels, None], -math.inf)
 
+    def _count_by_domain(self, correct: Tensor, labels: Tensor, domains: Tensor) -> None:
+        """Count images (B,) by their domain and class."""
+        self.correct_by_domain.index_put_((domains, labels), correct.to(torch.int64), accumulate=True)
+
     def _row(self, num_classes_seen: int) -> Row:
         confusion = self.confusion.compute()[:num_classes_seen, :num_classes_seen]
         within = self.confusion_within.compute()[:num_classes_seen, :num_classes_seen]
@@ -101,6 +112,7 @@ class StreamMetrics(Callback):
             correct=confusion.diagonal().tolist(),
             correct_within_experience=within.diagonal().tolist(),
             correct_experience=(confusion * same_experience).sum(dim=1).tolist(),
+            correct_by_domain=self.correct_by_domain[:, :num_classes_seen].tolist(),
         )
 
 

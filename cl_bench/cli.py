@@ -1,4 +1,4 @@
-"""The verbs of the command line: run, check, grid, report. Each imports what it needs when it is called."""
+"""The verbs of the command line: run, check, grid, report, prepare. Each imports what it needs by itself."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _CHECK_USAGE = "cl-bench check STRATEGY [--KEY VALUE ...]"
+_RUN_FLAGS = ("-v", "-h", "--help", "--print_config", "--print_protocol")
 _RUN_USAGE = "cl-bench run STRATEGY DATASET [--seed 1] [--order numpy:1993] [--KEY VALUE ...]"
 
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["reproduce"]:
             return _reproduce(*_parser().parse_known_args(words))
         options = _parser().parse_args(words)
-        return _grid(options) if options.verb == "grid" else _report(options)
+        return {"grid": _grid, "report": _report, "prepare": _prepare}[options.verb](options)
     except (ValueError, OSError) as error:
         if "-v" in words:
             traceback.print_exception(error)
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("-v", action="store_true", help="show tracebacks")
     _add_reproduce(verbs)
+    _add_prepare(verbs.add_parser("prepare", help="fetch, check and scan a dataset"))
     return parser
 
 
@@ -107,13 +109,30 @@ def _add_reproduce(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb.add_argument("-v", action="store_true", help="show tracebacks")
 
 
+def _add_prepare(prepare: argparse.ArgumentParser) -> None:
+    prepare.add_argument("dataset", metavar="DATASET", help="cifar100, imagenet_r, imagenet100 or domainnet")
+    prepare.add_argument("--root", type=Path, required=True, help="folder to fill")
+    prepare.add_argument("--offline", action="store_true", help="touch no network: use the files in the root")
+    prepare.add_argument(
+        "--source", type=Path, default=None, help="imagenet100: where ImageNet-1k is (default: the root)"
+    )
+    prepare.add_argument(
+        "--classes",
+        nargs="+",
+        choices=("first100", "numpy1993", "cmc"),
+        default=("first100", "numpy1993", "cmc"),
+        help="imagenet100: the class lists to build (default: all)",
+    )
+    prepare.add_argument("-v", action="store_true", help="show tracebacks")
+
+
 def _console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True)
 
 
 def _run(words: list[str]) -> int:
     names = list(takewhile(lambda word: not word.startswith("-"), words))
-    flags = {word for word in words if word in ("-v", "-h", "--help", "--print_config")}
+    flags = {word for word in words if word in _RUN_FLAGS}
     overrides = [word for word in words[len(names) :] if word not in flags]
     wants_help = bool(flags & {"-h", "--help"})
     if not names and wants_help:
@@ -131,6 +150,8 @@ def _run(words: list[str]) -> int:
     if "--print_config" in flags:
         sys.stdout.write(configuration.yaml)
         return DONE
+    if "--print_protocol" in flags:
+        return _print_protocol(configuration, verbose="-v" in flags)
     return _run_cell(configuration, verbose="-v" in flags)
 
 
@@ -145,10 +166,24 @@ def _run_help() -> int:
         "  --KEY VALUE     any argument of the strategy, the dataset, the backbone or the trainer, such as\n"
         "                  --rank 4, --num_experiences 5, --trainer.max_epochs 3\n"
         "  --print_config  print the resolved config and stop; saved and run alone, it is the same cell\n"
+        "  --print_protocol\n"
+        "                  say in words what must be equal for results to stand side by side, and stop\n"
         "  -v              print the resolved config, the libraries' notices and tracebacks\n\n"
         "cl-bench run STRATEGY DATASET --help lists the arguments of that pair.",
         markup=False,
     )
+    return DONE
+
+
+def _print_protocol(configuration: Configuration, *, verbose: bool) -> int:
+    from contextlib import nullcontext
+
+    from cl_bench.protocol import in_words
+    from cl_bench.run import quiet
+
+    with nullcontext() if verbose else quiet():
+        words = in_words(configuration)
+    _console().print(words, markup=False)
     return DONE
 
 
@@ -236,6 +271,20 @@ def _reproduce(options: argparse.Namespace, overrides: list[str]) -> int:
         overrides=overrides,
     )
     return DONE if reproduce(wanted, options.workers, dry_run=options.dry_run) else FAILED
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from cl_bench.prepare.command import prepare
+
+    prepare(
+        options.dataset,
+        options.root,
+        _console(),
+        offline=options.offline,
+        source=options.source,
+        classes=options.classes,
+    )
+    return DONE
 
 
 def _report(options: argparse.Namespace) -> int:

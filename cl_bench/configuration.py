@@ -34,7 +34,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 _load_yaml = get_loader("yaml")  # PyYAML's own loader takes 5e-4 for a word
 
-_RUN_KEYS_OUTSIDE_THE_CELL = {"code", "results", "setting", "wandb"}
+_RUN_KEYS_OUTSIDE_THE_CELL = {"code", "diagnostics", "results", "setting", "wandb"}
 _DATA_KEYS_OUTSIDE_THE_CELL = {"name", "num_workers", "root"}  # a cell holds the name as its dataset
 _TRAINER_KEYS_OUTSIDE_THE_CELL = {
     "accelerator",

@@ -95,7 +95,17 @@ def opening_lines(configuration: Configuration) -> str:
         f"{configuration.strategy_class.__name__}{regime} on {configuration.benchmark} · "
         f"order {configuration.datamodule.order_name} · seed {values.seed} · cell {configuration.hash}\n"
         f"backbone {values.backbone.model}, {weights}, inputs {values.backbone.normalisation}"
+        + _variants(configuration)
     )
+
+
+def _variants(configuration: Configuration) -> str:
+    """Return which of its published meanings the dataset has, as a line of its own if there are several."""
+    data = configuration.datamodule
+    chosen = [f"{name.replace('_', ' ')} {value}" for name, value in data.variants.items()]
+    if data.evaluated_on == "validation":
+        chosen.append(f"evaluated on {data.val_fraction:.0%} of the training images, to choose settings by")
+    return f"\n{', '.join(chosen)}" if chosen else ""
 
 
 def closing_lines(result: Result, folder: Path) -> str:

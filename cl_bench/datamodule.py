@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,11 +28,13 @@ from cl_bench.stream import (
     order_name,
     require_one_division,
 )
+from cl_bench.validation import PartSource, held_out
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
-_TRAINING, _TEST, _PLAIN, _AUGMENTED = range(4)
+_HELD_OUT_IMAGES = 32  # of each class for its mean, and as many for the accuracy
+_TRAINING, _TEST, _PLAIN, _AUGMENTED, _OUTSIDE = range(5)
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,17 @@ class Sources:
         train: Training images.
         test: Test images.
         class_names: Name of each original label.
+        domains: Names of the domains that the images come from, if the dataset has any.
+        train_domains: Place in ``domains`` of each training image, likewise.
+        test_domains: Place in ``domains`` of each test image, likewise.
     """
 
     train: Source
     test: Source
     class_names: Sequence[str]
+    domains: Sequence[str] = ()
+    train_domains: Sequence[int] = ()
+    test_domains: Sequence[int] = ()
 
 
 class ArraySource:
@@ -77,6 +85,40 @@ class ArraySource:
         return self.images[index], self.targets[index]
 
 
+class ChosenClasses:
+    """The images of some classes of a source, which are numbered from 0 again.
+
+    Args:
+        source: Labelled images.
+        labels: Which classes.
+
+    Attributes:
+        indices: Which images of the source these are (n,).
+    """
+
+    def __init__(self, source: Source, labels: range) -> None:
+        targets = np.asarray(source.targets, dtype=np.int64)
+        self._source = source
+        self._labels = labels
+        self.indices = np.flatnonzero((targets >= labels.start) & (targets < labels.stop))
+        self.targets: list[int] = (targets[self.indices] - labels.start).tolist()
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of the fingerprint of the source and the labels."""
+        labels = f"{self._source.fingerprint} {self._labels.start} {self._labels.stop}"
+        return hashlib.sha256(labels.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return image ``index`` with its new label."""
+        image, label = self._source[int(self.indices[index])]
+        return image, label - self._labels.start
+
+
 class StreamDataModule(LightningDataModule, ABC):
     """A dataset dealt into a stream, one experience of which is served at a time.
 
@@ -94,6 +136,11 @@ class StreamDataModule(LightningDataModule, ABC):
         batch_size: Images in a batch of training.
         test_batch_size: Images in a batch without gradients; twice batch_size if null.
         num_workers: Processes that load images; they change the speed, never a batch.
+        held_out_classes: How many classes, the last by original label, are no part of the stream; diagnostics
+            measure on them what the backbone still knows of the rest of the world.
+        val_fraction: Share of each class's training images to hold out and evaluate on, to choose settings
+            by; the test images then stay closed. 0 for a result.
+        val_seed: Seed of the choice of these images; every seed and class order shares it.
     """
 
     name: str
@@ -113,6 +160,9 @@ class StreamDataModule(LightningDataModule, ABC):
         batch_size: int = 64,
         test_batch_size: int | None = None,
         num_workers: int = 0,
+        held_out_classes: int = 0,
+        val_fraction: float = 0.0,
+        val_seed: int = 0,
     ) -> None:
         super().__init__()
         self.num_experiences = num_experiences
@@ -123,6 +173,9 @@ class StreamDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.test_batch_size = 2 * batch_size if test_batch_size is None else test_batch_size
         self.num_workers = num_workers
+        self.held_out_classes = held_out_classes
+        self.val_fraction = val_fraction
+        self.val_seed = val_seed
         self._served: _Served | None = None
         self._experience: Experience | None = None
 
@@ -177,10 +230,35 @@ class StreamDataModule(LightningDataModule, ABC):
         return [self._opened.class_names[label] for label in self.stream.order]
 
     @property
+    def evaluated_on(self) -> str:
+        """``test``, or ``validation`` where training images are held out and the test images stay closed."""
+        return "validation" if self.val_fraction else "test"
+
+    @property
     def test_images(self) -> list[int]:
-        """Number of test images of the class at each position."""
+        """Number of images to evaluate on, of the class at each position."""
         counts: list[int] = np.bincount(self._dealt.test.positions).tolist()
         return counts
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains that the images come from; empty where a dataset has none."""
+        return list(self._opened.domains)
+
+    @property
+    def domain_images(self) -> list[list[int]]:
+        """Number of images to evaluate on, of each domain and of the class at each position."""
+        test = self._dealt.test
+        counts = np.zeros((len(self.domains), len(self.stream.order)), dtype=np.int64)
+        if self.domains:
+            np.add.at(counts, (test.domains, test.positions), 1)
+        listed: list[list[int]] = counts.tolist()
+        return listed
+
+    @property
+    def variants(self) -> dict[str, str]:
+        """Which of its published meanings a dataset has here: what was chosen, by the name of the choice."""
+        return {}
 
     @property
     def order_name(self) -> str:
@@ -203,12 +281,15 @@ class StreamDataModule(LightningDataModule, ABC):
         Raises:
             ValueError: If a transform cannot be told from another by its text.
         """
-        sources, dealt = self._opened, self._dealt
+        dealt = self._dealt
         return {
             "dataset": self.name,
-            "train_images": sources.train.fingerprint,
-            "test_images": sources.test.fingerprint,
-            "class_names": list(sources.class_names),
+            "variants": self.variants,
+            "train_images": dealt.train.source.fingerprint,
+            "test_images": dealt.test.source.fingerprint,
+            "evaluated_on": self.evaluated_on,
+            "val_fraction": self.val_fraction,
+            "class_names": list(self._opened.class_names),
             "decoding": self.decoding,
             "image_size": self.image_size,
             "train_transform": _text("train", dealt.train.transform),
@@ -235,7 +316,10 @@ class StreamDataModule(LightningDataModule, ABC):
         return self._loader(train, sampler, self.batch_size)
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Serve the test images of all classes seen, mixed as the dataset holds them."""
+        """Serve the test images of all classes seen, mixed as the dataset holds them.
+
+        Where there are domains, a batch ends with the place of each image's domain (B,).
+        """
         test = self._dealt.test
         seen = np.flatnonzero(test.positions < self.experience.classes.stop)
         return self._loader(test, self._sampler(seen, _TEST), self.test_batch_size)
@@ -255,11 +339,42 @@ class StreamDataModule(LightningDataModule, ABC):
         plain = self._dealt.plain
         return self._loader(plain, self._sampler(self._current(plain), _PLAIN), self.test_batch_size)
 
+    def held_out_dataloaders(self) -> tuple[DataLoader[Batch], DataLoader[Batch]] | None:
+        """Serve training and test images of the classes that are held out; None if none are.
+
+        The first 32 of each class and kind, or all if there are fewer: they are looked at after every
+        experience. All are transformed as at test time and labelled from 0.
+        """
+        if not self.held_out_classes:
+            return None
+        train, test = self._held_out
+        return self._outside(train), self._outside(test)
+
     # How it is done
 
     @cached_property
-    def _opened(self) -> Sources:
+    def _found(self) -> Sources:
         return self.sources()
+
+    @cached_property
+    def _opened(self) -> Sources:
+        """What is dealt: everything but the classes that are held out."""
+        if not self.held_out_classes:
+            return self._found
+        return _of_classes(self._found, range(len(self._found.class_names) - self.held_out_classes))
+
+    @cached_property
+    def _held_out(self) -> tuple[DrawnImages, DrawnImages]:
+        number = len(self._found.class_names)
+        sources = _of_classes(self._found, range(number - self.held_out_classes, number))
+        labels, plain = range(self.held_out_classes), self.test_transform()
+        return DrawnImages(sources.train, labels, plain), DrawnImages(sources.test, labels, plain)
+
+    def _outside(self, images: DrawnImages) -> DataLoader[Batch]:
+        first = [np.flatnonzero(images.positions == label) for label in range(self.held_out_classes)]
+        indices = np.concatenate([of_class[:_HELD_OUT_IMAGES] for of_class in first])
+        sampler = DrawSampler(indices, (self.seed, _OUTSIDE), shuffle=False)
+        return self._loader(images, sampler, self.test_batch_size)
 
     @property
     def _dealt(self) -> _Served:
@@ -272,10 +387,20 @@ class StreamDataModule(LightningDataModule, ABC):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value} and must be at least 1: choose a larger one.")
-        for name in ("seed", "num_workers"):
+        for name in ("seed", "num_workers", "held_out_classes", "val_seed"):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name} is {value} and cannot be negative: choose 0 or more.")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(
+                f"val_fraction is {self.val_fraction} and must be a share of the training images: give 0 for "
+                "none, or a number below 1 such as 0.1."
+            )
+        if self.held_out_classes and self.held_out_classes >= len(self._found.class_names):
+            raise ValueError(
+                f"{self.held_out_classes} of {len(self._found.class_names)} classes cannot be held out: "
+                "leave the stream at least one."
+            )
 
     def _sizes(self) -> list[int]:
         return experience_sizes(
@@ -283,7 +408,8 @@ class StreamDataModule(LightningDataModule, ABC):
         )
 
     def _deal(self) -> _Served:
-        train, test, names = self._opened.train, self._opened.test, self._opened.class_names
+        train, test, domains = self._divided()
+        names = self._opened.class_names
         augmented, plain = self.train_transform(), self.test_transform()
         stream = deal(
             train,
@@ -297,8 +423,17 @@ class StreamDataModule(LightningDataModule, ABC):
             stream=stream,
             train=DrawnImages(train, stream.order, augmented),
             plain=DrawnImages(train, stream.order, plain),
-            test=DrawnImages(test, stream.order, plain),
+            test=DrawnImages(test, stream.order, plain, domains),
         )
+
+    def _divided(self) -> tuple[Source, Source, Sequence[int]]:
+        """Return the images to train on, those to evaluate on, and the domains of the latter."""
+        sources = self._opened
+        if not self.val_fraction:
+            return sources.train, sources.test, sources.test_domains
+        kept, held = held_out(sources.train.targets, self.val_fraction, self.val_seed)
+        domains = [sources.train_domains[index] for index in held.tolist()] if sources.domains else ()
+        return PartSource(sources.train, kept), PartSource(sources.train, held), domains
 
     def _current(self, images: DrawnImages) -> Indices:
         """Return the images of the experience's classes; under the joint regime these are all classes."""
@@ -368,26 +503,35 @@ class DrawSampler(Sampler[Draw]):
             yield Draw(image, seed)
 
 
-class DrawnImages(Dataset[tuple[Tensor, int]]):
+class DrawnImages(Dataset[tuple[Any, ...]]):
     """The images of a whole source, transformed as drawn and labelled by position.
 
     Args:
         source: Decoded images with original labels.
         order: Original label at each position.
         transform: What is applied to each image.
+        domains: Place of each image's domain; empty where there are none, or nobody asks.
     """
 
-    def __init__(self, source: Source, order: Sequence[int], transform: Transform) -> None:
+    def __init__(
+        self, source: Source, order: Sequence[int], transform: Transform, domains: Sequence[int] = ()
+    ) -> None:
         self.source = source
         self.transform = transform
         self.positions: Indices = np.argsort(order)[np.asarray(source.targets, dtype=np.int64)]
+        self.domains: Indices = np.asarray(domains, dtype=np.int64)
 
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int]:
-        """Return the drawn image (3, H, W) and its position in the class order."""
+    def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
+        """Return the drawn image (3, H, W), its position in the class order, and its domain if it has one."""
         image, _ = self.source[draw.image]
         with _seeded(draw.seed):
             transformed = self.transform(image)
-        return transformed, int(self.positions[draw.image])
+        position = int(self.positions[draw.image])
+        return (
+            (transformed, position, int(self.domains[draw.image]))
+            if len(self.domains)
+            else (transformed, position)
+        )
 
 
 @dataclass(frozen=True)
@@ -398,6 +542,18 @@ class _Served:
     train: DrawnImages
     plain: DrawnImages
     test: DrawnImages
+
+
+def _of_classes(found: Sources, labels: range) -> Sources:
+    train, test = ChosenClasses(found.train, labels), ChosenClasses(found.test, labels)
+    return replace(
+        found,
+        train=train,
+        test=test,
+        class_names=[found.class_names[label] for label in labels],
+        train_domains=[found.train_domains[i] for i in train.indices.tolist()] if found.domains else (),
+        test_domains=[found.test_domains[i] for i in test.indices.tolist()] if found.domains else (),
+    )
 
 
 @contextmanager

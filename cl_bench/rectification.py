@@ -141,6 +141,27 @@ def null_space_violation(update: Tensor, second_moment: Tensor, num_tokens: int)
     return squared.clamp(min=0).sqrt()  # rounding can push a square that is zero below it
 
 
+def scale_free_violation(update: Tensor, second_moment: Tensor) -> Tensor:
+    """Return the violation of ``update`` (…, m, n) as a share of the most that it could be, in [0, 1], (…).
+
+    It is ‖update · inputsᵀ‖_F / (‖update‖_F ‖inputs‖_F), so neither the size of the update, nor that of the
+    inputs, nor their number counts; 0 for no update. An update in a random direction has about 1/√n.
+
+    Args:
+        update: Change of a weight.
+        second_moment: Uncentred second moment of the inputs, (…, n, n).
+
+    >>> inputs = torch.tensor([[1.0, 0.0], [2.0, 0.0]])
+    >>> scale_free_violation(torch.tensor([[3.0, 4.0]]), inputs.T @ inputs)
+    tensor(0.6000)
+    """
+    violation = null_space_violation(update, second_moment, num_tokens=1)
+    energy = second_moment.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+    most = torch.linalg.matrix_norm(update) * energy.clamp(min=0).sqrt()
+    share: Tensor = violation / most.where(most > 0, 1)
+    return share
+
+
 def relative_violation(update: Tensor, basis: Tensor) -> Tensor:
     """Return the part of ``update`` (…, m, n) that acts on the span of ``basis`` (…, n, k), in [0, 1], (…).
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from cl_bench import metrics
 
 SCHEMA = 1
+_ADDED_FIELDS = {"diagnostics", "domains", "domain_images"}
 FILE_NAME = "result.json"
 
 PHASES = ("data_passes", "training", "evaluation", "checkpoints")
@@ -76,7 +77,7 @@ class Row:
         correct: Test images whose predicted class, among all classes seen, is right.
         correct_within_experience: Right when the choice is restricted to the true experience's classes.
         correct_experience: Predicted class lies in the true experience, right or wrong.
-        correct_by_domain: The counts of ``correct`` apart by domain, domain × class; empty without domains.
+        correct_by_domain: As ``correct``, for each domain apart; empty where there are none.
     """
 
     correct: list[int]
@@ -125,9 +126,10 @@ class Result:
         rows: Evaluations, in order.
         costs: What each experience took.
         provenance: Versions, device, threads, commit and the start; shown, never hashed.
-        diagnostics: What was measured inside the model, an entry an experience; empty if nothing was.
-        domains: Names of the domains of the test images; empty for a dataset that has none.
-        domain_images: Test images, domain × class position; empty without domains.
+        diagnostics: What was measured inside the model, an entry an experience; empty if nothing was. See
+            :mod:`cl_bench.diagnostics`.
+        domains: Names of the domains that the test images come from; empty where a dataset has none.
+        domain_images: Number of test images of each domain and of the class at each position.
         schema: Version of this layout.
     """
 
@@ -272,13 +274,10 @@ def read(path: Path) -> Result:
     )
 
 
-_LATER = ("diagnostics", "domains", "domain_images")
-"""Fields that files of this schema may lack: they were added, empty by default, without a new schema."""
-
-
 def _from_json(payload: Mapping[str, Any]) -> Result:
-    names = (name for name in Result.__dataclass_fields__ if name in payload or name not in _LATER)
-    fields = {name: payload[name] for name in names}
+    # Older files lack the fields that were added since; those have a value that says nothing was recorded.
+    added = _ADDED_FIELDS - payload.keys()
+    fields = {name: payload[name] for name in Result.__dataclass_fields__ if name not in added}
     protocol = payload["protocol"]
     return Result(
         **fields

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 
 from cl_bench.configuration import Configuration
+from cl_bench.diagnostics import Diagnostics
 from cl_bench.errors import sentence
 from cl_bench.results import FILE_NAME, Result, read
 from cl_bench.tracking import loggers, record
@@ -44,7 +45,8 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
     (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
     torch.set_num_threads(values.threads)
     with _refusing(), loggers(configuration) as opened:
-        strategy, trainer = configuration.build(callbacks, opened)
+        watchers = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
+        strategy, trainer = configuration.build(watchers, opened)
         trainer.require_fit(strategy, configuration.datamodule)
         try:
             result = trainer.run(

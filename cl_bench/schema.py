@@ -27,6 +27,8 @@ Config = dict[str, Any]
 
 GROUPS = ("model", "data", "backbone", "trainer")
 
+_SWITCHES = ("wandb", "diagnostics")  # may stand without a value
+
 # Arguments that are set under another key.
 _LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
 
@@ -74,6 +76,12 @@ class Schema(LightningCLI):
             "--setting", type=str | None, default=None, help="Name of this setting, in paths and tables."
         )
         parser.add_argument("--wandb", type=bool, default=False, help="Log to Weights & Biases as well.")
+        parser.add_argument(
+            "--diagnostics",
+            type=bool,
+            default=False,
+            help="Measure inside the model after every experience; no count changes.",
+        )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add backbone, trainer, strategy and datamodule."""
@@ -184,8 +192,9 @@ class Schema(LightningCLI):
     def _with_full_keys(self, overrides: Sequence[str]) -> list[str]:
         words = []
         for word, following in zip(overrides, [*overrides[1:], "--"], strict=False):
-            if word in ("--wandb", "--no_wandb") and following.startswith("--"):
-                words.append(f"--wandb={'true' if word == '--wandb' else 'false'}")
+            switch = word.removeprefix("--").removeprefix("no_")
+            if word.startswith("--") and switch in _SWITCHES and following.startswith("--"):
+                words.append(f"--{switch}={'false' if word.startswith('--no_') else 'true'}")
                 continue
             if not word.startswith("--"):
                 words.append(word)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,10 +23,13 @@ from cl_bench.backbones import Backbone
 from cl_bench.experience import Experience
 from cl_bench.heads import GrowingLinear, Prototypes
 from cl_bench.losses import local_cross_entropy
+from cl_bench.measurements import class_means
 from cl_bench.subspace import GPM
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
+
+_HEAD_SCALE = 30.0
 
 
 class TrainingData(Protocol):
@@ -71,8 +75,9 @@ class Promises:
 class Strategy(LightningModule):
     """A frozen backbone, a head over the classes seen, and hooks that a method overrides.
 
-    For every experience the trainer calls, in this order: :meth:`expand`; :meth:`before_training`; then for
-    each step :meth:`loss`, :meth:`rectify_gradients` and :meth:`after_step`; then :meth:`after_training`.
+    For every experience the trainer calls, in this order: :meth:`expand`; :meth:`start_head`;
+    :meth:`before_training`; then for each step :meth:`loss`, :meth:`rectify_gradients` and
+    :meth:`after_step`; then :meth:`after_training`.
 
     A strategy draws random numbers in these hooks, not in its constructor: the trainer seeds the generators
     at the start of every experience. What it must remember is a parameter or a buffer.
@@ -88,6 +93,8 @@ class Strategy(LightningModule):
         optimizer: Called with the parameter groups at the start of every experience.
         scheduler: Called with the optimizer; stepped once an epoch.
         head_lr: Learning rate of the head, where it differs from that of the adapters.
+        head_start: Where the head of new classes starts: random, as PyTorch draws it; or means, from their
+            mean features. A head of prototypes is one of means at all times.
     """
 
     name: str
@@ -107,6 +114,7 @@ class Strategy(LightningModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.Adam(parameters, lr=5e-4),
         scheduler: LRSchedulerCallable | None = None,
         head_lr: float | None = None,
+        head_start: Literal["random", "means"] = "random",
     ) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
@@ -114,6 +122,7 @@ class Strategy(LightningModule):
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._head_lr = head_lr
+        self._head_start = head_start
         self._pretrained_bytes = _state_bytes(backbone)
         self._experience: Experience | None = None
         self.memory: GPM | None = None
@@ -124,6 +133,18 @@ class Strategy(LightningModule):
         """Make room for the classes of ``experience``, before optimisers exist."""
         self._experience = experience
         self.head.grow(experience.num_classes)
+
+    def start_head(self, data: TrainingData) -> None:
+        """Start the head of the new classes where the setting says; one pass over plain images for means.
+
+        Its logits then are 30 times the cosine to each mean for features of average length, so that heads of
+        different experiences compare from the start. The scale is that of the classifier of KeepLoRA+,
+        https://arxiv.org/abs/2601.19659.
+        """
+        if self._head_start == "means" and isinstance(self.head, GrowingLinear):
+            means = class_means(self.features, data.plain(), self.experience.classes)
+            length = means.norm(dim=1).square().mean().sqrt()
+            self.head.write_current(_HEAD_SCALE * F.normalize(means) / length)
 
     def before_training(self, data: TrainingData) -> None:
         """Measure the data before the first step; tensors that the optimiser holds are written in place."""

@@ -32,8 +32,9 @@ def loggers(configuration: Configuration) -> Iterator[list[Logger]]:
 def wandb_run(configuration: Configuration) -> wandb.Run:
     """Start the W&B run of a cell: its group is the benchmark, its job type the strategy.
 
-    Mode and project are W&B's own ``WANDB_MODE`` and ``WANDB_PROJECT`` where they are set; otherwise the run
-    is online for who is logged in and offline for everyone else, in the project ``cl-bench``.
+    What is logged once an experience, such as ``stream/*``, has the experience as its step. Mode and project
+    are W&B's own ``WANDB_MODE`` and ``WANDB_PROJECT`` where they are set; otherwise the run is online for who
+    is logged in and offline for everyone else, in the project ``cl-bench``.
     """
     folder = configuration.folder
     return dashboard.opened(

@@ -172,6 +172,19 @@ class StreamTrainer(Trainer):
             )
         self._require_whole_epochs()
 
+    def protocol(self, strategy: Strategy, datamodule: StreamDataModule) -> Protocol:
+        """Return what decides whether results of ``strategy`` on ``datamodule`` may stand beside others."""
+        experiences = datamodule.experiences
+        identity = {
+            **datamodule.protocol(),
+            "backbone": strategy.backbone.protocol(),
+            "precision": str(self.precision),
+            "experience_sizes": [experience.num_classes for experience in experiences],
+        }
+        factors = {"seed": datamodule.seed, "order": datamodule.order_name}
+        axes = {"dataset": datamodule.name, "num_experiences": len(experiences)}
+        return Protocol(identity, factors, axes)
+
     def _require_whole_epochs(self) -> None:
         """Refuse what would cut the stream short and leave numbers that look like results."""
         cut_short = {
@@ -195,6 +208,12 @@ class StreamTrainer(Trainer):
             yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
+
+    def on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
+        """Yield the batches of ``loader`` in the precision and on the device of this trainer."""
+        for batch in loader:
+            images, labels = self.strategy.batch_to_device(self.precision_plugin.convert_input(batch))
+            yield images, labels
 
     def _now(self) -> float:
         """Return the seconds on a clock, once the device has done what it was given."""
@@ -242,14 +261,6 @@ class StreamTrainer(Trainer):
         setting: str | None,
     ) -> Result:
         experiences = datamodule.experiences
-        identity = {
-            **datamodule.protocol(),
-            "backbone": strategy.backbone.protocol(),
-            "precision": str(self.precision),
-            "experience_sizes": [experience.num_classes for experience in experiences],
-        }
-        factors = {"seed": datamodule.seed, "order": datamodule.order_name}
-        axes = {"dataset": datamodule.name, "num_experiences": len(experiences)}
         return Result(
             strategy=_title(strategy, regime),
             dataset=datamodule.name,
@@ -259,10 +270,12 @@ class StreamTrainer(Trainer):
             order=datamodule.order_name,
             seed=datamodule.seed,
             regime=regime,
-            protocol=Protocol(identity, factors, axes),
+            protocol=self.protocol(strategy, datamodule),
             config=config,
             setting=setting,
             provenance=provenance(self.strategy.root_device),
+            domains=datamodule.domains,
+            domain_images=datamodule.domain_images,
         )
 
 
@@ -279,7 +292,9 @@ class _Lifecycle(Callback):
         strategy = _strategy(pl_module)
         assert isinstance(trainer, StreamTrainer)
         with _measuring(trainer, strategy):
-            strategy.before_training(_DataPasses(trainer, before=True))
+            data = _DataPasses(trainer, before=True)
+            strategy.start_head(data)
+            strategy.before_training(data)
         trainer._trainable = strategy.trainable_parameters
         self._training_began = trainer._now()
 
@@ -294,29 +309,23 @@ class _Lifecycle(Callback):
 class _DataPasses:
     """The training images of the experience at hand, batch by batch on the strategy's device."""
 
-    def __init__(self, trainer: Trainer, *, before: bool) -> None:
+    def __init__(self, trainer: StreamTrainer, *, before: bool) -> None:
         self._trainer = trainer
         self._before = before
 
     def augmented(self) -> Iterator[Batch]:
         """Yield every training image once, drawn as in training."""
-        return self._on_device(self._datamodule.augmented_dataloader(0 if self._before else 1))
+        return self._trainer.on_device(self._datamodule.augmented_dataloader(0 if self._before else 1))
 
     def plain(self) -> Iterator[Batch]:
         """Yield every training image once, transformed as at test time."""
-        return self._on_device(self._datamodule.plain_dataloader())
+        return self._trainer.on_device(self._datamodule.plain_dataloader())
 
     @property
     def _datamodule(self) -> StreamDataModule:
         datamodule = self._trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, StreamDataModule)
         return datamodule
-
-    def _on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
-        for batch in loader:
-            converted = self._trainer.precision_plugin.convert_input(batch)
-            images, labels = self._trainer.strategy.batch_to_device(converted)
-            yield images, labels
 
 
 @contextmanager

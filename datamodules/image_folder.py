@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torchvision.transforms import v2
 
 from cl_bench.datamodule import Sources, StreamDataModule
+from cl_bench.images import FileSource
 from cl_bench.stream import Transform
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -108,45 +107,6 @@ class ImageFolder(StreamDataModule):
                 f"There is no folder {root}: set --root to the folder that holds train and test."
             )
         return root
-
-
-class FileSource:
-    """A source of image files, each decoded when it is asked for.
-
-    Args:
-        root: Folder below which the files lie.
-        files: Their paths below it (N,), with slashes.
-        targets: Their original labels (N,).
-    """
-
-    def __init__(self, root: Path, files: Sequence[str], targets: Sequence[int]) -> None:
-        self.root = root
-        self.files = files
-        self.targets = targets
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256 of the sorted paths, one a line; the pixels are not read."""
-        return hashlib.sha256(b"\n".join(sorted(os.fsencode(file) for file in self.files))).hexdigest()
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return image ``index`` in RGB with its original label.
-
-        Raises:
-            ValueError: If the file cannot be decoded.
-        """
-        path = self.root / self.files[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB"), self.targets[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"The image {path} cannot be read ({error}): replace it, or remove it from the dataset."
-            ) from error
 
 
 def _to_tensor(*steps: v2.Transform) -> Transform:

@@ -32,13 +32,10 @@ from torch import Tensor
 
 from cl_bench.backbones import Backbone
 from cl_bench.experience import Experience
-from cl_bench.heads import GrowingLinear
 from cl_bench.low_rank import LowRankStrategy
-from cl_bench.measurements import TokenAverages, class_means, full_weight_gradients, measure, second_moments
+from cl_bench.measurements import TokenAverages, full_weight_gradients, measure, second_moments
 from cl_bench.strategy import Promises, TrainingData
 from cl_bench.subspace import GPM
-
-_HEAD_SCALE = 30.0  # of the cosine classifier of KeepLoRA+
 
 
 class KeepLoRA(LowRankStrategy):
@@ -53,7 +50,7 @@ class KeepLoRA(LowRankStrategy):
         feature_threshold: Share of the energy of its inputs that each experience has protected.
         principal: Side of the weight that its principal directions come from: input, or output as released.
         features: What is measured of the inputs: second_moment, or batch_average as released.
-        head_start: Where a new head starts: from class means, or random.
+        head_start: Where a new head starts: means, or random.
         kwargs: Settings of every strategy with adapters.
     """
 
@@ -75,12 +72,11 @@ class KeepLoRA(LowRankStrategy):
         head_start: Literal["means", "random"] = "means",
         **kwargs: Any,
     ) -> None:
-        super().__init__(backbone, targets=targets, rank=rank, scale=scale, **kwargs)
+        super().__init__(backbone, targets=targets, rank=rank, scale=scale, head_start=head_start, **kwargs)
         self.weight_threshold = weight_threshold
         self.feature_threshold = feature_threshold
         self.principal = principal
         self.statistic = features
-        self.head_start = head_start
         for _, adapter in self.adapters():
             adapter.A.requires_grad_(False)
         width = self.layers[0].weight.shape[1]
@@ -95,9 +91,7 @@ class KeepLoRA(LowRankStrategy):
             self.memory.update(sides, self.weight_threshold)
 
     def before_training(self, data: TrainingData) -> None:
-        """Start the head, then every adapter from the residual of the first gradient."""
-        if self.head_start == "means":
-            self._start_head(class_means(self.features, data.plain(), self.experience.classes))
+        """Start every adapter from the residual of the first gradient."""
         gradients = torch.stack(
             self._rows_of(full_weight_gradients(self._loss_of, self.layers, data.augmented()))
         )
@@ -124,12 +118,6 @@ class KeepLoRA(LowRankStrategy):
             for layer, matrix in zip(self.layers, matrices, strict=True)
             for rows in layer.rows.values()
         ]
-
-    def _start_head(self, means: Tensor) -> None:
-        """Make the logits of features of average length 30 times their cosine to the class means."""
-        assert isinstance(self.head, GrowingLinear)
-        length = means.norm(dim=1).square().mean().sqrt()
-        self.head.write_current(_HEAD_SCALE * torch.nn.functional.normalize(means) / length)
 
     def _input_moments(self, data: TrainingData) -> Tensor:
         if self.statistic == "second_moment":

@@ -19,6 +19,16 @@ def result(experiences: list[tuple[int, int]]) -> Result:
     )
 
 
+def test_right_answers_are_counted_by_domain() -> None:
+    two_domains = result([(0, 2), (2, 3)])
+    two_domains.domains = ["photo", "sketch"]
+    metrics = StreamMetrics(two_domains)
+    correct, labels, domains = torch.tensor([[1, 0, 1, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 0]])
+    metrics._count_by_domain(correct.bool(), labels, domains)
+    metrics._count_by_domain(correct.bool(), labels, domains)
+    assert metrics.correct_by_domain.tolist() == [[2, 2, 0], [0, 4, 0]]
+
+
 def test_a_hand_made_batch_is_counted_three_ways() -> None:
     metrics = StreamMetrics(result([(0, 2), (2, 3)]))
     logits = torch.tensor(

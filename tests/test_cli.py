@@ -283,6 +283,23 @@ def test_help_for_a_pair_lists_the_arguments_of_that_pair(capsys: pytest.Capture
         assert key in text
 
 
+def test_diagnostics_fill_the_result_and_the_curves_of_the_same_cell(tmp_path: Path) -> None:
+    words = ["lora", "toy", "--num_classes", "8", "--held_out_classes", "2"]
+    for folder, flags in ((tmp_path / "without", []), (tmp_path / "with", ["--diagnostics"])):
+        assert run(folder, *words, *flags) == 0
+    without, watched = (only_result(tmp_path / name) for name in ("without", "with"))
+    assert without.parent.name == watched.parent.name
+    assert read(without).rows == read(watched).rows
+    assert losses(without) == losses(watched)
+    assert read(without).diagnostics == []
+    assert [list(entry["violation"]) for entry in read(watched).diagnostics] == [[], ["k", "v"], ["k", "v"]]
+    assert "diagnostics" in read(watched).costs[0].seconds
+    header = (watched.parent / "curves" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"diagnostics/violation/k/relative", "diagnostics/danger_score", "retention/held_out_ncm"} <= set(
+        header
+    )
+
+
 def test_wandb_files_hold_curves_with_the_experience_as_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

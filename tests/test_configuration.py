@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cl_bench.configuration import CONFIGS, Configuration, config_file, layers, resolve, stems_of
+from cl_bench.configuration import CONFIGS, Configuration, config_file, layers, load, resolve, stems_of
 
 
 def toy(*overrides: str, strategy: str = "lora") -> Configuration:
@@ -270,3 +270,22 @@ def test_resolved_values_are_plain() -> None:
         )
 
     assert plain(toy().cell)
+
+
+RECIPES = sorted((CONFIGS / "recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_resolves_and_names_the_source_of_every_line(recipe: Path) -> None:
+    configuration = resolve(layers(recipe.stem, recipe.parent.name), ["--root=somewhere"])
+    assert configuration.resolved["trainer"]["max_epochs"] == load(recipe)["trainer"]["max_epochs"]
+    comment, *lines = (line for line in recipe.read_text().splitlines() if line.strip())
+    assert comment == f"# cl-bench run {recipe.stem} {recipe.parent.name} --root FOLDER --seed 1"
+    settings = [line for line in lines if not line.lstrip().startswith("#") and not line.endswith(":")]
+    assert settings and all("  # " in line for line in settings)
+
+
+def test_every_benchmark_has_a_recipe_for_every_method_with_adapters() -> None:
+    methods = {"lora", "lora_gpm", "inflora", "keeplora", "loda", "janus_lora"}
+    for benchmark in ("imagenet_r", "cifar100", "imagenet100", "domainnet"):
+        assert methods <= {path.stem for path in RECIPES if path.parent.name == benchmark}

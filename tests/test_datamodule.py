@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -253,6 +254,9 @@ def test_the_constructor_leaves_errors_to_setup() -> None:
         ({"image_size": 0}, "image_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"seed": -1}, "seed is -1"),
+        ({"held_out_classes": -1}, "held_out_classes is -1"),
+        ({"held_out_classes": 6}, "6 of 6 classes cannot be held out"),
+        ({"held_out_classes": 2, "order": "identity"}, "4 classes cannot be dealt evenly into 3 experiences"),
     ],
 )
 def test_setup_refuses_what_cannot_be_used(arguments: dict[str, Any], fault: str) -> None:
@@ -270,6 +274,62 @@ def test_nothing_is_served_before_setup_and_enter() -> None:
 class NoData(Toy):
     def sources(self) -> Sources:
         raise FileNotFoundError("no data here")
+
+
+def test_held_out_classes_are_the_last_ones_and_no_part_of_the_stream() -> None:
+    whole = toy(num_classes=8, num_experiences=4, order="identity")
+    data = toy(2, num_classes=8, held_out_classes=2)
+    assert [data.experiences[-1].num_classes_seen, len(data.test_images)] == [6, 6]
+    assert sorted(data.class_names) == [f"spot {label}" for label in range(6)]
+    loaders = data.held_out_dataloaders()
+    assert loaders is not None
+    outside = multiset(served(loaders[0])[0])
+    whole.enter(whole.experiences[3])
+    assert outside == multiset(served(whole.plain_dataloader())[0])
+    assert served(loaders[1])[1].tolist() == [0] * 6 + [1] * 6
+    assert not set(outside) & set(multiset(served(data.test_dataloader())[0]))
+    for index in range(3):
+        data.enter(data.experiences[index])
+        assert not set(outside) & set(multiset(served(data.plain_dataloader())[0]))
+
+
+def test_the_first_32_images_of_a_held_out_class_are_served() -> None:
+    data = toy(num_classes=8, held_out_classes=2, images_per_class=40, test_images_per_class=33)
+    loaders = data.held_out_dataloaders()
+    assert loaders is not None
+    for loader in loaders:
+        assert served(loader)[1].tolist() == [0] * 32 + [1] * 32
+
+
+class OfTwoDomains(Toy):
+    """Every other image is a sketch."""
+
+    def sources(self) -> Sources:
+        found = super().sources()
+        places = [[index % 2 for index in range(len(part))] for part in (found.train, found.test)]
+        return replace(found, domains=("photo", "sketch"), train_domains=places[0], test_domains=places[1])
+
+
+def test_what_stays_in_the_stream_keeps_its_domains() -> None:
+    whole, part = (
+        OfTwoDomains(num_classes=number, num_experiences=3, test_images_per_class=5, **held)
+        for number, held in ((9, {}), (9, {"held_out_classes": 3}))
+    )
+    for data in (whole, part):
+        data.setup()
+    kept = [counts[:6] for counts in whole.domain_images]
+    assert part.domain_images == kept == [[3, 2, 3, 2, 3, 2], [2, 3, 2, 3, 2, 3]]
+
+
+def test_nothing_is_held_out_unless_asked_for() -> None:
+    assert toy().held_out_dataloaders() is None
+
+
+def test_classes_held_out_make_another_protocol_even_if_the_stream_is_left_alike() -> None:
+    alike = toy(num_classes=8, held_out_classes=2), toy(num_classes=9, held_out_classes=3)
+    assert alike[0].class_names == alike[1].class_names
+    for name in ("train_images", "test_images"):
+        assert len({data.protocol()[name] for data in (*alike, toy())}) == 3
 
 
 def test_the_length_of_the_stream_is_known_before_the_data() -> None:

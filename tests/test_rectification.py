@@ -16,6 +16,7 @@ from cl_bench.rectification import (
     null_space_violation,
     rectified,
     relative_violation,
+    scale_free_violation,
 )
 from cl_bench.subspace import orthonormal, right_residual
 
@@ -299,6 +300,17 @@ def test_violation_by_the_second_moment_equals_the_change_of_the_outputs() -> No
     update = torch.randn(3, M, N, generator=generator, dtype=torch.float64)
     found = null_space_violation(update, inputs.T @ inputs / 50, num_tokens=50)
     equal(found, torch.linalg.matrix_norm(update @ inputs.T), 1e-11)
+
+
+def test_the_scale_free_violation_is_a_ratio_of_norms_that_no_scale_changes() -> None:
+    draw, norm = Draw(20), torch.linalg.matrix_norm
+    inputs = torch.randn(50, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = norm(draw.G @ inputs.T) / (norm(draw.G) * norm(inputs))
+    for scale, number in ((1, 1), (100, 1), (1, 50)):
+        equal(scale_free_violation(scale * draw.G, inputs.T @ inputs / number), expected, 1e-12)
+    along = draw.G[:, :1] @ inputs[:1]  # acts on one direction, in which all inputs then lie
+    assert scale_free_violation(along, inputs[:1].T @ inputs[:1]) == pytest.approx(1)
+    assert scale_free_violation(torch.zeros(M, N), torch.eye(N)) == 0
 
 
 def test_an_update_outside_all_inputs_has_no_violation() -> None:

@@ -52,6 +52,14 @@ def test_a_written_result_reads_back_equal(result: Result, tmp_path: Path) -> No
     assert read_all(tmp_path) == ([result], [])
 
 
+def test_a_file_from_before_there_were_diagnostics_is_read(result: Result, tmp_path: Path) -> None:
+    path = result.write(tmp_path)
+    payload = json.loads(path.read_text())
+    del payload["diagnostics"]
+    path.write_text(json.dumps(payload))
+    assert read(path) == result
+
+
 def test_writing_leaves_one_file_and_keeps_the_old_one_when_it_fails(result: Result, tmp_path: Path) -> None:
     result.write(tmp_path)
     before = (tmp_path / FILE_NAME).read_bytes()

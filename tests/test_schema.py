@@ -50,6 +50,11 @@ def test_wandb_is_a_flag_that_may_also_carry_its_value(schema: Schema, words: li
     assert schema.parse({}, words).wandb is True
 
 
+def test_diagnostics_are_a_flag_too(schema: Schema) -> None:
+    assert schema.parse({}, ["--diagnostics", "--rank", "4"]).diagnostics is True
+    assert schema.parse({"diagnostics": True}, ["--no_diagnostics", "--wandb"]).diagnostics is False
+
+
 @pytest.mark.parametrize("words", (["--no_wandb"], ["--wandb=false"]))
 def test_a_flag_may_be_negated(schema: Schema, words: list[str]) -> None:
     assert schema.parse({"wandb": True}, words).wandb is False

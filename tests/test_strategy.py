@@ -9,6 +9,7 @@ from cl_bench.experience import Experience
 from cl_bench.strategy import Strategy
 from strategies.linear_probe import LinearProbe
 from strategies.lora import LoRA
+from strategies.ncm import NearestClassMean
 
 FIRST, SECOND = Experience(0, 2, range(3)), Experience(1, 2, range(3, 5))
 
@@ -97,3 +98,41 @@ def test_rectified_gradients_are_what_the_optimiser_steps_with(backbone: Backbon
     datamodule = Toy(num_classes=2, num_experiences=1, image_size=8, batch_size=1000)
     StreamTrainer(max_epochs=1, accelerator="cpu").run(strategy, datamodule)
     torch.testing.assert_close(strategy.moved[0], before[0] - 1.0)
+
+
+class FewImages:
+    """Two images of each of three classes, as training data."""
+
+    def __init__(self) -> None:
+        images = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        self.batch = images, torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def augmented(self) -> list[tuple[Tensor, Tensor]]:
+        return [self.batch]
+
+    def plain(self) -> list[tuple[Tensor, Tensor]]:
+        return [self.batch]
+
+
+def test_a_head_starts_at_random_or_from_class_means(backbone: Backbone) -> None:
+    data = FewImages()
+    for start in ("random", "means"):
+        strategy = LinearProbe(backbone, head_start=start)
+        strategy.expand(FIRST)
+        drawn = copy.deepcopy(strategy.head.state_dict())
+        strategy.start_head(data)
+        kept = all(torch.equal(value, drawn[name]) for name, value in strategy.head.state_dict().items())
+        assert kept is (start == "random")
+    features = strategy.features(data.batch[0])
+    means = torch.stack([features[label::3].mean(dim=0) for label in range(3)])
+    length = means.norm(dim=1).square().mean().sqrt()
+    cosines = torch.nn.functional.cosine_similarity(features[:, None], means[None], dim=2)
+    expected = 30 * cosines * features.norm(dim=1, keepdim=True) / length
+    torch.testing.assert_close(strategy.head(features), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_head_of_prototypes_needs_no_start(backbone: Backbone) -> None:
+    strategy = NearestClassMean(backbone, head_start="means")
+    strategy.expand(FIRST)
+    strategy.start_head(FewImages())
+    assert not strategy.head.means.any()

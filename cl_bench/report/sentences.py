@@ -43,11 +43,19 @@ def compared(comparison: Comparison) -> str:
     run = comparison.results[0]
     seeds = [str(seed) for seed in sorted({seed for seed, _ in comparison.blocks})]
     orders = sorted({order for _, order in comparison.blocks})
+    identity = comparison.identity
     return (
-        f"{run.dataset}: {len(run.class_names)} classes in {counted(run.num_experiences, 'experience')}, "
-        f"{sum(run.test_images):,} test images; backbone {backbone(comparison.identity)}; "
+        f"{run.dataset}{_variants(identity)}: {len(run.class_names)} classes in "
+        f"{counted(run.num_experiences, 'experience')}, {sum(run.test_images):,} "
+        f"{identity.get('evaluated_on', 'test')} images; backbone {backbone(identity)}; "
         f"{_listed('seed', seeds)}; {_listed('class order', orders)}; protocol {comparison.fingerprint}."
     )
+
+
+def _variants(identity: Mapping[str, Any]) -> str:
+    """Say which of its published meanings the dataset has, in brackets; nothing where it has one."""
+    chosen = [f"{name.replace('_', ' ')} {value}" for name, value in identity.get("variants", {}).items()]
+    return f" ({', '.join(chosen)})" if chosen else ""
 
 
 def counted(number: int, noun: str) -> str:

@@ -1,0 +1,191 @@
+"""The verb ``prepare``: what is fetched is said first, what is there is said last."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from cl_bench.prepare import imagenet, manifest
+from cl_bench.prepare.archives import Advance, Archive, human, require_whole
+from cl_bench.prepare.download import PATIENCE, Patience, download, partial
+from cl_bench.prepare.manifest import Variant
+from cl_bench.prepare.recipes import NAMES, RECIPES, Recipe, imagenet100_images, imagenet100_variants
+from cl_bench.prepare.scanning import scan
+from cl_bench.prepare.unpacking import STAGING, require_space, unpack
+from cl_bench.published import imagenet100
+from cl_bench.published.imagenet100 import Classes
+from cl_bench.spelling import suggestion
+
+_LOCK = ".preparing"
+
+
+def prepare(
+    dataset: str,
+    root: Path,
+    console: Console,
+    *,
+    offline: bool = False,
+    source: Path | None = None,
+    classes: Sequence[Classes] = imagenet100.VARIANTS,
+    patience: Patience = PATIENCE,
+) -> list[Variant]:
+    """Fill ``root`` with a verified dataset; what is there already is kept, and nothing is done twice.
+
+    Args:
+        dataset: Name of the dataset.
+        root: Folder to fill; files that are there already are used.
+        console: Where to say what happens.
+        offline: Touch no network: say what is missing instead.
+        source: For ImageNet-100, where ImageNet-1k is; the root if None.
+        classes: For ImageNet-100, which variants are built.
+        patience: How long a server is waited for.
+
+    Returns:
+        The variants that are there.
+
+    Raises:
+        ValueError: If there is no such dataset, or a file is not what is published.
+        OSError: If something is missing, cannot be fetched, or has no room.
+    """
+    if dataset not in NAMES:
+        raise ValueError(f"There is nothing to prepare for {dataset!r}. {suggestion(dataset, NAMES)}")
+    root.mkdir(parents=True, exist_ok=True)
+    with _alone(root):
+        variants = _known(root, dataset, classes)
+        if variants is None:
+            with _bars(console) as begin:
+                if dataset == "imagenet100":
+                    variants = _build_imagenet100(root, source or root, classes, console, begin)
+                else:
+                    variants = _fill(RECIPES[dataset], root, console, offline, patience, begin)
+    for variant in variants:
+        console.print(f"{dataset}, {variant.line()}", markup=False)
+    return variants
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    lock = FileLock(root / _LOCK, timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout as error:
+        raise OSError(f"Another process prepares {root}: wait until it ends, and run again.") from error
+
+
+def _known(root: Path, dataset: str, classes: Sequence[Classes]) -> list[Variant] | None:
+    """Return what the manifest says if it still holds and covers what is asked for."""
+    variants = manifest.read(root, dataset)
+    if variants is None or manifest.changed(root) is not None:
+        return None
+    if dataset == "imagenet100" and not {f"classes {name}" for name in classes} <= {v.name for v in variants}:
+        return None
+    return variants
+
+
+def _fill(
+    recipe: Recipe, root: Path, console: Console, offline: bool, patience: Patience, begin: imagenet.Progress
+) -> list[Variant]:
+    absent = [archive for archive in recipe.archives if not _is_unpacked(archive, root)]
+    missing = [archive for archive in absent if not (root / archive.name).exists()]
+    _announce(recipe, root, missing, absent, console, offline=offline)
+    if offline and missing:
+        raise FileNotFoundError(
+            f"{len(missing)} files are missing, such as {missing[0].name}, and --offline fetches none: "
+            f"put them into {root}, or leave --offline away."
+        )
+    for archive in absent:
+        path = root / archive.name
+        if archive in missing:
+            assert archive.size is not None
+            advance = begin(f"fetch {archive.name}", archive.size)
+            advance(_size(partial(archive, root)))
+            download(archive, root, patience, advance)
+        else:
+            require_whole(path, archive, begin(f"check {archive.name}", path.stat().st_size))
+        if archive.unpacks:
+            unpack(path, archive.unpacks, root, begin(f"unpack {archive.name}", path.stat().st_size))
+    return _finish(recipe.name, root, recipe.images(root), recipe.variants, begin)
+
+
+def _is_unpacked(archive: Archive, root: Path) -> bool:
+    """Return whether what the archive makes is there; a list without a folder is checked each time."""
+    return bool(archive.unpacks) and (root / archive.unpacks).is_dir()
+
+
+def _announce(
+    recipe: Recipe,
+    root: Path,
+    missing: Sequence[Archive],
+    absent: Sequence[Archive],
+    console: Console,
+    *,
+    offline: bool,
+) -> None:
+    """Say what will be fetched and how large it is, and refuse what the disk has no room for."""
+    sizes = {archive: archive.size or 0 for archive in absent}
+    to_fetch = sum(sizes[archive] - _size(partial(archive, root)) for archive in missing)
+    to_unpack = sum(size for archive, size in sizes.items() if archive.unpacks)
+    for archive in missing:
+        have = _size(partial(archive, root))
+        kept = f", {human(have)} of it are there" if have else ""
+        verb = "missing" if offline else "fetch"
+        console.print(f"{verb} {archive.name}, {human(sizes[archive])}{kept}: {archive.url}", markup=False)
+    if absent:
+        free = shutil.disk_usage(root).free
+        console.print(
+            f"{recipe.name}: {human(to_fetch)} to fetch into {root}, about {human(to_unpack)} to unpack; "
+            f"{human(free)} are free",
+            markup=False,
+        )
+        require_space(root, to_fetch + to_unpack, f"for {recipe.name}")
+
+
+def _build_imagenet100(
+    root: Path, source: Path, classes: Sequence[Classes], console: Console, begin: imagenet.Progress
+) -> list[Variant]:
+    wnids = sorted({wnid for name in classes for wnid in imagenet100.wnids(name)})
+    try:
+        imagenet.build(source, root, wnids, begin)
+    except imagenet.NotThere:
+        console.print(imagenet.INSTRUCTIONS, markup=False)
+        raise
+    return _finish("imagenet100", root, imagenet100_images(root, wnids), imagenet100_variants, begin)
+
+
+def _finish(
+    dataset: str,
+    root: Path,
+    images: Sequence[str],
+    variants: Callable[[Path], list[Variant]],
+    begin: imagenet.Progress,
+) -> list[Variant]:
+    """Scan every image, and write down what is there."""
+    shutil.rmtree(root / STAGING, ignore_errors=True)  # a process that was killed may have left it
+    scanned = scan(root, images, advance=begin("scan images", len(images)))
+    found = variants(root)
+    manifest.write(root, dataset, scanned, found)
+    return found
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[imagenet.Progress]:
+    """Give what shows a bar for each thing that begins; elsewhere than on a terminal nothing is shown."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def begin(what: str, total: int) -> Advance:
+            task = progress.add_task(what, total=total)
+            return lambda done: progress.advance(task, done)
+
+        yield begin
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,173 @@
+"""The classes of ImageNet-100 out of ImageNet-1k, from its folders or from its original tars.
+
+ImageNet-1k is not for downloading: its terms are accepted by a person, with an account.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cl_bench.prepare.archives import (
+    IMAGENET_DEVKIT,
+    IMAGENET_TRAIN,
+    IMAGENET_VAL,
+    Advance,
+    Archive,
+    require_whole,
+)
+from cl_bench.prepare.unpacking import require_space, staging, unpack_tar
+
+INSTRUCTIONS = f"""ImageNet-1k cannot be fetched without an account. What to do, once:
+  1. Register at https://image-net.org/download-images and accept its terms.
+  2. From ILSVRC2012 fetch {IMAGENET_TRAIN.name} (148 GB), {IMAGENET_VAL.name} (6.7 GB)
+     and {IMAGENET_DEVKIT.name}, into one folder; folders train/<wnid> and val/<wnid> do as well.
+  3. Run: cl-bench prepare imagenet100 --root FOLDER --source WHERE_THEY_ARE
+Only the classes of ImageNet-100 are unpacked."""
+
+_DEVKIT_META = "data/meta.mat"
+_DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
+_VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+
+Progress = Callable[[str, int], Advance]
+"""Called with what begins and its number of bytes; what it returns is told of the bytes done."""
+
+
+class NotThere(FileNotFoundError):
+    """ImageNet-1k, or a part of it, is not where it was looked for; a person must fetch it."""
+
+
+def build(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> None:
+    """Put the images of ``wnids`` into ``train/<wnid>`` and ``val/<wnid>`` below ``root``.
+
+    Each folder appears whole. Folders that are there are left as they are.
+
+    Args:
+        source: Folder with folders or tars; it may be the root itself.
+        root: Where the classes go.
+        wnids: WordNet ids of the classes.
+        begin: Shows progress.
+
+    Raises:
+        NotThere: If neither folders nor tars hold a class.
+        ValueError: If a tar is not the published one.
+        OSError: If the disk is too small.
+    """
+    for split, archive, unpack in (
+        ("train", IMAGENET_TRAIN, _unpack_train),
+        ("val", IMAGENET_VAL, _unpack_val),
+    ):
+        (root / split).mkdir(exist_ok=True)
+        absent = [wnid for wnid in wnids if not (root / split / wnid).is_dir()]
+        in_folders = [wnid for wnid in absent if (source / split / wnid).is_dir()]
+        if in_folders:
+            _copy(source / split, root, split, in_folders, begin)
+        absent = [wnid for wnid in absent if wnid not in in_folders]
+        if absent:
+            _require_there(source, archive, split, absent)
+            unpack(source, root, absent, begin)
+
+
+def _require_there(source: Path, archive: Archive, split: str, absent: Sequence[str]) -> None:
+    if not (source / archive.name).is_file():
+        raise NotThere(
+            f"{source} holds neither {archive.name} nor a folder {split}/{absent[0]}, "
+            f"and {len(absent)} classes are missing: name the folder of ImageNet-1k with --source."
+        )
+
+
+def _copy(folder: Path, root: Path, split: str, wnids: Sequence[str], begin: Progress) -> None:
+    """Copy whole class folders, by hard links where one disk holds both."""
+    files = [path for wnid in wnids for path in (folder / wnid).iterdir()]
+    size = sum(path.stat().st_size for path in files)
+    if folder.stat().st_dev != root.stat().st_dev:
+        require_space(root, size, f"to copy {len(wnids)} classes of {split}")
+    advance = begin(f"copy {split}", size)
+    with staging(root) as stage:
+        for wnid in wnids:
+            (stage / wnid).mkdir()
+            for path in (folder / wnid).iterdir():
+                _link_or_copy(path, stage / wnid / path.name)
+                advance(path.stat().st_size)
+            (stage / wnid).rename(root / split / wnid)
+
+
+def _link_or_copy(path: Path, copy: Path) -> None:
+    original = path.resolve()  # a link must not lead out of the root
+    try:
+        os.link(original, copy)
+    except OSError:
+        shutil.copyfile(original, copy)
+
+
+def _unpack_train(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> None:
+    """Unpack the inner tars of ``wnids`` out of the tar of all classes."""
+    outer = source / IMAGENET_TRAIN.name
+    require_whole(outer, IMAGENET_TRAIN, begin(f"check {outer.name}", outer.stat().st_size))
+    with tarfile.open(outer, mode="r:") as classes:
+        members = {member.name: member for member in classes if member.isfile()}
+        missing = [wnid for wnid in wnids if f"{wnid}.tar" not in members]
+        if missing:
+            raise ValueError(f"{outer} holds no {missing[0]}.tar: it is another archive, remove it.")
+        inner = [members[f"{wnid}.tar"] for wnid in wnids]
+        advance = begin("unpack train", sum(member.size for member in inner))
+        for wnid, member in zip(wnids, inner, strict=True):
+            stream = classes.extractfile(member)
+            assert stream is not None
+            with staging(root) as stage:
+                (stage / wnid).mkdir()
+                unpack_tar(stream, outer / member.name, stage / wnid)
+                (stage / wnid).rename(root / "train" / wnid)
+            advance(member.size)
+
+
+def _unpack_val(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> None:
+    """Unpack the flat validation tar, and sort its images into the classes that the development kit gives."""
+    classes = _validation_classes(source)
+    outer = source / IMAGENET_VAL.name
+    require_whole(outer, IMAGENET_VAL, begin(f"check {outer.name}", outer.stat().st_size))
+    with staging(root) as stage:
+        for wnid in wnids:
+            (stage / wnid).mkdir()
+        with tarfile.open(outer, mode="r:") as images:
+            advance = begin("unpack val", outer.stat().st_size)
+            for member in images:
+                advance(member.size)
+                match = _VAL_NAME.fullmatch(member.name)
+                if match is None or not member.isfile():
+                    raise ValueError(f"{outer} holds {member.name!r}, no image of ImageNet, and is refused.")
+                wnid = classes[int(match[1]) - 1]
+                if wnid in wnids:
+                    images.extract(member, stage / wnid, filter="data")
+        for wnid in wnids:
+            (stage / wnid).rename(root / "val" / wnid)
+
+
+def _validation_classes(source: Path) -> list[str]:
+    """Return the WordNet id of each validation image, in the order of their numbers."""
+    from scipy.io import loadmat
+
+    kit = source / IMAGENET_DEVKIT.name
+    if not kit.is_file():
+        raise NotThere(
+            f"There is no {kit.name} in {source}, and it names the classes of the validation images: "
+            "fetch it from where the tars came from."
+        )
+    require_whole(kit, IMAGENET_DEVKIT)
+    with tarfile.open(kit) as files:
+        names = {member.name.partition("/")[2]: member for member in files}
+        meta, truth = files.extractfile(names[_DEVKIT_META]), files.extractfile(names[_DEVKIT_TRUTH])
+        assert meta is not None
+        assert truth is not None
+        synsets: Any = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
+        numbers = truth.read().split()
+    leaves = synsets[synsets["num_children"] == 0]
+    wnid_of = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves}
+    return [wnid_of[int(number)] for number in numbers]

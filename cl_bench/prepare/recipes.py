@@ -1,0 +1,112 @@
+"""How each benchmark is prepared: what is fetched, which images must be there, which variants they make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cl_bench.filelists import fingerprint
+from cl_bench.images import PixelSource, require_files
+from cl_bench.prepare.archives import CIFAR100, DOMAINNET, IMAGENET_R, Archive
+from cl_bench.prepare.manifest import Variant
+from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one dataset is prepared.
+
+    Attributes:
+        name: Of the dataset.
+        archives: What is fetched, in this order.
+        images: From the root to the paths of all image files below it.
+        variants: From the root to the variants that its images make.
+    """
+
+    name: str
+    archives: tuple[Archive, ...]
+    images: Callable[[Path], Sequence[str]]
+    variants: Callable[[Path], list[Variant]]
+
+
+def _imagenet_r_images(root: Path) -> list[str]:
+    files = [f"{imagenet_r.FOLDER}/{file}" for file in imagenet_r.files()]
+    _require(root, files)
+    return files
+
+
+def _imagenet_r_variants(root: Path) -> list[Variant]:
+    return [
+        _variant(f"split {name}", *imagenet_r.split(name), len(imagenet_r.wnids("sorted")))
+        for name in imagenet_r.SPLITS
+    ]
+
+
+def _cifar100_variants(root: Path) -> list[Variant]:
+    train, test = (PixelSource(*cifar100.images(root, split)) for split in ("train", "test"))
+    classes = len(cifar100.names(root))
+    return [Variant("cifar100", len(train), len(test), classes, train.fingerprint, test.fingerprint)]
+
+
+def _domainnet_images(root: Path) -> list[str]:
+    files = [
+        file for split in ("train", "test") for file in domainnet.listed(root, split, domainnet.DOMAINS).files
+    ]
+    _require(root, files)
+    return files
+
+
+def _domainnet_variants(root: Path) -> list[Variant]:
+    variants = []
+    for name in domainnet.VARIANTS:
+        train, test = (
+            domainnet.listed(root, split, domainnet.domains(name)).files for split in ("train", "test")
+        )
+        variants.append(_variant(f"variant {name}", train, test, len(domainnet.names())))
+    return variants
+
+
+def imagenet100_images(root: Path, wnids: Sequence[str]) -> list[str]:
+    """Return the paths of all images of ``wnids`` below ``root``."""
+    return [
+        f"{split}/{wnid}/{name}"
+        for split in ("train", "val")
+        for wnid in wnids
+        for name in sorted(os.listdir(root / split / wnid))
+    ]
+
+
+def imagenet100_variants(root: Path) -> list[Variant]:
+    """Return the variants of which all classes are below ``root``."""
+    variants = []
+    for name in imagenet100.VARIANTS:
+        wnids = imagenet100.wnids(name)
+        if all((root / split / wnid).is_dir() for split in ("train", "val") for wnid in wnids):
+            files = imagenet100_images(root, wnids)
+            train = [file for file in files if file.startswith("train/")]
+            variants.append(_variant(f"classes {name}", train, files[len(train) :], len(wnids)))
+    return variants
+
+
+def _variant(name: str, train: Sequence[str], test: Sequence[str], classes: int) -> Variant:
+    return Variant(name, len(train), len(test), classes, fingerprint(train), fingerprint(test))
+
+
+def _require(root: Path, files: Sequence[str]) -> None:
+    require_files(root, files, "remove the incomplete folder and run again, it is unpacked anew.")
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("cifar100", CIFAR100, lambda root: [], _cifar100_variants),
+        Recipe("imagenet_r", IMAGENET_R, _imagenet_r_images, _imagenet_r_variants),
+        Recipe("domainnet", DOMAINNET, _domainnet_images, _domainnet_variants),
+    )
+}
+"""Of the datasets that can be fetched, by name."""
+
+NAMES = (*RECIPES, "imagenet100")
+"""Of all that can be prepared."""

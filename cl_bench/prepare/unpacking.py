@@ -1,0 +1,158 @@
+"""Unpacking an archive that may have been made to do harm, or been cut short."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from cl_bench.prepare.archives import Advance, human
+
+STAGING = ".unpacking"
+"""Folder below the root in which nothing is whole; whoever prepares the root next removes it."""
+
+_LARGEST_RATIO = 20  # bytes unpacked for one of the archive: pictures hardly shrink
+_SMALLEST_LIMIT = 1 << 20
+_HEADROOM = 1.02  # of the free space: folders and the ends of blocks take some
+_UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+
+
+def unpack(archive: Path, folder: str, root: Path, advance: Advance = lambda _: None) -> None:
+    """Unpack ``archive``, a tar or a zip, of which ``folder`` is kept, as ``root/folder``.
+
+    The folder appears whole or not at all.
+
+    Args:
+        archive: The file; its checksum was checked, where one is published.
+        folder: The one folder that is kept.
+        root: Where it goes.
+        advance: Told of the bytes unpacked.
+
+    Raises:
+        ValueError: If the archive holds a name or a kind of entry that could write elsewhere, would grow
+            beyond reason, is cut short, or lacks the folder; nothing is left of it then.
+        OSError: If the disk is too small.
+    """
+    with staging(root) as stage, _readable(archive):
+        if archive.suffix == ".zip":
+            _unpack_zip(archive, stage, advance)
+        else:
+            with archive.open("rb") as stream:
+                unpack_tar(stream, archive, stage, advance)
+        if not (stage / folder).is_dir():
+            raise ValueError(f"{archive} holds no folder {folder}: it is another archive, remove it.")
+        (stage / folder).rename(root / folder)
+
+
+@contextmanager
+def staging(root: Path) -> Iterator[Path]:
+    """Give an empty folder below ``root``, which is removed again whatever happens."""
+    stage = root / STAGING
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir()
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage)
+
+
+def unpack_tar(stream: IO[bytes], archive: Path, into: Path, advance: Advance = lambda _: None) -> None:
+    """Unpack a tar, compressed or not, from ``stream``.
+
+    Args:
+        stream: Its bytes, from the beginning; it is read twice.
+        archive: What errors call it.
+        into: An existing folder.
+        advance: Told of the bytes unpacked.
+
+    Raises:
+        ValueError: As :func:`unpack`.
+        OSError: If the disk is too small.
+    """
+    with _readable(archive):
+        begin = stream.tell()
+        length = stream.seek(0, 2) - begin
+        stream.seek(begin)
+        with tarfile.open(fileobj=stream, mode="r:*") as members:
+            _require_room(archive, _safe_sizes(archive, members), length, into)
+        stream.seek(begin)
+        with tarfile.open(fileobj=stream, mode="r:*") as members:
+            for member in members:
+                members.extract(member, into, filter="data")
+                advance(member.size)
+
+
+def _safe_sizes(archive: Path, members: Iterable[tarfile.TarInfo]) -> Iterator[int]:
+    for member in members:
+        _require_inside(archive, member.name)
+        if not (member.isfile() or member.isdir()):
+            kind = "a link" if member.issym() or member.islnk() else "neither a file nor a folder"
+            raise ValueError(f"{archive} holds {member.name!r}, {kind}, and is refused: remove it.")
+        yield member.size
+
+
+def _unpack_zip(archive: Path, into: Path, advance: Advance) -> None:
+    with zipfile.ZipFile(archive) as members:
+        infos = members.infolist()
+        for info in infos:
+            _require_inside(archive, info.filename)
+            if stat.S_ISLNK(info.external_attr >> 16):
+                raise ValueError(f"{archive} holds {info.filename!r}, a link, and is refused: remove it.")
+        sizes = (info.file_size for info in infos)
+        _require_room(archive, sizes, archive.stat().st_size, into)
+        for info in infos:
+            members.extract(info, into)
+            advance(info.file_size)
+
+
+def _require_inside(archive: Path, name: str) -> None:
+    """Refuse a name that leads out of the folder into which the archive is unpacked."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or ":" in name.split("/")[0]:
+        raise ValueError(
+            f"{archive} holds the name {name!r}, which leads out of its folder, and is refused: remove it."
+        )
+
+
+def _require_room(archive: Path, sizes: Iterable[int], packed: int, into: Path) -> None:
+    """Refuse what would grow beyond reason, or beyond the disk; a sum is given up once it is too large."""
+    limit = max(_LARGEST_RATIO * packed, _SMALLEST_LIMIT)
+    total = 0
+    for size in sizes:
+        total += size
+        if total > limit:
+            raise ValueError(
+                f"{archive} would grow from {human(packed)} to more than {human(limit)}, as no archive of "
+                "pictures does, and is refused: remove it."
+            )
+    require_space(into, total, f"to unpack {archive.name}")
+
+
+def require_space(folder: Path, needed: int, purpose: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        OSError: If ``needed`` bytes are not free where ``folder`` lies.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed * _HEADROOM > free:
+        raise OSError(
+            f"The disk of {folder} has {human(free)} free and {human(needed)} are needed {purpose}: "
+            "make room, or choose another --root."
+        )
+
+
+@contextmanager
+def _readable(archive: Path) -> Iterator[None]:
+    """Make one sentence of all that a damaged archive raises."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise ValueError(f"{archive} is damaged or cut short ({reason}): remove it and run again.") from error

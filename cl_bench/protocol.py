@@ -1,0 +1,82 @@
+"""The protocol of a run in words: everything that must be equal, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cl_bench.configuration import Configuration
+from cl_bench.photographs import Photographs
+from cl_bench.published import domainnet
+from cl_bench.results import Protocol
+
+_WIDTH = 20  # of the first column
+
+
+def in_words(configuration: Configuration) -> str:
+    """Return the protocol of a run; data and weights are read, and nothing is trained.
+
+    Raises:
+        ValueError: If data, backbone or settings cannot be used.
+        OSError: If data or weights are missing.
+    """
+    strategy, trainer = configuration.build([], [])
+    data = configuration.datamodule
+    trainer.require_fit(strategy, data)
+    protocol = trainer.protocol(strategy, data)
+    sizes = protocol.identity["experience_sizes"]
+    lines = [
+        ("protocol", protocol.fingerprint),
+        *_identity(protocol.identity, sum(data.test_images)),
+        ("experiences", f"{len(sizes)}, of {_counted(sizes)} classes"),
+        ("class order", f"{data.order_name}; a factor, results of several orders are averaged"),
+        ("seed", f"{data.seed}; a factor, likewise"),
+    ]
+    text = [f"{name:<{_WIDTH}}{value}" for name, value in lines]
+    return "\n".join([*text, *_remarks(configuration, protocol)])
+
+
+def _identity(identity: Mapping[str, Any], evaluated: int) -> list[tuple[str, str]]:
+    backbone = identity["backbone"]
+    held_out = (
+        f"{evaluated:,} images held out of training, {identity['val_fraction']:.0%} of each class; "
+        "the test images stay closed"
+        if identity["evaluated_on"] == "validation"
+        else f"the {evaluated:,} test images, once after each experience"
+    )
+    return [
+        ("dataset", f"{identity['dataset']}, {len(identity['class_names'])} classes"),
+        *((name.replace("_", " "), value) for name, value in identity["variants"].items()),
+        ("training images", f"list {identity['train_images'][:16]}"),
+        ("evaluated on", f"{held_out}; list {identity['test_images'][:16]}"),
+        ("decoding", identity["decoding"]),
+        ("image size", f"{identity['image_size']} pixels"),
+        ("training view", _one_line(identity["train_transform"])),
+        ("test view", _one_line(identity["test_transform"])),
+        ("normalisation", f"{backbone['normalisation']}, by the backbone"),
+        ("backbone", f"{backbone['model']}, {backbone['weights']} weights {backbone['weights_sha256'][:16]}"),
+        ("precision", identity["precision"]),
+    ]
+
+
+def _remarks(configuration: Configuration, protocol: Protocol) -> list[str]:
+    """Return what a reader of the numbers must know beyond the settings."""
+    remarks = []
+    data = configuration.datamodule
+    used = protocol.identity["backbone"]["normalisation"]
+    if isinstance(data, Photographs) and used != data.published_normalisation:
+        remarks.append(
+            f"The transforms {data.transforms} were published with the normalisation "
+            f"{data.published_normalisation}, and this run uses {used}."
+        )
+    if data.name == "domainnet":
+        remarks.append(domainnet.UNSAID)
+    return remarks
+
+
+def _counted(sizes: list[int]) -> str:
+    return str(sizes[0]) if len(set(sizes)) == 1 else ", ".join(map(str, sizes))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

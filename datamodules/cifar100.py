@@ -1,0 +1,30 @@
+"""CIFAR-100: 100 classes, 50,000 training and 10,000 test images of 32 pixels, enlarged."""
+
+from __future__ import annotations
+
+from cl_bench.datamodule import Sources
+from cl_bench.images import PixelSource
+from cl_bench.photographs import Photographs
+from cl_bench.published import cifar100
+
+
+class Cifar100(Photographs):
+    """The images of ``root/cifar-100-python``, in the order of the published files, whole in memory.
+
+    Labels are the published fine labels. torchvision's own class reads the same files in the same order, but
+    by an unpickler that runs what a pickle asks for; here they are read through a restricted one, once their
+    checksum holds. Published with T=10.
+    """
+
+    name = "cifar100"
+    decoding = "published pixels, uint8 RGB"
+    whole_test_images = True
+
+    def sources(self) -> Sources:
+        """Read the three files."""
+        root = self._existing_root()
+        return Sources(
+            train=PixelSource(*cifar100.images(root, "train")),
+            test=PixelSource(*cifar100.images(root, "test")),
+            class_names=cifar100.names(root),
+        )

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import stat
+import tarfile
+import zipfile
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cl_bench.prepare.unpacking import unpack
+
+FILES = {"data/a/1.jpg": b"one" * 1000, "data/b/2.jpg": b"two" * 1000}
+
+
+def tar(path: Path, change: Callable[[tarfile.TarFile], None] = lambda _: None, mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as archive:  # type: ignore[call-overload]
+        for name, content in FILES.items():
+            add(archive, name, content)
+        change(archive)
+    return path
+
+
+def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def special(name: str, kind: bytes, target: str = "") -> Callable[[tarfile.TarFile], None]:
+    def change(archive: tarfile.TarFile) -> None:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, target
+        archive.addfile(member)
+
+    return change
+
+
+def zipped(path: Path, more: dict[str | zipfile.ZipInfo, bytes] | None = None) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in (FILES | (more or {})).items():
+            archive.writestr(name, content)
+    return path
+
+
+def content(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder to unpack into, in a folder of its own."""
+    (tmp_path / "inside").mkdir()
+    return tmp_path / "inside"
+
+
+def refused(archive: Path, root: Path, fault: str) -> None:
+    """The archive is refused in one sentence, and nothing is left of it, in the root or around it."""
+    before = content(root.parent)
+    with pytest.raises(ValueError, match=fault) as caught:
+        unpack(archive, "data", root)
+    assert "\n" not in str(caught.value)
+    assert content(root.parent) == before
+    assert [path for path in root.iterdir() if path != archive] == []
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_is_unpacked(root: Path, mode: str) -> None:
+    archive = tar(root / "a.tar", mode=mode)
+    done: list[int] = []
+    unpack(archive, "data", root, done.append)
+    archive.unlink()
+    assert content(root) == FILES
+    assert sum(done) == 6000
+
+
+def test_a_zip_is_unpacked(root: Path) -> None:
+    archive = zipped(root / "a.zip")
+    unpack(archive, "data", root)
+    archive.unlink()
+    assert content(root) == FILES
+
+
+@pytest.mark.parametrize("name", ["../out.jpg", "data/../../out.jpg", "/tmp/out.jpg", "data/..\\..\\out.jpg"])
+def test_a_name_that_leads_out_is_refused(root: Path, name: str) -> None:
+    fault = "which leads out of its folder, and is refused"
+    refused(tar(root / "a.tar", lambda archive: add(archive, name, b"out")), root, fault)
+    (root / "a.tar").unlink()
+    if "\\" not in name:  # zipfile writes such a name with slashes
+        refused(zipped(root / "a.zip", {name: b"out"}), root, fault)
+
+
+@pytest.mark.parametrize("target", ["2.jpg", "/etc/passwd", "../../../out"])
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_link_in_a_tar_is_refused(root: Path, kind: bytes, target: str) -> None:
+    refused(
+        tar(root / "a.tar", special("data/link", kind, target)), root, "'data/link', a link, and is refused"
+    )
+
+
+def test_a_link_in_a_zip_is_refused(root: Path) -> None:
+    link = zipfile.ZipInfo("data/link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    refused(zipped(root / "a.zip", {link: b"/etc/passwd"}), root, "'data/link', a link, and is refused")
+
+
+@pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE])
+def test_a_device_is_refused(root: Path, kind: bytes) -> None:
+    refused(tar(root / "a.tar", special("data/device", kind)), root, "neither a file nor a folder")
+
+
+def test_a_bomb_is_refused_before_it_grows(root: Path) -> None:
+    zeros = bytes(40_000_000)
+    fault = "would grow from .* to more than .*, as no archive of pictures does"
+    refused(zipped(root / "a.zip", {"data/zeros": zeros}), root, fault)
+    (root / "a.zip").unlink()
+    bomb = tar(root / "a.tar", lambda archive: add(archive, "data/zeros", zeros), mode="w:gz")
+    refused(bomb, root, fault)
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_a_cut_tar_is_refused(root: Path, mode: str, share: float) -> None:
+    archive = tar(root / "a.tar", lambda opened: add(opened, "data/c", os.urandom(20_000)), mode=mode)
+    with archive.open("r+b") as stream:
+        stream.truncate(int(share * archive.stat().st_size))
+    refused(archive, root, "is damaged or cut short")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_cut_zip_is_refused(root: Path, share: float) -> None:
+    archive = zipped(root / "a.zip")
+    with archive.open("r+b") as stream:
+        stream.truncate(int(share * archive.stat().st_size))
+    refused(archive, root, "is damaged or cut short")
+
+
+def test_a_zip_with_other_bytes_than_it_says_is_refused(root: Path) -> None:
+    archive = zipped(root / "a.zip")
+    damaged = bytearray(archive.read_bytes())
+    damaged[60] ^= 0xFF
+    archive.write_bytes(damaged)
+    refused(archive, root, "is damaged or cut short")
+
+
+def test_what_is_no_archive_is_refused(root: Path) -> None:
+    (root / "a.tar").write_bytes(b"no archive" * 100)
+    refused(root / "a.tar", root, "is damaged or cut short")
+
+
+def test_an_archive_of_something_else_is_refused(root: Path) -> None:
+    archive = tar(root / "a.tar")
+    with pytest.raises(ValueError, match="holds no folder other: it is another archive"):
+        unpack(archive, "other", root)
+    assert [path.name for path in root.iterdir()] == ["a.tar"]
+
+
+def test_a_disk_that_is_too_small_is_said_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000, 5_000, 5_000))
+    with pytest.raises(OSError, match=r"has 5.0 kB free and 6.0 kB are needed to unpack a.tar: make room"):
+        unpack(tar(root / "a.tar"), "data", root)
+    assert [path.name for path in root.iterdir()] == ["a.tar"]
