@@ -219,12 +219,13 @@ class Result:
         """Return what the whole run took, by the names in ``COSTS``; NaN where it was not measured.
 
         Seconds are added up, of memory and trainable parameters the most counts, and of storage the last.
+        What diagnostics took is left out: no strategy needs them.
         """
         if not self.costs:
             return dict.fromkeys(COSTS, math.nan)
         phases = self.seconds()
         return {
-            "seconds": sum(phases.values()),
+            "seconds": sum(seconds for phase, seconds in phases.items() if phase != "diagnostics"),
             **{f"seconds/{phase}": phases.get(phase, math.nan) for phase in PHASES},
             "peak_megabytes": max(cost.peak_memory_bytes for cost in self.costs) / 1e6,
             "trainable_parameters": float(max(cost.trainable_parameters for cost in self.costs)),

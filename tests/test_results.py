@@ -90,6 +90,15 @@ def test_phases_add_up_over_experiences(result: Result) -> None:
     assert result.seconds() == {"training": 3.5, "evaluation": 0.5}
 
 
+def test_spending_leaves_out_diagnostics_and_what_was_not_measured(result: Result) -> None:
+    result.costs[0].seconds["diagnostics"] = 100.0
+    spent = result.spending()
+    assert (spent["seconds"], spent["seconds/training"]) == (4.0, 3.5)
+    assert math.isnan(spent["seconds/checkpoints"])
+    result.costs = []
+    assert all(map(math.isnan, result.spending().values()))
+
+
 def test_the_fingerprint_covers_the_identity_and_nothing_else() -> None:
     one = Protocol({"precision": "32-true"}, {"seed": 1}, {"dataset": "digits"})
     other_seed = Protocol({"precision": "32-true"}, {"seed": 2}, {"dataset": "digits"})

@@ -466,7 +466,7 @@ function basis(entries) {
     return { entry, rows: grown[0].map((_, layer) => grown.map((layers) => layers[layer])), remark: "", said: `Basis growth: ${entry.label}` };
   });
   const all = tables.flatMap(({ rows }) => rows.flat()).filter(known);
-  heatmaps("basis-panels", tables, { low: 0, high: Math.max(1, ...all), first: 0, down: false, hover: "layer %{y}, after %{x}: %{z:.1f} dimensions<extra></extra>" });
+  heatmaps("basis-panels", tables, { low: 0, high: Math.max(1, ...all), first: 0, down: false, hover: "matrix %{y}, after %{x}: %{z:.1f} directions<extra></extra>" });
 }
 
 function angles(entries) {
@@ -503,7 +503,7 @@ function heldOut(entries) {
       };
     });
   });
-  draw("held", traces, { ...withLegend(320, entries.length), xaxis: axis("experience", { dtick: 1, showgrid: false }), yaxis: axis("nearest-mean accuracy (%)") }, "Nearest mean on classes to come: before and after learning");
+  draw("held", traces, { ...withLegend(320, entries.length), xaxis: axis("experience", { dtick: 1, showgrid: false }), yaxis: axis("nearest-mean accuracy (%)") }, "Nearest mean on classes outside of the stream: before and after learning");
 }
 
 function phases() {

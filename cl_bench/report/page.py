@@ -24,7 +24,7 @@ from cl_bench.report.markdown import HOW_TO_READ_DIFFERENCES
 from cl_bench.report.records import finite, statistic_record
 from cl_bench.report.sentences import absences, compared, mixed_provenance, protocol_differences
 from cl_bench.report.settings import flat
-from cl_bench.report.statistics import Statistic, statistic
+from cl_bench.report.statistics import statistic
 from cl_bench.report.tables import COST_HEADINGS, SHORT_NAMES, Table
 from cl_bench.results import COSTS, Result
 
@@ -127,7 +127,9 @@ def _entry(entry: Entry, comparison: Comparison, shown: Sequence[str]) -> Json:
         "joint": entry.is_joint,
         "statuses": sorted({run.status for run in entry.unfinished}),
         "n": len(entry.runs),
-        "statistics": {name: _statistic(entry.statistic(name), full=name in shown) for name in names},
+        "statistics": {
+            name: statistic_record(entry.statistic(name), bootstrap=name in shown) for name in names
+        },
         "runs": [_run(run, entry, shown) for run in (*entry.runs, *entry.unfinished)],
     }
     if entry.runs:
@@ -138,14 +140,6 @@ def _entry(entry: Entry, comparison: Comparison, shown: Sequence[str]) -> Json:
             "inside": _inside(entry),
         }
     return record
-
-
-def _statistic(value: Statistic, *, full: bool) -> Json:
-    """With the bootstrap only where the number is in the table: it is the only part that takes time."""
-    if full:
-        return statistic_record(value)
-    interval = [finite(value.interval.low), finite(value.interval.high)] if value.interval.exists else None
-    return {"mean": finite(value.mean), "std": finite(value.std), "n": value.n, "interval": interval}
 
 
 def _run(run: Result, entry: Entry, shown: Sequence[str]) -> Json:
@@ -170,7 +164,7 @@ def _run(run: Result, entry: Entry, shown: Sequence[str]) -> Json:
 def _curve(entry: Entry) -> list[Json]:
     """Accuracy over the classes seen after every experience, with its deviation and interval over runs."""
     runs = np.array([incremental_accuracy(run.counts("correct"), run.totals) for run in entry.runs])
-    return [_statistic(statistic(values), full=False) for values in runs.T]
+    return [statistic_record(statistic(values), bootstrap=False) for values in runs.T]
 
 
 def _matrix(run: Result) -> Array:
@@ -187,7 +181,7 @@ def _domains(entry: Entry) -> Json:
         for name, correct, images in zip(run.domains, row.correct_by_domain, run.domain_images, strict=True):
             if sum(images):
                 by_domain.setdefault(name, []).append(100.0 * sum(correct) / sum(images))
-    return {name: _statistic(statistic(values), full=False) for name, values in by_domain.items()}
+    return {name: statistic_record(statistic(values), bootstrap=False) for name, values in by_domain.items()}
 
 
 def _inside(entry: Entry) -> Json | None:

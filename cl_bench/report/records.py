@@ -17,7 +17,8 @@ from cl_bench.report.tables import Table
 from cl_bench.results import COSTS
 
 _KEYS = ["benchmark", "fingerprint"]
-_SUMMARY = ["mean", "std", "n", "low", "high", "bootstrap_low", "bootstrap_high"]
+_SUMMARY = ["mean", "std", "n", "low", "high"]
+_BOOTSTRAP = ["bootstrap_low", "bootstrap_high"]
 
 
 def tidy(tables: Sequence[Table]) -> str:
@@ -31,11 +32,12 @@ def tidy(tables: Sequence[Table]) -> str:
             entry.group,
             name,
             *_summary(entry.statistic(name)),
+            *_ends(entry.statistic(name).bootstrap),
         ]
         for entry, comparison, table in _entries(tables)
         for name in (*table.metrics, *COSTS)
     ]
-    return _csv([*_KEYS, "strategy", "label", "group", "metric", *_SUMMARY], lines)
+    return _csv([*_KEYS, "strategy", "label", "group", "metric", *_SUMMARY, *_BOOTSTRAP], lines)
 
 
 def tidy_differences(tables: Sequence[Table]) -> str | None:
@@ -135,7 +137,7 @@ def _difference(pair: Contrast) -> dict[str, Any]:
         "first": pair.first,
         "second": pair.second,
         "metric": pair.metric,
-        **statistic_record(pair.difference),
+        **statistic_record(pair.difference, bootstrap=False),
         "wins": pair.wins,
         "ties": pair.ties,
         "losses": pair.losses,
@@ -145,15 +147,15 @@ def _difference(pair: Contrast) -> dict[str, Any]:
     }
 
 
-def statistic_record(value: Statistic) -> dict[str, Any]:
-    """Return ``value`` as plain JSON: null where there is none."""
-    return {
+def statistic_record(value: Statistic, *, bootstrap: bool = True) -> dict[str, Any]:
+    """Return ``value`` as plain JSON: null where there is none; without the bootstrap it takes no time."""
+    record = {
         "mean": finite(value.mean),
         "std": finite(value.std),
         "n": value.n,
         "interval": _pair(value.interval),
-        "bootstrap": _pair(value.bootstrap),
     }
+    return record | ({"bootstrap": _pair(value.bootstrap)} if bootstrap else {})
 
 
 def finite(value: float) -> float | None:
@@ -170,9 +172,11 @@ def _pair(interval: Interval) -> list[float | None] | None:
 
 
 def _summary(value: Statistic) -> list[float | int | str]:
-    interval, bootstrap = value.interval, value.bootstrap
-    ends = (interval.low, interval.high, bootstrap.low, bootstrap.high)
-    return [_number(value.mean), _number(value.std), value.n, *map(_number, ends)]
+    return [_number(value.mean), _number(value.std), value.n, *_ends(value.interval)]
+
+
+def _ends(interval: Interval) -> list[float | str]:
+    return [_number(interval.low), _number(interval.high)]
 
 
 def _entries(tables: Sequence[Table]) -> Iterator[tuple[Entry, Comparison, Table]]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,3 +94,32 @@ def test_a_report_imports_neither_torch_nor_pyplot(
         [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("format", ("md", "html"))
+def test_ten_thousand_results_are_reported_in_a_minute(
+    drawn: Made,
+    tmp_path: Path,
+    checkout: Path,
+    format: Format,  # noqa: A002
+) -> None:
+    names = [f"strategy {number}" for number in range(20)]
+    for dataset in ("cifar100", "imagenet_r", "imagenet100", "domainnet", "digits"):
+        for number, name in enumerate(names):
+            one = drawn(name, 1, dataset=dataset, classes=20, lost=0.002 * number, domains=True)
+            path = one.write(tmp_path / dataset / str(number))
+            payload = json.loads(path.read_text())
+            path.unlink()
+            for block in range(100):
+                seed, order = block % 10, f"numpy-{block // 10}"
+                payload |= {"seed": seed, "order": order}
+                payload["config"] |= {"seed": seed, "order": order}
+                payload["rows"][-1]["correct"][0] = (7 * block + number) % 48
+                folder = path.parent / str(block)
+                folder.mkdir()
+                (folder / path.name).write_text(json.dumps(payload))
+    began = time.perf_counter()
+    words = ["-m", "cl_bench", "report", str(tmp_path), "--format", format]
+    subprocess.run([sys.executable, *words], cwd=checkout, check=True, capture_output=True)
+    assert time.perf_counter() - began < 60

@@ -63,6 +63,27 @@ def test_the_permutation_test_counts_the_sign_patterns() -> None:
         assert p == pytest.approx(np.mean(np.abs(means) >= abs(row.mean()) - 1e-12), rel=0, abs=EXACT)
 
 
+def test_random_sign_patterns_agree_with_those_of_scipy() -> None:
+    values = _drawn(3, 20) - [[1.0], [0.6], [0.0]]
+    theirs = scipy.stats.permutation_test(
+        (values,),
+        lambda sample, axis: sample.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        axis=-1,
+        n_resamples=20_000,
+        rng=np.random.default_rng(5),
+    ).pvalue
+    assert 0.001 < theirs.min() < 0.5 < theirs.max()
+    # Three standard errors of twice a share of 20,000.
+    assert permutation_p(values) == pytest.approx(theirs, abs=0.022)
+
+
+def test_a_hundred_blocks_can_tell_twenty_strategies_apart() -> None:
+    p = permutation_p(np.random.default_rng(2).normal(3.0, 1.0, (190, 100)))
+    assert max(holm([float(value) for value in p])) < 0.05
+
+
 def test_of_pairs_together_each_has_the_p_value_it_has_alone() -> None:
     values = _drawn(4, 20)
     assert permutation_p(values) == pytest.approx(
