@@ -42,7 +42,7 @@ class DecoupledMargin(Strategy):
         *,
         decoupled_margin: bool = False,
         margin: float = 0.2,
-        margin_weight: float = 0.1,
+        margin_weight: float = 1.0,
         margin_loss: MarginLoss = "nearest",
         **kwargs: Any,
     ) -> None:
