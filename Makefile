@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test lint types tests notebooks soak clean
+.PHONY: help quickstart test lint types tests browser notebooks soak clean
 
 help:
 	@echo "make quickstart   install, run the grid configs/grids/quickstart.yaml, print its table"
@@ -17,6 +17,7 @@ help:
 quickstart: .venv/installed
 	$(BIN)/cl-bench grid configs/grids/quickstart.yaml
 	$(BIN)/cl-bench report results/quickstart
+	$(BIN)/cl-bench report results/quickstart --format html
 
 test: lint types tests notebooks
 
@@ -28,8 +29,18 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-tests: .venv/installed-dev
+tests: .venv/installed-dev browser
 	$(BIN)/pytest --durations=10
+
+# The page of a report is tested in a real browser. Where apt or root is missing, those tests are skipped and say so.
+browser:
+	@if command -v chromedriver >/dev/null; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		echo "Installing Debian's chromium and chromium-driver, for the tests of the page."; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -yqq --no-install-recommends chromium chromium-driver >/dev/null; } \
+			|| echo "They could not be installed; the tests of the page will be skipped."; \
+	else echo "No chromedriver, and no apt as root to install it: the tests of the page will be skipped."; fi
 
 notebooks: .venv/installed-dev
 	$(BIN)/pytest --nbmake notebooks

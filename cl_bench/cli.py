@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(words[1:])
         if words[:1] == ["check"]:
             return _check(words[1:])
+        if words[:1] == ["reproduce"]:
+            return _reproduce(*_parser().parse_known_args(words))
         options = _parser().parse_args(words)
         return {"grid": _grid, "report": _report, "prepare": _prepare}[options.verb](options)
     except (ValueError, OSError) as error:
@@ -68,13 +70,43 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("-v", action="store_true", help="show tracebacks")
     report = verbs.add_parser("report", help="tables and pictures of a results folder")
     report.add_argument("results", type=Path, metavar="RESULTS", help="folder with results")
-    report.add_argument("--format", choices=("md", "csv"), default="md", help="of the table (default: md)")
+    report.add_argument(
+        "--format",
+        choices=("md", "latex", "csv", "json", "html"),
+        default="md",
+        help="of the table (default: md)",
+    )
     report.add_argument(
         "--metrics", nargs="+", default=None, metavar="NAME", help="such as acc/sample bwt/gem"
     )
+    report.add_argument(
+        "--wandb",
+        default=None,
+        metavar="PROJECT",
+        help="also rebuild the runs on Weights & Biases, with a view for each benchmark; offline, write both",
+    )
     report.add_argument("-v", action="store_true", help="show tracebacks")
+    _add_reproduce(verbs)
     _add_prepare(verbs.add_parser("prepare", help="fetch, check and scan a dataset"))
     return parser
+
+
+def _add_reproduce(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    verb = verbs.add_parser(
+        "reproduce",
+        help="put our cells beside a published number, running those that are not done",
+        epilog="Any other --KEY=VALUE goes to every cell, such as --root=FOLDER.",
+    )
+    verb.add_argument("strategy", metavar="STRATEGY", help="config stem of a strategy, such as janus_lora")
+    verb.add_argument("dataset", metavar="DATASET", help="config stem of a dataset, such as imagenet_r")
+    verb.add_argument("--num_experiences", type=int, default=None, help="length of the stream, as published")
+    verb.add_argument("--against", default="inflora", help="strategy of the contrast (default: inflora)")
+    verb.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
+    verb.add_argument("--orders", nargs="+", default=["identity"], help="class orders (default: identity)")
+    verb.add_argument("--results", type=Path, default=Path("results/reproduce"), help="folder of all results")
+    verb.add_argument("--workers", type=int, default=None, help="cells at a time, as in a grid")
+    verb.add_argument("--dry-run", action="store_true", help="run nothing; compare what there is")
+    verb.add_argument("-v", action="store_true", help="show tracebacks")
 
 
 def _add_prepare(prepare: argparse.ArgumentParser) -> None:
@@ -221,6 +253,26 @@ def _grid(options: argparse.Namespace) -> int:
     )
 
 
+def _reproduce(options: argparse.Namespace, overrides: list[str]) -> int:
+    for word in overrides:
+        if not word.startswith("--") or "=" not in word:
+            raise ValueError(f"{word!r} is no setting: write --KEY=VALUE, with the equals sign.")
+
+    from cl_bench.reproduction.command import Wanted, reproduce
+
+    wanted = Wanted(
+        strategy=options.strategy,
+        dataset=options.dataset,
+        num_experiences=options.num_experiences,
+        against=None if options.against == options.strategy else options.against,
+        seeds=options.seeds,
+        orders=options.orders,
+        results=options.results,
+        overrides=overrides,
+    )
+    return DONE if reproduce(wanted, options.workers, dry_run=options.dry_run) else FAILED
+
+
 def _prepare(options: argparse.Namespace) -> int:
     from cl_bench.prepare.command import prepare
 
@@ -242,4 +294,11 @@ def _report(options: argparse.Namespace) -> int:
     console = _console()
     console.print(written.text, markup=False)
     console.print("\n".join(f"wrote {path}" for path in written.files), markup=False)
+    if options.wandb is not None:
+        from cl_bench.report import FOLDER, METRICS, results_below
+        from cl_bench.report.upload import upload
+
+        results, _ = results_below(options.results)
+        shown = options.metrics or METRICS
+        console.print(upload(results, options.wandb, options.results / FOLDER, shown).text, markup=False)
     return DONE

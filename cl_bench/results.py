@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,18 @@ from cl_bench import metrics
 SCHEMA = 1
 _ADDED_FIELDS = {"diagnostics", "domains", "domain_images"}
 FILE_NAME = "result.json"
+
+PHASES = ("data_passes", "training", "evaluation", "checkpoints")
+"""What the seconds of a run are split into."""
+
+COSTS = (
+    "seconds",
+    *(f"seconds/{phase}" for phase in PHASES),
+    "peak_megabytes",
+    "trainable_parameters",
+    "stored_megabytes",
+)
+"""What a run took, by the names of :meth:`Result.spending`."""
 
 Status = Literal["running", "done", "diverged", "failed"]
 Regime = Literal["sequential", "joint"]
@@ -201,6 +214,23 @@ class Result:
             for phase, seconds in cost.seconds.items():
                 phases[phase] = phases.get(phase, 0.0) + seconds
         return phases
+
+    def spending(self) -> dict[str, float]:
+        """Return what the whole run took, by the names in ``COSTS``; NaN where it was not measured.
+
+        Seconds are added up, of memory and trainable parameters the most counts, and of storage the last.
+        What diagnostics took is left out: no strategy needs them.
+        """
+        if not self.costs:
+            return dict.fromkeys(COSTS, math.nan)
+        phases = self.seconds()
+        return {
+            "seconds": sum(seconds for phase, seconds in phases.items() if phase != "diagnostics"),
+            **{f"seconds/{phase}": phases.get(phase, math.nan) for phase in PHASES},
+            "peak_megabytes": max(cost.peak_memory_bytes for cost in self.costs) / 1e6,
+            "trainable_parameters": float(max(cost.trainable_parameters for cost in self.costs)),
+            "stored_megabytes": self.costs[-1].stored_bytes / 1e6,
+        }
 
     def write(self, folder: Path) -> Path:
         """Write the result file into ``folder``; a reader sees the old one or the new one, never a part."""

@@ -16,7 +16,7 @@ from cl_bench.configuration import Configuration
 from cl_bench.diagnostics import Diagnostics
 from cl_bench.errors import sentence
 from cl_bench.results import FILE_NAME, Result, read
-from cl_bench.tracking import loggers
+from cl_bench.tracking import loggers, record
 
 ERROR_NAME = "error.txt"
 
@@ -49,7 +49,7 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
         strategy, trainer = configuration.build(watchers, opened)
         trainer.require_fit(strategy, configuration.datamodule)
         try:
-            return trainer.run(
+            result = trainer.run(
                 strategy,
                 configuration.datamodule,
                 regime=values.regime,
@@ -60,6 +60,8 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
         except Exception as error:
             (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
             raise RunFailed(sentence(error)) from error
+        record(result, opened)
+        return result
 
 
 def finished(configuration: Configuration) -> Path | None:

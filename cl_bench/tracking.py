@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import netrc
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
-from urllib.parse import urlsplit
 
 import wandb
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from cl_bench import dashboard
 from cl_bench.configuration import Configuration
+from cl_bench.results import Result
 
 CURVES_NAME = "curves"
 
@@ -39,36 +37,18 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
     is logged in and offline for everyone else, in the project ``cl-bench``.
     """
     folder = configuration.folder
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "cl-bench"),
+    return dashboard.opened(
+        id=dashboard.run_id(configuration.benchmark, folder.name),
         name=f"{folder.parent.name} {folder.name}",
-        id=f"{folder.parent.name}-{folder.name}",
         group=configuration.benchmark,
         job_type=folder.parent.name,
-        dir=folder,
+        folder=folder,
         config=configuration.cell,
-        mode=_mode(),
-        settings=wandb.Settings(silent=True),
     )
-    run.define_metric("trainer/global_step")
-    run.define_metric("train/*", step_metric="trainer/global_step")
-    run.define_metric("stream/experience")
-    for once_an_experience in ("stream/*", "diagnostics/*", "retention/*"):
-        run.define_metric(once_an_experience, step_metric="stream/experience")
-    return run
 
 
-def _mode() -> Literal["online", "offline"] | None:
-    """Return the mode, or None where the user's own W&B settings say it."""
-    settings = wandb.setup().settings
-    if "WANDB_MODE" in os.environ or settings.mode != "online":  # online is W&B's default
-        return None
-    return "online" if settings.api_key or _has_login(settings.base_url) else "offline"
-
-
-def _has_login(base_url: str) -> bool:
-    """Whether ``wandb login`` has left a key for this server."""
-    try:
-        return netrc.netrc().authenticators(urlsplit(base_url).netloc) is not None
-    except FileNotFoundError:
-        return False
+def record(result: Result, loggers: Iterable[Logger]) -> None:
+    """Leave the outcome of a finished run where comparisons look for it."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            dashboard.record(logger.experiment, result)

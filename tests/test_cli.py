@@ -325,6 +325,22 @@ def test_wandb_files_hold_curves_with_the_experience_as_step(
         if record.WhichOneof("record_type") == "metric"
     }
     assert steps["stream/*"] == "stream/experience"
+    summary = {
+        "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+        for record in records
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+    assert summary["final/acc/sample"] == pytest.approx(final["acc/sample"])
+    assert summary["cost/seconds"] > 0
+    config = {
+        item.key
+        for record in records
+        if record.WhichOneof("record_type") == "config"
+        for item in record.config.update
+    }
+    assert {"label", "benchmark", "fingerprint"} <= config
+    assert len([*folder.glob("wandb/offline-run-*/files/media/table/accuracy_matrix*.json")]) == 1
 
 
 def wandb_records(path: Path) -> Iterator[Any]:

@@ -90,6 +90,15 @@ def test_phases_add_up_over_experiences(result: Result) -> None:
     assert result.seconds() == {"training": 3.5, "evaluation": 0.5}
 
 
+def test_spending_leaves_out_diagnostics_and_what_was_not_measured(result: Result) -> None:
+    result.costs[0].seconds["diagnostics"] = 100.0
+    spent = result.spending()
+    assert (spent["seconds"], spent["seconds/training"]) == (4.0, 3.5)
+    assert math.isnan(spent["seconds/checkpoints"])
+    result.costs = []
+    assert all(map(math.isnan, result.spending().values()))
+
+
 def test_the_fingerprint_covers_the_identity_and_nothing_else() -> None:
     one = Protocol({"precision": "32-true"}, {"seed": 1}, {"dataset": "digits"})
     other_seed = Protocol({"precision": "32-true"}, {"seed": 2}, {"dataset": "digits"})
@@ -132,17 +141,17 @@ def test_a_result_file_is_as_readable_as_any_other(result: Result, tmp_path: Pat
     assert result.write(tmp_path).stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_a_file_from_before_domains_is_read(result: Result, tmp_path: Path) -> None:
+def test_a_missing_results_folder_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="There is no results folder"):
+        list(read_all(tmp_path / "absent"))
+
+
+def test_a_file_from_before_domains_and_diagnostics_is_still_read(result: Result, tmp_path: Path) -> None:
     path = result.write(tmp_path)
     payload = json.loads(path.read_text())
-    for name in ("domains", "domain_images"):
+    for name in ("diagnostics", "domains", "domain_images"):
         del payload[name]
     for row in payload["rows"]:
         del row["correct_by_domain"]
     path.write_text(json.dumps(payload))
     assert read(path) == result
-
-
-def test_a_missing_results_folder_is_said(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="There is no results folder"):
-        list(read_all(tmp_path / "absent"))

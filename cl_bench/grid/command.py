@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def run_grid(name: str, results: Path | None, workers: int | None, *, dry_run: b
         raise ValueError(f"A grid cannot run with {workers} workers: give at least one.")
     console = Console(highlight=False, soft_wrap=True)
     grid = read_grid(name, results)
-    entries = _entries([*grid.cells()])
+    entries = known([*grid.cells()])
     waiting = [entry for entry in entries if entry.done is None]
     console.print(
         f"{len(entries)} cells, {len(entries) - len(waiting)} done, results in {grid.results}", markup=False
@@ -67,6 +68,12 @@ def run_grid(name: str, results: Path | None, workers: int | None, *, dry_run: b
             state = "done  " if entry.done else "to run"
             console.print(f"  {state}  {entry.configuration.hash}  {entry.cell.command}", markup=False)
         return not waiting
+    return run_waiting(entries, workers, console)
+
+
+def run_waiting(entries: Sequence[Entry], workers: int | None, console: Console) -> bool:
+    """Run those of ``entries`` that are not done, say what failed, and return whether all are done."""
+    waiting = [entry for entry in entries if entry.done is None]
     if not waiting:
         return True
     # A grid that is told to end must end its cells, as Ctrl-C does.
@@ -81,7 +88,12 @@ def run_grid(name: str, results: Path | None, workers: int | None, *, dry_run: b
     return not errors
 
 
-def _entries(cells: list[Cell]) -> list[Entry]:
+def known(cells: Sequence[Cell]) -> list[Entry]:
+    """Resolve ``cells`` and look for their results.
+
+    Raises:
+        ValueError: If a cell is not valid, or is there twice.
+    """
     entries = [Entry(cell, configuration := cell.configuration(), finished(configuration)) for cell in cells]
     hashes = Counter(entry.configuration.hash for entry in entries)
     for entry in entries:

@@ -1,4 +1,4 @@
-"""From result files to tables and pictures.
+"""From result files to tables, pictures and one page.
 
 Neither torch nor Lightning is imported, so that any old run can be re-read quickly, anywhere.
 """
@@ -8,16 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from cl_bench.metrics import DEFINITIONS
 from cl_bench.report.comparison import Comparison, comparisons
+from cl_bench.report.latex import latex
+from cl_bench.report.markdown import markdown
+from cl_bench.report.page import page
 from cl_bench.report.pictures import pictures
-from cl_bench.report.tables import Table, markdown, tables, tidy, tidy_absences
-from cl_bench.results import FILE_NAME, read_all
+from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
+from cl_bench.report.tables import Table, tables
+from cl_bench.results import FILE_NAME, Result, read_all
 from cl_bench.spelling import suggestion
 
-Format = Literal["md", "csv"]
+Format = Literal["md", "latex", "csv", "json", "html"]
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+"""What a report can be written as."""
 
 METRICS = ("acc/sample", "maa/sample", "bwt/gem", "forgetting/chaudhry")
 """Metrics shown unless others are asked for."""
@@ -25,13 +32,18 @@ METRICS = ("acc/sample", "maa/sample", "bwt/gem", "forgetting/chaudhry")
 FOLDER = "report"
 """Where the files of a report go, inside the results folder."""
 
+PAGE = "page.html"
+"""The page, in that folder."""
+
+_OURS = (PAGE, "table.*", "absent.csv", "differences.csv", "curves_*.png", "matrix_*.png")
+
 
 @dataclass(frozen=True)
 class Report:
     """What a report leaves.
 
     Attributes:
-        text: The tables, to be printed.
+        text: The tables, to be printed; of a page, where it is.
         files: Paths written: tables first, then pictures.
     """
 
@@ -47,32 +59,57 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
 
     Args:
         results_folder: Folder that holds result files, at any depth.
-        format: ``md`` for Markdown to read, ``csv`` for one statistic a line.
+        format: ``md`` for Markdown to read, ``latex`` for a paper, ``csv`` for one statistic a line, ``json``
+            for one tree of everything, ``html`` for one page that opens from disk. Pictures come with the
+            first two.
         metrics: Names of the metrics shown, as in :data:`cl_bench.metrics.DEFINITIONS`; None for ``METRICS``.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no result in it.
         ValueError: If a metric has no definition, or a file is no result file.
     """
-    shown = _defined(METRICS if metrics is None else metrics)
-    results, unreadable = read_all(results_folder)
+    shown = defined(METRICS if metrics is None else metrics)
+    results, unreadable = results_below(results_folder)
     compared = comparisons(results)
-    if not compared:
-        raise FileNotFoundError(
-            f"There is no {FILE_NAME} below {results_folder}: run a cell first, or name another folder."
-        )
     laid_out = tables(compared, shown)
     folder = results_folder / FOLDER
     folder.mkdir(exist_ok=True)
     _remove_earlier(folder)
+    if format == "html":
+        path = _written(folder / PAGE, page(laid_out, results_folder.resolve().name, unreadable))
+        return Report(f"One page, to be opened in a browser.\n{_unread(unreadable)}".rstrip(), [path])
     texts = _texts(laid_out, format)
     files = [_written(folder / name, text) for name, text in texts.items()]
-    files += _drawn(compared, folder)
-    text = next(iter(texts.values())) + "".join(f"Not read: {line}\n" for line in unreadable)
-    return Report(text, files)
+    files += _drawn(compared, folder) if format in ("md", "latex") else []
+    return Report(next(iter(texts.values())) + _unread(unreadable), files)
 
 
-def _defined(metrics: Sequence[str]) -> list[str]:
+def _unread(unreadable: Sequence[str]) -> str:
+    return "".join(f"Not read: {line}\n" for line in unreadable)
+
+
+def results_below(folder: Path) -> tuple[list[Result], list[str]]:
+    """Return every result below ``folder``, and a sentence for each file that cannot be read.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no result in it.
+    """
+    results, unreadable = read_all(folder)
+    if not results:
+        said = "".join(f" {line}" for line in unreadable)
+        raise FileNotFoundError(
+            f"There is no {FILE_NAME} below {folder} that can be read: run a cell first, or name another "
+            f"folder.{said}"
+        )
+    return results, unreadable
+
+
+def defined(metrics: Sequence[str]) -> list[str]:
+    """Return ``metrics`` without repetition.
+
+    Raises:
+        ValueError: If one of them has no definition.
+    """
     for name in metrics:
         if name not in DEFINITIONS:
             raise ValueError(f"There is no metric {name!r}. {suggestion(name, DEFINITIONS)}")
@@ -80,16 +117,20 @@ def _defined(metrics: Sequence[str]) -> list[str]:
 
 
 def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa: A002
-    """The table by its file name; as CSV, runs that enter no mean have a file of their own."""
+    """The table by its file name; as CSV, differences and runs that enter no mean have files of their own."""
     if format == "md":
         return {"table.md": markdown(laid_out)}
-    absences = tidy_absences(laid_out)
-    return {"table.csv": tidy(laid_out)} | ({"absent.csv": absences} if absences else {})
+    if format == "latex":
+        return {"table.tex": latex(laid_out)}
+    if format == "json":
+        return {"table.json": tree(laid_out)}
+    further = {"differences.csv": tidy_differences(laid_out), "absent.csv": tidy_absences(laid_out)}
+    return {"table.csv": tidy(laid_out)} | {name: text for name, text in further.items() if text}
 
 
 def _remove_earlier(folder: Path) -> None:
     """A picture of results that are no longer there must not stand beside the new table."""
-    for pattern in ("table.*", "absent.csv", "curves_*.png", "matrix_*.png"):
+    for pattern in _OURS:
         for path in folder.glob(pattern):
             path.unlink()
 

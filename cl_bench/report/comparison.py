@@ -6,49 +6,18 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from cl_bench.report.settings import differences, distinguishing, plain, short_names, shortened
+from cl_bench.report.statistics import Statistic, statistic
 from cl_bench.results import Regime, Result
-
-COSTS = ("seconds", "trainable_parameters", "stored_megabytes")
-"""What a run took, beside its metrics."""
 
 RANKING = "acc/sample"
 """Metric by which entries are ordered."""
 
 Block = tuple[int, str]
 """Seed and class order of a run."""
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """Mean and sample standard deviation of ``n`` values; NaN where there are too few of them."""
-
-    mean: float
-    std: float
-    n: int
-
-
-NO_VALUES = Statistic(math.nan, math.nan, 0)
-"""What there is to say of a metric that no run has."""
-
-
-def statistic(values: Iterable[float]) -> Statistic:
-    """Summarise ``values``, leaving out those that are NaN.
-
-    >>> statistic([1.0, 2.0, math.nan, 3.0])
-    Statistic(mean=2.0, std=1.0, n=3)
-    >>> statistic([4.0])
-    Statistic(mean=4.0, std=nan, n=1)
-    """
-    defined = [value for value in values if not math.isnan(value)]
-    n = len(defined)
-    mean = float(np.mean(defined)) if n else math.nan
-    std = float(np.std(defined, ddof=1)) if n >= 2 else math.nan
-    return Statistic(mean, std, n)
 
 
 @dataclass
@@ -62,7 +31,7 @@ class Entry:
         regime: ``sequential`` or ``joint``.
         runs: Finished runs, one for each block; only these enter a mean.
         unfinished: Runs that are still going, failed or diverged, in blocks that no finished run covers.
-        statistics: Mean, deviation and number by name, of every metric and of every cost.
+        measured: Every metric and cost of a finished run, by its block.
     """
 
     label: str
@@ -71,7 +40,7 @@ class Entry:
     regime: Regime
     runs: list[Result]
     unfinished: list[Result]
-    statistics: dict[str, Statistic]
+    measured: dict[Block, dict[str, float]]
 
     @property
     def is_joint(self) -> bool:
@@ -80,7 +49,15 @@ class Entry:
 
     def statistic(self, name: str) -> Statistic:
         """Return the statistic of the metric or cost called ``name``, of no values if no run has it."""
-        return self.statistics.get(name, NO_VALUES)
+        if name not in self._statistics:
+            self._statistics[name] = statistic(
+                values.get(name, math.nan) for values in self.measured.values()
+            )
+        return self._statistics[name]
+
+    @cached_property
+    def _statistics(self) -> dict[str, Statistic]:
+        return {}
 
     @property
     def blocks(self) -> set[Block]:
@@ -131,7 +108,7 @@ class Comparison:
         """Entries with at least one finished run."""
         return [entry for entry in self.entries if entry.runs]
 
-    @property
+    @cached_property
     def blocks(self) -> set[Block]:
         """Seeds and class orders of any run."""
         return {_block(run) for run in self.results}
@@ -189,7 +166,6 @@ def _one_per_block(found: Sequence[Result]) -> list[Result]:
 
 def _entry(group: str, label: str, runs: Sequence[Result]) -> Entry:
     finished = [run for run in runs if run.status == "done"]
-    measured = [run.metrics() | _costs(run) for run in finished]
     return Entry(
         label=label,
         strategy=runs[0].strategy,
@@ -197,19 +173,8 @@ def _entry(group: str, label: str, runs: Sequence[Result]) -> Entry:
         regime=runs[0].regime,
         runs=finished,
         unfinished=[run for run in runs if run.status != "done"],
-        statistics={name: statistic(each[name] for each in measured) for name in (measured or [{}])[0]},
+        measured={_block(run): run.metrics() | run.spending() for run in finished},
     )
-
-
-def _costs(run: Result) -> dict[str, float]:
-    if not run.costs:
-        return dict.fromkeys(COSTS, math.nan)
-    values = (
-        sum(run.seconds().values()),
-        max(cost.trainable_parameters for cost in run.costs),
-        run.costs[-1].stored_bytes / 1e6,
-    )
-    return dict(zip(COSTS, map(float, values), strict=True))
 
 
 def _block(run: Result) -> Block:

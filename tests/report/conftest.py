@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cl_bench.results import Cost, Protocol, Regime, Result, Row, Status
@@ -70,3 +71,92 @@ def _result(
         ],
         provenance=PROVENANCE | (provenance or {}),
     )
+
+
+DOMAINS = ["clipart", "painting", "real", "sketch"]
+
+
+@pytest.fixture(scope="session")
+def drawn() -> Callable[..., Result]:
+    """A function that draws the result of a longer stream, as a strategy of given strengths might leave."""
+    return _drawn
+
+
+def _drawn(
+    strategy: str,
+    seed: int,
+    order: str = "identity",
+    *,
+    found: float = 0.9,
+    within: float = 0.9,
+    lost: float = 0.02,
+    length: int = 10,
+    classes: int = 2,
+    images: int = 48,
+    dataset: str = "imagenet_r",
+    domains: bool = False,
+    diagnostics: bool = False,
+    regime: Regime = "sequential",
+    identity: dict[str, Any] | None = None,
+    seconds: float = 30.0,
+) -> Result:
+    """Draw counts: an experience is ``found``, less ``lost`` for each learned since, and right ``within``.
+
+    The block shifts all strategies alike, so that pairing by it matters.
+    """
+    block = np.random.default_rng([seed, *order.encode()])
+    shift = block.normal(0.0, 0.02)
+    rng = np.random.default_rng([seed, *order.encode(), *strategy.encode()])
+    rows: list[Row | None] = []
+    for i in range(length):
+        age = np.repeat(np.arange(i, -1, -1), classes)
+        p_found = np.clip(found + shift - lost * age - 0.004 * i, 0.02, 0.99)
+        seen = rng.binomial(images, p_found)
+        right = rng.binomial(seen, np.clip(within + shift, 0.02, 0.99))
+        masked = right + rng.binomial(images - seen, np.clip(within - 0.1, 0.02, 0.99))
+        each = [images // len(DOMAINS)] * len(DOMAINS)
+        parts = [rng.multivariate_hypergeometric(each, int(number)) for number in right] if domains else []
+        rows.append(Row(right.tolist(), masked.tolist(), seen.tolist(), np.array(parts).T.tolist()))
+    if regime == "joint":
+        rows = [*[None] * (length - 1), rows[-1]]
+    made = _result(strategy, length=length, seed=seed, order=order, dataset=dataset, regime=regime)
+    made.experiences = [(i * classes, (i + 1) * classes) for i in range(length)]
+    made.class_names = [f"class {i}" for i in range(length * classes)]
+    made.test_images = [images] * (length * classes)
+    made.protocol.identity |= identity or {}
+    made.rows = rows
+    made.costs = [
+        Cost(
+            {"data_passes": 0.2 * seconds, "training": seconds, "evaluation": 0.1 * seconds},
+            int(1e5 * within),
+            int(1e6 * (1 + i * lost)),
+            int(2e9 * found),
+        )
+        for i in range(length)
+    ]
+    made.provenance = PROVENANCE | {"commit": "0123456789ab", "started": "2026-11-25T12:00:00+00:00"}
+    if domains:
+        made.domains = DOMAINS
+        made.domain_images = [[images // len(DOMAINS)] * (length * classes) for _ in DOMAINS]
+    if diagnostics:
+        made.diagnostics = [_diagnostics(i, lost, rng) for i in range(length)]
+    return made
+
+
+def _diagnostics(index: int, lost: float, rng: np.random.Generator) -> dict[str, Any]:
+    depth = np.arange(6)
+    layers = [
+        {"absolute": float(10 * lost * (1 + layer)), "relative": float(lost * (1 + layer))} for layer in depth
+    ]
+    return {
+        "basis_dims": (20 + 6 * index + 2 * depth).tolist(),
+        "violation": {"k": layers, "v": layers} if index else {},
+        "danger_score": 0.2 + lost if index else None,
+        "angular": {
+            "nearest_old": rng.normal(0.2 + 4 * lost, 0.12, 64).clip(-1, 1).tolist(),
+            "own_centre": rng.normal(0.65, 0.1, 64).clip(-1, 1).tolist(),
+        }
+        if index
+        else None,
+        "held_out_ncm": {"before": 0.6, "after": 0.6 - lost},
+    }

@@ -1,19 +1,11 @@
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 
-import pytest
-
-from cl_bench.report.comparison import comparisons, statistic
+from cl_bench.report.comparison import comparisons
 from cl_bench.results import Result
 
 Made = Callable[..., Result]
-
-
-def test_deviation_is_that_of_a_sample() -> None:
-    values = [1.0, 4.0, 4.5]
-    assert statistic(values).std == pytest.approx(statistics.stdev(values))
 
 
 def test_runs_that_differ_in_seed_and_order_are_one_entry(made: Made) -> None:

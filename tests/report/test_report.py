@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cl_bench.report import report
+from cl_bench.cli import main
+from cl_bench.report import FORMATS, Format, report
 from cl_bench.results import Result
 
 Made = Callable[..., Result]
@@ -31,8 +34,21 @@ def test_a_report_leaves_its_table_and_pictures(made: Made, tmp_path: Path) -> N
 def test_a_report_on_csv_lists_what_is_absent_in_a_file_of_its_own(made: Made, tmp_path: Path) -> None:
     left = report(_folder([made(), made("NCM", status="failed", error="no space")], tmp_path), "csv")
     assert [path.name for path in left.files[:2]] == ["table.csv", "absent.csv"]
-    assert left.text.startswith("benchmark,fingerprint,strategy,label,group,metric,mean,std,n\n")
+    assert left.text.startswith("benchmark,fingerprint,strategy,label,group,metric,mean,std,n,low,high,")
     assert "NCM,1,identity,failed,no space" in (tmp_path / "report" / "absent.csv").read_text()
+
+
+@pytest.mark.parametrize(("format", "name"), (("latex", "table.tex"), ("json", "table.json")))
+def test_a_format_leaves_a_file_of_its_name(made: Made, tmp_path: Path, format: Format, name: str) -> None:  # noqa: A002
+    left = report(_folder([made()], tmp_path), format)
+    assert left.files[0] == tmp_path / "report" / name
+    assert left.text == left.files[0].read_text(encoding="utf-8")
+
+
+def test_the_command_line_offers_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert f"--format {{{','.join(FORMATS)}}}" in capsys.readouterr().out
 
 
 def test_a_report_shows_the_metrics_asked_for(made: Made, tmp_path: Path) -> None:
@@ -60,14 +76,50 @@ def test_a_folder_without_results_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "report").exists()
 
 
-def test_a_report_imports_neither_torch_nor_pyplot(made: Made, tmp_path: Path, checkout: Path) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_report_imports_neither_torch_nor_pyplot(
+    made: Made,
+    tmp_path: Path,
+    checkout: Path,
+    format: Format,  # noqa: A002
+) -> None:
+    folder = _folder([made(name, seed=seed) for name in ("a", "b") for seed in range(10)], tmp_path)
     program = (
         "import sys; from pathlib import Path; from cl_bench.report import report; "
-        f"report(Path({str(_folder([made()], tmp_path))!r}), 'md'); "
-        "heavy = {'torch', 'lightning', 'timm', 'pandas', 'scipy', 'matplotlib.pyplot'}; "
+        f"report(Path({str(folder)!r}), {format!r}); "
+        "heavy = {'torch', 'lightning', 'timm', 'wandb', 'matplotlib.pyplot'}; "
         "print(*sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("format", ("md", "html"))
+def test_ten_thousand_results_are_reported_in_a_minute(
+    drawn: Made,
+    tmp_path: Path,
+    checkout: Path,
+    format: Format,  # noqa: A002
+) -> None:
+    names = [f"strategy {number}" for number in range(20)]
+    for dataset in ("cifar100", "imagenet_r", "imagenet100", "domainnet", "digits"):
+        for number, name in enumerate(names):
+            one = drawn(name, 1, dataset=dataset, classes=20, lost=0.002 * number, domains=True)
+            path = one.write(tmp_path / dataset / str(number))
+            payload = json.loads(path.read_text())
+            path.unlink()
+            for block in range(100):
+                seed, order = block % 10, f"numpy-{block // 10}"
+                payload |= {"seed": seed, "order": order}
+                payload["config"] |= {"seed": seed, "order": order}
+                payload["rows"][-1]["correct"][0] = (7 * block + number) % 48
+                folder = path.parent / str(block)
+                folder.mkdir()
+                (folder / path.name).write_text(json.dumps(payload))
+    began = time.perf_counter()
+    words = ["-m", "cl_bench", "report", str(tmp_path), "--format", format]
+    subprocess.run([sys.executable, *words], cwd=checkout, check=True, capture_output=True)
+    assert time.perf_counter() - began < 60

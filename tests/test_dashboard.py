@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from cl_bench.tracking import _mode
+from cl_bench.dashboard import mode
 
 
 @pytest.fixture
@@ -19,16 +19,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_a_login_a_run_is_offline(home: Path) -> None:
-    assert _mode() == "offline"
+    assert mode() == "offline"
 
 
 def test_a_login_makes_a_run_go_online(home: Path) -> None:
     host = wandb.setup().settings.base_url.removeprefix("https://")
     (home / ".netrc").write_text(f"machine {host} login user password {'0' * 40}\n")
     (home / ".netrc").chmod(0o600)
-    assert _mode() == "online"
+    assert mode() == "online"
 
 
 def test_what_the_user_says_is_left_to_wandb(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert _mode() is None
+    assert mode() is None

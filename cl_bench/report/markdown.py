@@ -1,0 +1,226 @@
+"""Tables as Markdown, to be read in a terminal or on a page: every number with what qualifies it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from cl_bench.report.comparison import RANKING
+from cl_bench.report.contrasts import Contrast
+from cl_bench.report.sentences import (
+    absent,
+    compared,
+    definitions,
+    mixed_provenance,
+    protocol_differences,
+    unnamed_differences,
+)
+from cl_bench.report.statistics import BOOTSTRAP_BLOCKS, PERMUTATION_BLOCKS, TOO_SMALL, Interval, Statistic
+from cl_bench.report.tables import COST_HEADINGS, UNDEFINED, UPPER_BOUND, Row, Table
+from cl_bench.results import COSTS
+
+HOW_TO_READ_DIFFERENCES = (
+    "Δ is the first line minus the second on the seeds and class orders that both finished, with Student's "
+    "95 % interval; one that holds zero is possibly noise. p: sign-flip permutation test after Holm's "
+    f"correction over all pairs of a benchmark, made from {PERMUTATION_BLOCKS} shared blocks on: below, no "
+    "difference can reach 0.05."
+)
+"""What a table of differences needs said beside it, in any format."""
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """Return ``tables`` as one Markdown page, each with what was compared above and its footnotes below."""
+    paragraphs = protocol_differences([comparison for table in tables for comparison in table.comparisons])
+    for table in tables:
+        paragraphs += _section(table)
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def _section(table: Table) -> list[str]:
+    paragraphs = [f"## {', '.join(comparison.title for comparison in table.comparisons)}"]
+    paragraphs += [compared(comparison) for comparison in table.comparisons]
+    paragraphs.append(_metrics(table))
+    for comparison in table.comparisons:
+        paragraphs += _bullets(f"In no mean of {comparison.title}:", absent(comparison))
+        paragraphs += _bullets(
+            "Further settings in which rows of one name differ:", unnamed_differences(comparison)
+        )
+    paragraphs.append(_how_to_read(table))
+    paragraphs += _bullets("Metrics, in percent:", definitions(table.metrics))
+    paragraphs += _intervals(table) + _differences(table) + _costs(table)
+    for comparison in table.comparisons:
+        heading = f"Mixed provenance in {comparison.title} (number of runs); seconds may not compare:"
+        paragraphs += _bullets(heading, mixed_provenance(comparison))
+    return paragraphs
+
+
+def _how_to_read(table: Table) -> str:
+    first = f" on {table.comparisons[0].title}" if len(table.comparisons) > 1 else ""
+    sentences = [f"Mean ± sample standard deviation (number of runs); rows by falling {RANKING}{first}."]
+    if any(row.is_joint for row in table.rows):
+        sentences.append(
+            f"{UPPER_BOUND} Upper bound: trained on all classes at once, so that what happens on the way is "
+            f"undefined ({UNDEFINED}). Bold: the best below it."
+        )
+    else:
+        sentences.append("Bold: the best of a column.")
+    if len(table.comparisons) > 1:
+        sentences.append(
+            "A row holds what has one name on every benchmark; other settings may differ by recipe."
+        )
+    if not all(row.was_run(index) for row in table.rows for index in range(len(table.comparisons))):
+        sentences.append("A cell in words has no finished run.")
+    return " ".join(sentences)
+
+
+def _bullets(heading: str, lines: Iterable[str]) -> list[str]:
+    listed = "\n".join(f"- {line}" for line in lines)
+    return [f"{heading}\n\n{listed}"] if listed else []
+
+
+def _metrics(table: Table) -> str:
+    columns = [_labels(table.rows)]
+    for index, prefix in _prefixes(table):
+        columns += [[prefix + name, *_metric_cells(table, index, name)] for name in table.metrics]
+    return aligned(columns)
+
+
+def _intervals(table: Table) -> list[str]:
+    """The interval of every mean; where no line has two runs there is nothing to show."""
+    if not any(
+        row.statistic(index, name).interval.exists
+        for row in table.rows
+        for index in range(len(table.comparisons))
+        for name in table.metrics
+    ):
+        return [f"Intervals of the means: {TOO_SMALL}, a strategy needs two runs or more."]
+    columns = [_labels(table.rows)]
+    for index, prefix in _prefixes(table):
+        columns += [
+            [prefix + name, *(_interval_cell(row, index, name) for row in table.rows)]
+            for name in table.metrics
+        ]
+    remark = f"Student's 95 % interval of each mean; the bootstrap's too from {BOOTSTRAP_BLOCKS} runs on."
+    return [remark, aligned(columns)]
+
+
+def _interval_cell(row: Row, index: int, name: str) -> str:
+    if not row.was_run(index):
+        return row.status(index)
+    value = row.statistic(index, name)
+    if value.n == 0:
+        return UNDEFINED
+    if not value.interval.exists:
+        return TOO_SMALL
+    bootstrap = f"; {_range(value.bootstrap)}" if value.bootstrap.exists else ""
+    return _range(value.interval) + bootstrap
+
+
+def _differences(table: Table) -> list[str]:
+    paragraphs = []
+    for index, comparison in enumerate(table.comparisons):
+        pairs = table.pairs(index)
+        if not pairs:
+            continue
+        left_out = len(table.contrasts[index][table.metrics[0]]) - len(pairs)
+        others = f", against the best; {left_out} more pairs in the CSV, JSON and HTML" if left_out else ""
+        paragraphs.append(f"Paired differences in {table.metrics[0]} on {comparison.title}{others}:")
+        columns = [
+            ["first − second", *(_escaped(f"{pair.first} − {pair.second}") for pair in pairs)],
+            ["Δ (shared blocks)", *(f"{pair.difference.mean:+.2f} ({pair.difference.n})" for pair in pairs)],
+            ["95 % interval", *(difference_interval(pair) for pair in pairs)],
+            ["win/tie/loss", *(f"{pair.wins}/{pair.ties}/{pair.losses}" for pair in pairs)],
+            ["p (Holm)", *(p_value(pair) for pair in pairs)],
+            ["verdict", *(pair.verdict for pair in pairs)],
+        ]
+        paragraphs.append(aligned(columns).replace("+nan (0)", f"{UNDEFINED} (0)"))
+    return [*paragraphs, HOW_TO_READ_DIFFERENCES] if paragraphs else []
+
+
+def difference_interval(pair: Contrast) -> str:
+    """Return the interval of a difference in signed points, or why there is none."""
+    interval = pair.difference.interval
+    return f"[{interval.low:+.2f}, {interval.high:+.2f}]" if interval.exists else TOO_SMALL
+
+
+def p_value(pair: Contrast) -> str:
+    """Return the corrected p value of a difference, or why there is none."""
+    return TOO_SMALL if math.isnan(pair.p_holm) else f"{pair.p_holm:.2g}"
+
+
+def _costs(table: Table) -> list[str]:
+    columns = [_labels(table.rows)]
+    for index, prefix in _prefixes(table):
+        columns += [
+            [prefix + COST_HEADINGS[name], *(_cost_cell(row, index, name) for row in table.rows)]
+            for name in COSTS
+        ]
+    remark = (
+        "Costs, means over runs: seconds of a whole run and of its phases, peak memory of the accelerator "
+        "(on a CPU, resident memory of the process), parameters trained at once, MB kept at the end."
+    )
+    return [remark, aligned(columns)]
+
+
+def _cost_cell(row: Row, index: int, name: str) -> str:
+    return quantity(row.statistic(index, name).mean) if row.was_run(index) else row.status(index)
+
+
+def _prefixes(table: Table) -> list[tuple[int, str]]:
+    if len(table.comparisons) == 1:
+        return [(0, "")]
+    return [(index, f"{comparison.title} ") for index, comparison in enumerate(table.comparisons)]
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    labels = [f"{row.label} {UPPER_BOUND}" if row.is_joint else row.label for row in rows]
+    return ["strategy", *map(_escaped, labels)]
+
+
+def _escaped(label: str) -> str:
+    return label.replace("|", "\\|")
+
+
+def _metric_cells(table: Table, index: int, name: str) -> list[str]:
+    cells = []
+    for row, place in zip(table.rows, table.places(index, name), strict=True):
+        if row.was_run(index):
+            text = _percent(row.statistic(index, name), table.count(row, index, name))
+        else:
+            text = row.status(index)
+        cells.append(f"**{text}**" if place == 1 else text)
+    return cells
+
+
+def _percent(value: Statistic, count: str) -> str:
+    if value.n == 0:
+        return UNDEFINED
+    deviation = "" if value.n == 1 else f" ± {value.std:.2f}"
+    return f"{value.mean:.2f}{deviation} ({count})"
+
+
+def _range(interval: Interval) -> str:
+    return f"[{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def quantity(value: float) -> str:
+    """Return a cost as a reader would write it.
+
+    >>> quantity(1234.5), quantity(0.01234), quantity(math.nan)
+    ('1,234', '0.0123', '–')
+    """
+    if math.isnan(value):
+        return UNDEFINED
+    return f"{value:,.0f}" if value >= 100 or value.is_integer() else f"{value:.3g}"
+
+
+def aligned(columns: Sequence[Sequence[str]]) -> str:
+    """Lay out columns as a Markdown table whose source is aligned too: it is printed as it is."""
+    widths = [max(map(len, column)) for column in columns]
+    justify: list[Callable[[str, int], str]] = [str.ljust, *[str.rjust] * (len(columns) - 1)]
+    lines = [
+        [pad(cell, width) for pad, cell, width in zip(justify, cells, widths, strict=True)]
+        for cells in zip(*columns, strict=True)
+    ]
+    rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], rule, *lines[1:]])

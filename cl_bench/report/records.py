@@ -1,0 +1,205 @@
+"""Everything a report knows as records to compute with: CSV, one statistic a line, and JSON, one tree."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from cl_bench.report.comparison import Comparison, Entry
+from cl_bench.report.contrasts import Contrast
+from cl_bench.report.sentences import absences, definitions, mixed_provenance, protocol_differences
+from cl_bench.report.statistics import CONFIDENCE, Interval, Statistic
+from cl_bench.report.tables import Table
+from cl_bench.results import COSTS
+
+_KEYS = ["benchmark", "fingerprint"]
+_SUMMARY = ["mean", "std", "n", "low", "high"]
+_BOOTSTRAP = ["bootstrap_low", "bootstrap_high"]
+
+
+def tidy(tables: Sequence[Table]) -> str:
+    """Return every statistic of ``tables`` as CSV, one line each: percent, seconds, numbers and megabytes."""
+    lines = [
+        [
+            comparison.benchmark,
+            comparison.fingerprint,
+            entry.strategy,
+            entry.label,
+            entry.group,
+            name,
+            *_summary(entry.statistic(name)),
+            *_ends(entry.statistic(name).bootstrap),
+        ]
+        for entry, comparison, table in _entries(tables)
+        for name in (*table.metrics, *COSTS)
+    ]
+    return _csv([*_KEYS, "strategy", "label", "group", "metric", *_SUMMARY, *_BOOTSTRAP], lines)
+
+
+def tidy_differences(tables: Sequence[Table]) -> str | None:
+    """Return every paired difference as CSV, one line each; None if there are no two lines to compare."""
+    lines = [
+        [
+            comparison.benchmark,
+            comparison.fingerprint,
+            pair.first,
+            pair.second,
+            name,
+            *_summary(pair.difference),
+            pair.wins,
+            pair.ties,
+            pair.losses,
+            _number(pair.p),
+            _number(pair.p_holm),
+            pair.verdict,
+        ]
+        for comparison, name, pairs in _contrasts(tables)
+        for pair in pairs
+    ]
+    header = [*_KEYS, "first", "second", "metric", *_SUMMARY]
+    header += ["wins", "ties", "losses", "p", "p_holm", "verdict"]
+    return _csv(header, lines) if lines else None
+
+
+def tidy_absences(tables: Sequence[Table]) -> str | None:
+    """Return the runs that enter no mean as CSV, one line each; None if there are none."""
+    lines = [
+        [comparison.benchmark, comparison.fingerprint, run.label, run.seed, run.order, run.status, run.error]
+        for table in tables
+        for comparison in table.comparisons
+        for run in absences(comparison)
+    ]
+    header = [*_KEYS, "label", "seed", "order", "status", "error"]
+    return _csv(header, lines) if lines else None
+
+
+def tree(tables: Sequence[Table]) -> str:
+    """Return all of ``tables`` as JSON: for every benchmark its protocol, entries, runs and differences.
+
+    What is undefined is null.
+    """
+    names = list(dict.fromkeys(name for table in tables for name in table.metrics))
+    shown = [comparison for table in tables for comparison in table.comparisons]
+    payload = {
+        "confidence": CONFIDENCE,
+        "definitions": dict(
+            zip(names, (line.partition(": ")[2] for line in definitions(names)), strict=True)
+        ),
+        "protocol_differences": protocol_differences(shown),
+        "benchmarks": [
+            _benchmark(table, index) for table in tables for index in range(len(table.comparisons))
+        ],
+    }
+    return json.dumps(payload, indent=1, ensure_ascii=False) + "\n"
+
+
+def _benchmark(table: Table, index: int) -> dict[str, Any]:
+    comparison = table.comparisons[index]
+    return {
+        "benchmark": comparison.benchmark,
+        "fingerprint": comparison.fingerprint,
+        "protocol": dict(comparison.identity),
+        "entries": [_entry(entry, table.metrics) for entry in comparison.entries],
+        "differences": [_difference(pair) for pairs in table.contrasts[index].values() for pair in pairs],
+        "absent": [vars(absence) for absence in absences(comparison)],
+        "mixed_provenance": mixed_provenance(comparison),
+    }
+
+
+def _entry(entry: Entry, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "label": entry.label,
+        "strategy": entry.strategy,
+        "group": entry.group,
+        "regime": entry.regime,
+        "statistics": {name: statistic_record(entry.statistic(name)) for name in (*names, *COSTS)},
+        "runs": [
+            {
+                "seed": run.seed,
+                "order": run.order,
+                "cell": run.cell,
+                "values": {
+                    name: finite(value) for name, value in entry.measured[run.seed, run.order].items()
+                },
+                "provenance": run.provenance,
+            }
+            for run in entry.runs
+        ],
+    }
+
+
+def _difference(pair: Contrast) -> dict[str, Any]:
+    return {
+        "first": pair.first,
+        "second": pair.second,
+        "metric": pair.metric,
+        **statistic_record(pair.difference, bootstrap=False),
+        "wins": pair.wins,
+        "ties": pair.ties,
+        "losses": pair.losses,
+        "p": finite(pair.p),
+        "p_holm": finite(pair.p_holm),
+        "verdict": pair.verdict,
+    }
+
+
+def statistic_record(value: Statistic, *, bootstrap: bool = True) -> dict[str, Any]:
+    """Return ``value`` as plain JSON: null where there is none; without the bootstrap it takes no time."""
+    record = {
+        "mean": finite(value.mean),
+        "std": finite(value.std),
+        "n": value.n,
+        "interval": _pair(value.interval),
+    }
+    return record | ({"bootstrap": _pair(value.bootstrap)} if bootstrap else {})
+
+
+def finite(value: float) -> float | None:
+    """Return ``value``, rounded to what a reader could ever use, or None if it is NaN.
+
+    >>> finite(12.3456789), finite(math.nan)
+    (12.345679, None)
+    """
+    return None if math.isnan(value) else round(value, 6)
+
+
+def _pair(interval: Interval) -> list[float | None] | None:
+    return [finite(interval.low), finite(interval.high)] if interval.exists else None
+
+
+def _summary(value: Statistic) -> list[float | int | str]:
+    return [_number(value.mean), _number(value.std), value.n, *_ends(value.interval)]
+
+
+def _ends(interval: Interval) -> list[float | str]:
+    return [_number(interval.low), _number(interval.high)]
+
+
+def _entries(tables: Sequence[Table]) -> Iterator[tuple[Entry, Comparison, Table]]:
+    for table in tables:
+        for comparison in table.comparisons:
+            for entry in comparison.entries:
+                yield entry, comparison, table
+
+
+def _contrasts(tables: Sequence[Table]) -> Iterator[tuple[Comparison, str, list[Contrast]]]:
+    for table in tables:
+        for comparison, by_metric in zip(table.comparisons, table.contrasts, strict=True):
+            for name, pairs in by_metric.items():
+                yield comparison, name, pairs
+
+
+def _number(value: float) -> float | str:
+    return "" if math.isnan(value) else round(value, 6)
+
+
+def _csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(lines)
+    return text.getvalue()

@@ -1,0 +1,187 @@
+"""A comparison on Weights & Biases: runs rebuilt from result files, and a view for each benchmark as code.
+
+A view shows the runs of one benchmark under one protocol and groups them as the tables do, so means and bands
+there are over seeds and class orders too. Tests and intervals stay in the report: W&B has none.
+
+Without a login, or with ``WANDB_MODE=offline``, the same is written to disk instead: runs as W&B's own
+offline runs, views as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import wandb
+
+from cl_bench import dashboard
+from cl_bench.report.comparison import Comparison, comparisons
+from cl_bench.report.sentences import counted
+from cl_bench.results import Result
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
+
+FOLDER = "wandb"
+"""Where offline runs and views go, inside the folder of a report."""
+
+VIEWS = "views.json"
+"""The views, in that folder."""
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """What became of the runs and views.
+
+    Attributes:
+        text: What was written or sent, and what to do next.
+        views: The views as W&B understands them.
+        runs: Folders of offline runs; empty when the runs went online.
+    """
+
+    text: str
+    views: list[dict[str, Any]]
+    runs: list[Path]
+
+
+def upload(results: Sequence[Result], project: str, folder: Path, metrics: Sequence[str]) -> Uploaded:
+    """Send ``results`` to ``project`` with a view for each benchmark, or write both below ``folder``.
+
+    A run that is there already, sent before or logged while training, keeps its curves; its summary and
+    config are brought up to date.
+
+    Args:
+        results: Runs, finished or not.
+        project: Name of the W&B project; ``ENTITY/PROJECT`` for another entity than one's own.
+        folder: Where the files go.
+        metrics: What the views show, the first one foremost.
+
+    Raises:
+        ValueError: If the package wandb-workspaces is not installed, or ``project`` is no name.
+    """
+    entity, name = _project(project)
+    compared = comparisons(results)
+    views = [_view(comparison, entity, name, metrics) for comparison in compared]
+    home = folder / FOLDER
+    shutil.rmtree(home, ignore_errors=True)  # offline runs of an earlier report would be sent twice
+    home.mkdir(parents=True)
+    ids = Counter(_id(result) for comparison in compared for result in comparison.results)
+    offline = False
+    for comparison in compared:
+        for entry in comparison.entries:
+            for result in (*entry.runs, *entry.unfinished):
+                # One cell under two protocols, as when the data changed between two folders, is two runs.
+                suffix = f"-{comparison.fingerprint}" if ids[_id(result)] > 1 else ""
+                offline |= _sent(result, _id(result) + suffix, entry.label, project, home)
+    specifications = [view._spec for view in views]
+    (home / VIEWS).write_text(json.dumps(specifications, indent=1) + "\n", encoding="utf-8")
+    number = sum(len(comparison.results) for comparison in compared)
+    if offline:
+        return Uploaded(
+            _how_to_sync(number, home, project), specifications, sorted(home.glob("wandb/*run-*"))
+        )
+    for view in views:
+        view.save()
+    links = "".join(f"\n  {view.display_name}: {view.url}" for view in views)
+    return Uploaded(f"{counted(number, 'run')} in {project}; views:{links}", specifications, [])
+
+
+def _project(project: str) -> tuple[str | None, str]:
+    entity, _, name = project.rpartition("/")
+    if not name or "/" in entity:
+        raise ValueError(f"{project!r} is no W&B project: give a name, or ENTITY/PROJECT.")
+    return entity or None, name
+
+
+def _id(result: Result) -> str:
+    return dashboard.run_id(result.benchmark, dashboard.cell_folder(result))
+
+
+def _sent(result: Result, id: str, label: str, project: str, folder: Path) -> bool:  # noqa: A002
+    """Rebuild the W&B run of ``result`` and say whether it stayed offline."""
+    entity, name = _project(project)
+    with dashboard.opened(
+        id=id,
+        name=f"{label} {dashboard.cell_folder(result)}",
+        group=result.benchmark,
+        job_type=label,
+        folder=folder,
+        config=result.config,
+        project=name,
+        entity=entity,
+        goes_on=True,
+    ) as run:
+        if not run.resumed:
+            for values in dashboard.curves(result):
+                run.log(values)
+        dashboard.record(run, result, label)
+        return run.offline
+
+
+def _view(comparison: Comparison, entity: str | None, project: str, metrics: Sequence[str]) -> Workspace:
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise ValueError(
+            "A view on W&B needs the package wandb-workspaces: pip install 'cl-bench[wandb]'."
+        ) from error
+    mean = {"groupby_aggfunc": "mean", "groupby_rangefunc": "stddev"}
+    curves = [
+        panels.LinePlot(
+            title=f"{name} after each experience", x="stream/experience", y=[f"stream/{name}"], **mean
+        )
+        for name in metrics
+    ]
+    bars = [panels.BarPlot(title=f"final {name}", metrics=[f"final/{name}"], **mean) for name in metrics]
+    first = panels.SummaryMetric(f"final/{metrics[0]}")
+    costs = [
+        panels.ScatterPlot(
+            title=f"{metrics[0]} against {name}", x=panels.SummaryMetric(f"cost/{name}"), y=first
+        )
+        for name in ("seconds", "peak_megabytes", "trainable_parameters", "stored_megabytes")
+    ]
+    why = panels.ScatterPlot(
+        title="why a method loses",
+        x=panels.SummaryMetric("final/task_id/sample"),
+        y=panels.SummaryMetric("final/within/sample"),
+    )
+    parts = {"Final": [*bars, why], "Curves": curves, "Accuracy against cost": costs}
+    return workspaces.Workspace(
+        entity=entity or _own_entity(),
+        project=project,
+        name=f"{comparison.benchmark}, protocol {comparison.fingerprint}",
+        auto_generate_panels=False,
+        sections=[workspaces.Section(name=name, panels=shown, is_open=True) for name, shown in parts.items()],
+        runset_settings=workspaces.RunsetSettings(
+            filters=workspaces.And(
+                workspaces.Config("benchmark") == comparison.benchmark,
+                workspaces.Config("fingerprint") == comparison.fingerprint,
+                workspaces.Config("status") == "done",
+            ),
+            groupby=[workspaces.Config("label")],
+        ),
+    )
+
+
+def _own_entity() -> str:
+    """The entity of who is logged in; offline there is none, and the view is not sent."""
+    settings = wandb.setup().settings
+    if dashboard.mode() == "offline" or settings.mode != "online":
+        return settings.entity or ""
+    return settings.entity or wandb.Api().default_entity or ""
+
+
+def _how_to_sync(number: int, home: Path, project: str) -> str:
+    return (
+        f"Offline: nothing was sent. {counted(number, 'run')} and their views are in {home}. To send them:\n"
+        "  wandb login\n"
+        f"  wandb sync {home}/wandb/offline-run-*\n"
+        "and for the views, the same command again once you are logged in: runs that are there already are "
+        f"only brought up to date.\nThey will be at {project}."
+    )

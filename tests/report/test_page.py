@@ -1,0 +1,295 @@
+"""The page in a real browser: Debian's chromium and chromium-driver, which `make browser` installs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from cl_bench.report import report
+from cl_bench.report.comparison import comparisons
+from cl_bench.report.page import page
+from cl_bench.report.tables import tables
+from cl_bench.results import Result
+
+Drawn = Callable[..., Result]
+Browser = webdriver.Chrome
+
+STRENGTHS = {"JANUS-LoRA": (0.93, 0.01), "InfLoRA": (0.92, 0.03), "LoRA (merge)": (0.9, 0.08)}
+HOSTILE = "</script><img src=x onerror=document.title='broken'>"
+PHONE, DESK = (390, 844), (1280, 900)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    driver = shutil.which("chromedriver")
+    if driver is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
+        pytest.skip("There is no chromium with its chromedriver here: `make browser` as root on Debian.")
+    options = webdriver.ChromeOptions()
+    # A container's root has no sandbox and little shared memory.
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options=options, service=Service(driver))
+    yield opened
+    opened.quit()
+
+
+@pytest.fixture(scope="module")
+def folder(drawn: Drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three strategies and a bound on two benchmarks, six blocks on one; and all that can go wrong."""
+    results = [
+        drawn(name, seed, order, found=found, lost=lost, diagnostics=True)
+        for name, (found, lost) in STRENGTHS.items()
+        for seed in (1, 2, 3)
+        for order in ("identity", "numpy-1993")
+    ]
+    results += [
+        drawn(name, 1, dataset="domainnet", length=5, domains=True, found=found, lost=lost)
+        for name, (found, lost) in STRENGTHS.items()
+    ]
+    results.append(drawn("LoRA (joint)", 1, regime="joint", found=0.98, lost=0.0))
+    results.append(drawn(HOSTILE, 1))
+    results.append(drawn("InfLoRA", 1, dataset="toy", length=3))
+    results.append(drawn("InfLoRA", 1, dataset="toy", length=3, identity={"image_size": 64}))
+    broken = drawn("KeepLoRA", 1)
+    broken.status, broken.error = "diverged", "The mean loss is nan."
+    root = tmp_path_factory.mktemp("many")
+    for number, result in enumerate([*results, broken]):
+        result.write(root / str(number))
+    return root
+
+
+@pytest.fixture(scope="module")
+def path(folder: Path) -> Path:
+    (path,) = report(folder, "html").files
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(browser: Browser, path: Path) -> Browser:
+    """The page, loaded once."""
+    _size(browser, DESK)
+    browser.get(path.as_uri())
+    _wait(browser, "return document.documentElement.dataset.ready === 'yes'")
+    return browser
+
+
+@pytest.fixture
+def opened(loaded: Browser) -> Iterator[Browser]:
+    """The page at a desk as it was opened, on the benchmark with most strategies; no error may be left."""
+    _size(loaded, DESK)
+    loaded.execute_script(
+        "delete document.documentElement.dataset.theme; state.filter = ''; state.status = 'all';"
+        "state.metric = data.shown[0]; state.reference = null;"
+        "for (const [id, value] of [['filter', ''], ['status', 'all']])"
+        "  document.getElementById(id).value = value;"
+        "document.querySelector('.skip').focus(); scrollTo(0, 0)"
+    )
+    Select(loaded.find_element(By.ID, "benchmark")).select_by_index(0)
+    Select(loaded.find_element(By.ID, "benchmark")).select_by_visible_text("imagenet_r-T10")
+    yield loaded
+    assert [entry for entry in loaded.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+def _size(browser: Browser, size: tuple[int, int]) -> None:
+    width, height = size
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": size == PHONE}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def _wait(browser: Browser, script: str) -> None:
+    WebDriverWait(browser, 20, poll_frequency=0.05).until(lambda b: b.execute_script(script))
+
+
+def _rows(browser: Browser, table: str = "table") -> dict[str, list[str]]:
+    script = (
+        "return [...document.getElementById(arguments[0]).tBodies[0].rows]"
+        ".map((row) => [...row.cells].map((cell) => cell.textContent.trim()))"
+    )
+    return {label: cells for label, *cells in browser.execute_script(script, table)}
+
+
+def _column(browser: Browser, name: str) -> list[float]:
+    heads = [head.text.split()[0] for head in browser.find_elements(By.CSS_SELECTOR, "#table thead th")]
+    cells = [[label, *cells][heads.index(name)] for label, cells in _rows(browser).items()]
+    return [float(cell.split()[0].replace("−", "-")) for cell in cells if re.match(r"−?\d", cell)]
+
+
+def _head(browser: Browser, column: str) -> webdriver.remote.webelement.WebElement:
+    return browser.find_element(By.CSS_SELECTOR, f'#table button[data-column="{column}"]')
+
+
+def _lines(browser: Browser, chart: str) -> list[str]:
+    script = (
+        "return document.getElementById(arguments[0]).data"
+        ".filter((trace) => trace.name && trace.showlegend !== false).map((trace) => trace.name)"
+    )
+    names: list[str] = browser.execute_script(script, chart)
+    return names
+
+
+def test_the_page_opens_without_an_error_and_asks_no_host(opened: Browser) -> None:
+    events = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
+    asked = {
+        event["params"]["request"]["url"].partition(":")[0]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    }
+    assert "file" in asked
+    assert asked <= {"file", "data", "blob"}
+
+
+def test_every_chart_is_drawn(opened: Browser) -> None:
+    drawn_charts = opened.execute_script(
+        "return [...document.querySelectorAll('.js-plotly-plot')]"
+        ".filter((chart) => chart.querySelector('.main-svg')).map((chart) => chart.id)"
+    )
+    assert {"forest", "curve", "pareto", "tasks", "violation", "held", "phases"} <= set(drawn_charts)
+    panels = opened.execute_script(
+        "return ['matrix', 'basis', 'angular'].map((name) => "
+        "document.querySelectorAll(`#${name}-panels .js-plotly-plot`).length)"
+    )
+    assert panels == [5, 3, 3]
+
+
+def test_domains_are_bars_where_there_are_any(opened: Browser) -> None:
+    assert not opened.find_element(By.ID, "domains").is_displayed()
+    Select(opened.find_element(By.ID, "benchmark")).select_by_visible_text("domainnet-T5")
+    assert opened.find_element(By.ID, "domains").is_displayed()
+    assert sorted(_lines(opened, "domain-bars")) == sorted(STRENGTHS)
+
+
+def test_a_cell_holds_the_number_of_the_table(opened: Browser, folder: Path, drawn: Drawn) -> None:
+    text = report(folder.parent / folder.name, "md", ["acc/sample"]).text
+    report(folder, "html")
+    row = re.search(r"\| JANUS-LoRA .*?(\d+\.\d\d) ± (\d+\.\d\d) \(6\)", text)
+    assert row is not None
+    assert _rows(opened)["JANUS-LoRA"][0] == f"{row[1]} ± {row[2]}"
+
+
+def test_a_heading_sorts_one_way_then_the_other_then_as_reported(opened: Browser) -> None:
+    reported = list(_rows(opened))
+    _head(opened, "acc/sample").click()
+    assert _column(opened, "ACC") == sorted(_column(opened, "ACC"), reverse=True)
+    _head(opened, "acc/sample").click()
+    assert _column(opened, "ACC") == sorted(_column(opened, "ACC"))
+    assert list(_rows(opened))[-1] == "KeepLoRA"  # without a number: last, whichever way
+    head = opened.find_element(By.CSS_SELECTOR, "#table th[aria-sort='ascending']")
+    assert head.text.startswith("ACC")
+    _head(opened, "acc/sample").click()
+    assert list(_rows(opened)) == reported
+
+
+def test_a_filter_leaves_what_it_names_in_table_and_charts(opened: Browser) -> None:
+    opened.find_element(By.ID, "filter").send_keys("inf")
+    assert list(_rows(opened)) == ["InfLoRA"]
+    assert _lines(opened, "curve") == ["InfLoRA"]
+    opened.find_element(By.ID, "filter").send_keys("x")
+    assert list(_rows(opened)) == ["No strategy matches."]
+    assert "tick a strategy" in opened.find_element(By.ID, "curve").text
+    opened.find_element(By.ID, "filter").send_keys(Keys.BACKSPACE)
+    assert _lines(opened, "curve") == _lines(opened, "pareto") == ["InfLoRA"]
+
+
+def test_what_did_not_finish_can_be_asked_for_and_says_why(opened: Browser) -> None:
+    Select(opened.find_element(By.ID, "status")).select_by_value("incomplete")
+    rows = _rows(opened)
+    assert set(rows) == {"LoRA (joint) †", HOSTILE, "KeepLoRA"}
+    assert set(rows["KeepLoRA"]) == {"diverged"}
+    absent = opened.find_element(By.ID, "absent").get_attribute("textContent") or ""
+    assert "KeepLoRA, seed 1, class order identity: diverged: The mean loss is nan." in absent
+
+
+def test_a_tick_takes_a_strategy_out_of_the_charts(opened: Browser) -> None:
+    opened.find_element(By.CSS_SELECTOR, "input[aria-label='Draw InfLoRA']").click()
+    for chart in ("curve", "pareto", "tasks"):
+        assert "InfLoRA" not in _lines(opened, chart)
+        assert "JANUS-LoRA" in _lines(opened, chart)
+
+
+def test_differences_follow_metric_and_reference(opened: Browser) -> None:
+    before = _rows(opened, "pairs")["InfLoRA"]
+    Select(opened.find_element(By.ID, "reference")).select_by_value("InfLoRA")
+    after = _rows(opened, "pairs")["JANUS-LoRA"]
+    assert float(before[0].replace("−", "-")) == -float(after[0])
+    assert before[3].split("/") == after[3].split("/")[::-1]
+    Select(opened.find_element(By.ID, "metric")).select_by_value("forgetting/chaudhry")
+    assert "Less is better" in opened.find_element(By.ID, "differences-said").text
+
+
+def test_the_keyboard_alone_sorts_the_table(opened: Browser) -> None:
+    for _ in range(60):
+        opened.switch_to.active_element.send_keys(Keys.TAB)
+        if opened.switch_to.active_element.get_attribute("data-column") == "bwt/gem":
+            break
+    opened.switch_to.active_element.send_keys(Keys.ENTER)
+    assert _column(opened, "BWT") == sorted(_column(opened, "BWT"), reverse=True)
+    assert opened.switch_to.active_element.get_attribute("data-column") == "bwt/gem"
+
+
+def test_a_phone_needs_no_sideways_scrolling_of_the_page(opened: Browser) -> None:
+    _size(opened, PHONE)
+    _wait(
+        opened,
+        "return ![...document.querySelectorAll('.js-plotly-plot .main-svg')]"
+        ".some((svg) => svg.getBoundingClientRect().right > innerWidth + 1)",
+    )
+    assert opened.execute_script("return document.documentElement.scrollWidth") == PHONE[0]
+
+
+def test_dark_and_light_are_chosen_by_a_button(opened: Browser) -> None:
+    script = (
+        "return [getComputedStyle(document.documentElement).backgroundColor, "
+        "document.getElementById('curve').layout.paper_bgcolor]"
+    )
+    button = opened.find_element(By.ID, "theme")
+    button.click()
+    light = opened.execute_script(script)
+    button.click()
+    dark = opened.execute_script(script)
+    assert light == ["rgb(255, 255, 255)", "#ffffff"]
+    assert dark == ["rgb(20, 23, 27)", "#14171b"]
+    assert button.get_attribute("aria-label") == "Colours: dark"
+
+
+def test_unequal_protocols_are_apart_and_named(opened: Browser) -> None:
+    names = [option.text for option in Select(opened.find_element(By.ID, "benchmark")).options]
+    apart = [name for name in names if name.startswith("toy-T3-")]
+    assert len(apart) == 2
+    assert "differ in image_size" in opened.find_element(By.ID, "protocols").text
+    for name in apart:
+        Select(opened.find_element(By.ID, "benchmark")).select_by_visible_text(name)
+        assert list(_rows(opened)) == ["InfLoRA"]
+
+
+def test_every_number_says_where_it_was_made(opened: Browser) -> None:
+    opened.execute_script("document.getElementById('runs-details').open = true")
+    _wait(opened, "return document.getElementById('runs').rows.length > 1")
+    cells = opened.find_element(By.ID, "runs").text
+    assert "0123456789ab" in cells
+    assert "torch 2.15.0" in cells
+    assert "image_size" in (opened.find_element(By.ID, "identity").get_attribute("textContent") or "")
+
+
+def test_a_hostile_name_is_text(opened: Browser) -> None:
+    assert HOSTILE in _rows(opened)
+    assert opened.title != "broken"
+    assert opened.find_elements(By.CSS_SELECTOR, "main img[src='x']") == []
+
+
+def test_one_file_holds_everything(drawn: Drawn) -> None:
+    text = page(tables(comparisons([drawn("InfLoRA", 1)]), ["acc/sample"]), "results")
+    assert not re.search(r'<(script|link|img|iframe)[^>]*(src|href)="(?!data:)', text)
+    assert "default-src 'none'" in text
+    assert "Plotly" in text
+    assert "<!-- " not in text.partition("<script>")[0]

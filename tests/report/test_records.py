@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+
+from cl_bench.report.comparison import comparisons
+from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
+from cl_bench.report.tables import tables
+from cl_bench.results import COSTS, Result
+
+Made = Callable[..., Result]
+
+METRICS = ("acc/sample", "maa/sample", "bwt/gem", "forgetting/chaudhry")
+
+
+def _records(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_tidy_lines_hold_one_statistic_each(made: Made) -> None:
+    results = [made(seed=1), made(counts=((10,), (7, 8)), seed=2)]
+    records = _records(tidy(tables(comparisons(results), METRICS)))
+    assert [record["metric"] for record in records] == [
+        *METRICS,
+        *COSTS,
+    ]
+    assert records[0] == {
+        "benchmark": "digits-T2",
+        "fingerprint": results[0].protocol.fingerprint,
+        "strategy": "LoRA (merge)",
+        "label": "LoRA (merge)",
+        "group": results[0].group,
+        "metric": "acc/sample",
+        "mean": "70.0",
+        "std": "7.071068",
+        "n": "2",
+        "low": "6.468976",
+        "high": "133.531024",
+        "bootstrap_low": "",
+        "bootstrap_high": "",
+    }
+
+
+def test_tidy_leaves_empty_what_is_undefined(made: Made) -> None:
+    joint = made(counts=(None, (9, 10)), regime="joint")
+    acc, maa, *_ = _records(tidy(tables(comparisons([joint]), METRICS)))
+    assert (acc["mean"], acc["std"], acc["n"]) == ("95.0", "", "1")
+    assert (maa["mean"], maa["std"], maa["n"]) == ("", "", "0")
+
+
+def test_tidy_absences_name_each_run_in_no_mean(made: Made) -> None:
+    results = [made(seed=1), made(seed=2, status="diverged", error="NaN, in step 3"), made("NCM", seed=1)]
+    laid_out = tables(comparisons(results), METRICS)
+    assert [
+        (record["label"], record["seed"], record["status"], record["error"])
+        for record in _records(tidy_absences(laid_out) or "")
+    ] == [("LoRA (merge)", "2", "diverged", "NaN, in step 3"), ("NCM", "2", "missing", "")]
+
+
+def test_nothing_is_absent_from_a_complete_grid(made: Made) -> None:
+    assert tidy_absences(tables(comparisons([made(seed=1), made(seed=2)]), METRICS)) is None
+
+
+def test_tidy_differences_hold_every_pair_in_every_metric(made: Made) -> None:
+    results = [made(name, seed=seed) for name in ("a", "b", "c") for seed in (1, 2)]
+    records = _records(tidy_differences(tables(comparisons(results), METRICS)) or "")
+    assert [(record["first"], record["second"]) for record in records[:3]] == [
+        ("a", "b"),
+        ("a", "c"),
+        ("b", "c"),
+    ]
+    assert len(records) == 3 * len(METRICS)
+    assert records[0]["verdict"] == "possibly noise"
+    assert (records[0]["wins"], records[0]["ties"], records[0]["p"]) == ("0", "2", "")
+
+
+def test_one_line_has_nothing_to_differ_from(made: Made) -> None:
+    assert tidy_differences(tables(comparisons([made()]), METRICS)) is None
+
+
+def test_the_tree_holds_every_run_with_its_values_and_provenance(made: Made) -> None:
+    results = [made(seed=1), made(counts=((10,), (7, 8)), seed=2), made("NCM", status="failed")]
+    (benchmark,) = json.loads(tree(tables(comparisons(results), METRICS)))["benchmarks"]
+    lora, ncm = benchmark["entries"]
+    assert [run["values"]["acc/sample"] for run in lora["runs"]] == [65.0, 75.0]
+    assert lora["runs"][0]["provenance"] == results[0].provenance
+    assert lora["statistics"]["acc/sample"]["interval"] == [6.468976, 133.531024]
+    assert ncm["statistics"]["acc/sample"]["mean"] is None
+    assert [absence["status"] for absence in benchmark["absent"]] == ["failed", "missing"]
+    assert benchmark["protocol"] == results[0].protocol.identity

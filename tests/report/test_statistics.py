@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from cl_bench.report.statistics import (
+    BOOTSTRAP_BLOCKS,
+    PERMUTATION_BLOCKS,
+    bootstrap_interval,
+    holm,
+    permutation_p,
+    statistic,
+)
+
+EXACT = 1e-12
+
+
+def _drawn(*shape: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    return np.random.default_rng(1).normal(1.0, 2.0, shape)
+
+
+def test_mean_deviation_and_interval_are_those_of_scipy() -> None:
+    values = _drawn(7)
+    ours = statistic([*values, math.nan])
+    theirs = scipy.stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert ours.n == 7
+    assert ours.std == pytest.approx(float(scipy.stats.tstd(values)), rel=0, abs=EXACT)
+    assert (ours.interval.low, ours.interval.high) == pytest.approx(
+        (theirs.low, theirs.high), rel=0, abs=EXACT
+    )
+
+
+def test_two_values_have_an_interval_and_one_has_none() -> None:
+    assert statistic([1.0, 2.0]).interval.exists
+    assert not statistic([1.0]).interval.exists
+    assert math.isnan(statistic([1.0]).std)
+
+
+def test_the_bootstrap_is_that_of_scipy_and_starts_at_ten() -> None:
+    values = _drawn(BOOTSTRAP_BLOCKS)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=1_999, rng=np.random.default_rng(0)
+    ).confidence_interval
+    ours = bootstrap_interval(values)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), rel=0, abs=EXACT)
+    assert not bootstrap_interval(values[1:]).exists
+
+
+def test_the_bootstrap_of_equal_values_is_that_value() -> None:
+    interval = bootstrap_interval(np.full(12, 3.0))
+    assert (interval.low, interval.high) == (3.0, 3.0)
+
+
+def test_the_permutation_test_counts_the_sign_patterns() -> None:
+    values = _drawn(3, PERMUTATION_BLOCKS)
+    signs = np.array(list(itertools.product([1, -1], repeat=PERMUTATION_BLOCKS)))
+    for row, p in zip(values, permutation_p(values), strict=True):
+        means = (signs * row).mean(axis=1)
+        assert p == pytest.approx(np.mean(np.abs(means) >= abs(row.mean()) - 1e-12), rel=0, abs=EXACT)
+
+
+def test_random_sign_patterns_agree_with_those_of_scipy() -> None:
+    values = _drawn(3, 20) - [[1.0], [0.6], [0.0]]
+    theirs = scipy.stats.permutation_test(
+        (values,),
+        lambda sample, axis: sample.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        axis=-1,
+        n_resamples=20_000,
+        rng=np.random.default_rng(5),
+    ).pvalue
+    assert 0.001 < theirs.min() < 0.5 < theirs.max()
+    # Three standard errors of twice a share of 20,000.
+    assert permutation_p(values) == pytest.approx(theirs, abs=0.022)
+
+
+def test_a_hundred_blocks_can_tell_twenty_strategies_apart() -> None:
+    p = permutation_p(np.random.default_rng(2).normal(3.0, 1.0, (190, 100)))
+    assert max(holm([float(value) for value in p])) < 0.05
+
+
+def test_of_pairs_together_each_has_the_p_value_it_has_alone() -> None:
+    values = _drawn(4, 20)
+    assert permutation_p(values) == pytest.approx(
+        [permutation_p(row[None])[0] for row in values], rel=0, abs=EXACT
+    )
+
+
+def test_below_six_blocks_nothing_is_tested() -> None:
+    assert np.isnan(permutation_p(_drawn(2, PERMUTATION_BLOCKS - 1))).all()
+
+
+def test_holm_multiplies_the_smallest_by_their_number_and_never_turns_back() -> None:
+    # By hand: 0.01 × 4, 0.02 × 3, then 0.025 × 2 = 0.05 < 0.06, which keeps the larger; 0.8 × 1.
+    assert holm([0.8, 0.01, math.nan, 0.025, 0.02]) == pytest.approx(
+        [0.8, 0.04, math.nan, 0.06, 0.06], nan_ok=True, rel=0, abs=EXACT
+    )
+    assert all(map(math.isnan, holm([math.nan])))
