@@ -108,7 +108,7 @@ def _size(browser: Browser, size: tuple[int, int]) -> None:
 
 
 def _wait(browser: Browser, script: str) -> None:
-    WebDriverWait(browser, 20, poll_frequency=0.05).until(lambda b: b.execute_script(script))
+    WebDriverWait(browser, 180, poll_frequency=0.05).until(lambda b: b.execute_script(script))
 
 
 def _rows(browser: Browser, table: str = "table") -> dict[str, list[str]]:
