@@ -117,7 +117,7 @@ class Backbone(nn.Module):
     def fuse_attention(self, fused: bool) -> None:
         """Let attention run in one kernel, or as the products it is made of; results agree to rounding.
 
-        Measured with torch 2.13 on two CPU cores, training in bf16: the kernel's backward pass makes a step
+        Measured with torch 2.14 on two CPU cores, training in bf16: the kernel's backward pass makes a step
         of a small ViT twice as long as the products do, and one of ViT-B/16 a fifth longer. In float32 and
         without gradients the kernel is as fast or faster.
         """

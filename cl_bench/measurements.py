@@ -73,7 +73,7 @@ class InputStatistic(nn.Module, Statistic):
     """What is added up of the inputs of layers of one width, over all tokens.
 
     Within :func:`measure` it listens by itself, and around a training step within :meth:`listening`. As an
-    attribute of a strategy, its sums are part of every checkpoint until :meth:`clear` frees them.
+    attribute of a strategy, sums that are buffers are in every checkpoint until :meth:`clear` frees them.
 
     Args:
         layers: Layers with one number of inputs, ``d``.
@@ -332,6 +332,11 @@ class TokenAverages(InputStatistic):
 
     def __init__(self, layers: Sequence[AdaptedLinear | nn.Linear]) -> None:
         super().__init__(layers)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every token."""
+        super().clear()
         self._sums: dict[int, Tensor] = {}
         self._batches = 0
 

@@ -42,6 +42,18 @@ class QuarterCosine(LambdaLR):
         self.epochs = epochs
         super().__init__(optimizer, self._share)
 
+    def require_length(self, epochs: int | None) -> None:
+        """Check that training has as many epochs as the schedule.
+
+        Raises:
+            ValueError: If it has not: the rate would stay high, or be near zero for long.
+        """
+        if epochs != self.epochs:
+            raise ValueError(
+                f"The schedule falls over {self.epochs} epochs and an experience is trained for {epochs}: "
+                f"set --model.scheduler.epochs {epochs}, too."
+            )
+
     def _share(self, epoch: int) -> float:
         # A run of one epoch never leaves the start; epochs past the end stay at its rate.
         last = max(self.epochs - 1, 1)

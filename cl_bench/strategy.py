@@ -24,6 +24,7 @@ from cl_bench.experience import Experience
 from cl_bench.heads import GrowingLinear, Prototypes
 from cl_bench.losses import local_cross_entropy
 from cl_bench.measurements import class_means
+from cl_bench.schedules import QuarterCosine
 from cl_bench.subspace import GPM
 
 Batch = tuple[Tensor, Tensor]
@@ -226,7 +227,10 @@ class Strategy(LightningModule):
         optimizer = self._optimizer(groups)
         if self._scheduler is None:
             return optimizer
-        return [optimizer], [self._scheduler(optimizer)]
+        scheduler = self._scheduler(optimizer)
+        if self._trainer is not None and isinstance(scheduler, QuarterCosine):
+            scheduler.require_length(self.trainer.max_epochs)
+        return [optimizer], [scheduler]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""

@@ -28,6 +28,13 @@ def test_one_epoch_has_the_full_rate_and_later_ones_the_last() -> None:
     assert rates(3, 5)[2:] == pytest.approx([0.5 * math.cos(0.495 * math.pi)] * 3)
 
 
+def test_a_training_of_another_length_is_refused() -> None:
+    schedule = QuarterCosine(torch.optim.SGD([torch.zeros(1)], lr=0.5), epochs=20)
+    schedule.require_length(20)
+    with pytest.raises(ValueError, match=r"set --model\.scheduler\.epochs 5, too"):
+        schedule.require_length(5)
+
+
 def test_no_epoch_is_refused() -> None:
     with pytest.raises(ValueError, match="give at least one"):
         rates(0, 1)

@@ -6,7 +6,10 @@ from torch import Tensor
 
 from cl_bench.backbones import Backbone
 from cl_bench.experience import Experience
+from cl_bench.schedules import QuarterCosine
 from cl_bench.strategy import Strategy
+from cl_bench.trainer import StreamTrainer
+from datamodules.toy import Toy
 from strategies.linear_probe import LinearProbe
 from strategies.lora import LoRA
 from strategies.ncm import NearestClassMean
@@ -136,3 +139,12 @@ def test_a_head_of_prototypes_needs_no_start(backbone: Backbone) -> None:
     strategy.expand(FIRST)
     strategy.start_head(FewImages())
     assert not strategy.head.means.any()
+
+
+def test_a_schedule_of_another_length_than_the_training_stops_before_the_first_step(
+    backbone: Backbone,
+) -> None:
+    strategy = LinearProbe(backbone, scheduler=lambda optimizer: QuarterCosine(optimizer, epochs=3))
+    stream = Toy(num_classes=2, num_experiences=1, image_size=8)
+    with pytest.raises(ValueError, match="an experience is trained for 2"):
+        StreamTrainer(max_epochs=2, accelerator="cpu").run(strategy, stream)

@@ -50,17 +50,21 @@ def imagenet100_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def session_patch() -> Iterator[pytest.MonkeyPatch]:
+Checksums = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def module_patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         yield patch
 
 
 @pytest.fixture(scope="session")
-def domainnet_root(tmp_path_factory: pytest.TempPathFactory, session_patch: pytest.MonkeyPatch) -> Path:
+def domainnet_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checksums]:
     """Of every class one image a list and domain, of painting none of class 327, of real two for testing."""
     root = tmp_path_factory.mktemp("domainnet")
     files = []
+    checksums = {}
     for domain in domainnet.DOMAINS:
         for split, numbers in (("train", (1,)), ("test", (2, 3) if domain == "real" else (2,))):
             lines = [
@@ -73,13 +77,22 @@ def domainnet_root(tmp_path_factory: pytest.TempPathFactory, session_patch: pyte
             content = "".join(f"{line}\n" for line in lines).encode()
             (root / f"{domain}_{split}.txt").write_bytes(content)
             md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-            session_patch.setitem(domainnet.LIST_MD5, f"{domain}_{split}.txt", md5)
+            checksums[f"{domain}_{split}.txt"] = md5
     link_everywhere(root, files)
+    return root, checksums
+
+
+@pytest.fixture(scope="module")
+def domainnet_root(domainnet_files: tuple[Path, Checksums], module_patch: pytest.MonkeyPatch) -> Path:
+    """The root of small files; their checksums stand in for the published ones within a module of tests."""
+    root, checksums = domainnet_files
+    for name, md5 in checksums.items():
+        module_patch.setitem(domainnet.LIST_MD5, name, md5)
     return root
 
 
 @pytest.fixture(scope="session")
-def cifar100_root(tmp_path_factory: pytest.TempPathFactory, session_patch: pytest.MonkeyPatch) -> Path:
+def cifar100_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checksums]:
     """5 training and 2 test images of each class, in a shuffled order, as Python 2 pickled them."""
     root = tmp_path_factory.mktemp("cifar100")
     folder = root / cifar100.FOLDER
@@ -93,9 +106,18 @@ def cifar100_root(tmp_path_factory: pytest.TempPathFactory, session_patch: pytes
         pixels = generator.randint(256, size=(len(labels), 3072), dtype=np.uint8)
         names = [f"{index}.png" for index in range(len(labels))]
         contents[split] = {"data": pixels, "fine_labels": labels, "coarse_labels": labels, "filenames": names}
+    checksums = {}
     for name, content in contents.items():
         pickled = pickle.dumps(content, protocol=2)
         (folder / name).write_bytes(pickled)
-        md5 = hashlib.md5(pickled, usedforsecurity=False).hexdigest()
-        session_patch.setitem(cifar100.MD5, name, md5)
+        checksums[name] = hashlib.md5(pickled, usedforsecurity=False).hexdigest()
+    return root, checksums
+
+
+@pytest.fixture(scope="module")
+def cifar100_root(cifar100_files: tuple[Path, Checksums], module_patch: pytest.MonkeyPatch) -> Path:
+    """The root of small batches, whose checksums are in place of the published ones likewise."""
+    root, checksums = cifar100_files
+    for name, md5 in checksums.items():
+        module_patch.setitem(cifar100.MD5, name, md5)
     return root
