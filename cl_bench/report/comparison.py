@@ -9,12 +9,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from cl_bench.report.settings import differences, distinguishing, plain, short_names, shortened
+from cl_bench.report.settings import differences, distinguishing, flat, plain, short_names, shortened
 from cl_bench.report.statistics import Statistic, statistic
 from cl_bench.results import Regime, Result
 
 RANKING = "acc/sample"
 """Metric by which entries are ordered."""
+
+OF_THE_DATA = (
+    "dataset",
+    "variants",
+    "train_images",
+    "test_images",
+    "class_names",
+    "decoding",
+    "image_size",
+    "train_transform",
+    "test_transform",
+    "experience_sizes",
+    "backbone.options.img_size",
+    "backbone.normalisation",
+)
+"""Parts of an identity that follow dataset and length, in which benchmarks of one table may differ."""
 
 Block = tuple[int, str]
 """Seed and class order of a run."""
@@ -102,6 +118,15 @@ class Comparison:
     def identity(self) -> Mapping[str, Any]:
         """What all runs of this comparison have in common."""
         return self.results[0].protocol.identity
+
+    @property
+    def beyond_the_data(self) -> dict[str, Any]:
+        """The identity without what follows dataset and length, by dotted keys: equal within a table."""
+        return {
+            key: value
+            for key, value in flat(self.identity).items()
+            if not any(key == part or key.startswith(f"{part}.") for part in OF_THE_DATA)
+        }
 
     @property
     def finished(self) -> list[Entry]:

@@ -10,7 +10,7 @@ from cl_bench.metrics import HIGHER_IS_BETTER
 from cl_bench.report.comparison import RANKING, Comparison, Entry
 from cl_bench.report.contrasts import Contrast, against, contrasts
 from cl_bench.report.statistics import NO_VALUES, Statistic
-from cl_bench.results import COSTS, PHASES
+from cl_bench.results import COSTS, PHASES, digest
 
 UNDEFINED = "–"
 """What a cell says of a metric that does not exist, or a cost that was not measured."""
@@ -140,10 +140,17 @@ class Table:
 
 
 def tables(comparisons: Sequence[Comparison], metrics: Sequence[str]) -> list[Table]:
-    """Lay out ``comparisons``: benchmarks of one protocol side by side, others in tables of their own."""
-    together = [comparison for comparison in comparisons if comparison.only_protocol]
+    """Lay out ``comparisons``: benchmarks of one protocol side by side, others in tables of their own.
+
+    Of one protocol are benchmarks whose identities are equal beyond what follows dataset and length, so that
+    other weights or another precision never stand in the columns beside.
+    """
+    together: dict[str, list[Comparison]] = {}
+    for comparison in comparisons:
+        if comparison.only_protocol:
+            together.setdefault(digest(comparison.beyond_the_data), []).append(comparison)
     apart = [[comparison] for comparison in comparisons if not comparison.only_protocol]
-    return [_table(shown, metrics) for shown in ([together] if together else []) + apart]
+    return [_table(shown, metrics) for shown in [*together.values(), *apart]]
 
 
 def _table(comparisons: list[Comparison], metrics: Sequence[str]) -> Table:

@@ -130,6 +130,22 @@ def test_unequal_protocols_never_share_a_table(made: Made) -> None:
     assert "share no table because they differ in image_size" in text
 
 
+def test_benchmarks_on_other_weights_share_no_table(made: Made) -> None:
+    other = {"backbone": {"model": "vision_transformer", "options": {"depth": 2}, "weights": "pretrained"}}
+    text = _markdown([made("one"), made("two", dataset="toy", identity=other)])
+    assert [section.splitlines()[0] for section in f"\n{text}".split("\n## ")[1:]] == ["digits-T2", "toy-T2"]
+    assert (
+        "Not all of digits-T2, toy-T2 share a table, because they differ in backbone.weights "
+        "(random in digits-T2; pretrained in toy-T2)." in text
+    )
+
+
+def test_what_follows_the_data_lets_benchmarks_share_a_table(made: Made) -> None:
+    of_the_data = {"image_size": 64, "train_images": "other", "variants": {"split": "own"}}
+    text = _markdown([made("one"), made("two", dataset="toy", identity=of_the_data)])
+    assert text.startswith("## digits-T2, toy-T2")
+
+
 def test_benchmarks_of_one_protocol_stand_side_by_side(made: Made) -> None:
     results = [made(), made(dataset="toy", counts=((10,), (7, 8))), made("NCM", dataset="toy")]
     header, _, *rows = _grid(_markdown(results, ["acc/sample"]))
