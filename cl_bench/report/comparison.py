@@ -11,7 +11,7 @@ from typing import Any
 
 from cl_bench.report.settings import differences, distinguishing, flat, plain, short_names, shortened
 from cl_bench.report.statistics import Statistic, statistic
-from cl_bench.results import Regime, Result
+from cl_bench.results import Regime, Result, Row
 
 RANKING = "acc/sample"
 """Metric by which entries are ordered."""
@@ -99,6 +99,7 @@ class Comparison:
         entries: Joint first, then by falling accuracy.
         unnamed_settings: By name of a strategy, settings in which its entries differ beyond their labels.
         copies: How many further result files repeat one of these cells.
+        disagreeing: Label, seed and class order of cells of which finished result files have unequal counts.
     """
 
     benchmark: str
@@ -108,6 +109,7 @@ class Comparison:
     entries: list[Entry]
     unnamed_settings: dict[str, list[str]]
     copies: int
+    disagreeing: list[tuple[str, int, str]]
 
     @property
     def title(self) -> str:
@@ -176,6 +178,9 @@ def _comparison(
         entries=sorted(entries, key=lambda entry: entry.rank),
         unnamed_settings=unnamed,
         copies=sum(map(len, groups.values())) - len(results),
+        disagreeing=[
+            (labels[group], *block) for group, found in groups.items() for block in _disagreeing(found)
+        ],
     )
 
 
@@ -187,6 +192,14 @@ def _one_per_block(found: Sequence[Result]) -> list[Result]:
         if kept.status != "done" and result.status == "done":
             cells[_block(result)] = result
     return list(cells.values())
+
+
+def _disagreeing(found: Sequence[Result]) -> list[Block]:
+    """Blocks of which two finished runs have unequal counts: no copies, whatever their cell is called."""
+    rows: dict[Block, list[Row | None]] = {}
+    finished = [run for run in found if run.status == "done"]
+    unequal = (_block(run) for run in finished if rows.setdefault(_block(run), run.rows) != run.rows)
+    return sorted(set(unequal))
 
 
 def _entry(group: str, label: str, runs: Sequence[Result]) -> Entry:

@@ -134,6 +134,11 @@ def absent(comparison: Comparison) -> list[str]:
         f"seed {seed}, class order {order}: no result of {'; '.join(_abridged(labels))}"
         for (seed, order), labels in sorted(gaps.items())
     ]
+    lines += [
+        f"{label}, seed {seed}, class order {order}: finished result files of this cell disagree in their "
+        "counts; the first found is the one that counts"
+        for label, seed, order in comparison.disagreeing
+    ]
     if comparison.copies:
         lines.append(f"{counted(comparison.copies, 'result file')} repeating a cell already counted")
     return lines

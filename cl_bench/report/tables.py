@@ -18,6 +18,9 @@ UNDEFINED = "–"
 UPPER_BOUND = "†"
 """Mark of a line that was trained on all classes at once."""
 
+INCOMPLETE = "What lacks seeds or class orders that another line finished is not ranked."
+"""What a table says where such a line has no mark."""
+
 NOT_RUN = "not run"
 """What a cell says where a line has no result file at all."""
 
@@ -114,17 +117,38 @@ class Table:
     def places(self, index: int, name: str) -> list[int | None]:
         """Return for every row its place, 1 or 2, in metric ``name`` on benchmark ``index``; None beyond.
 
-        Upper bounds have none. What is equal as printed, to two decimals, is equal: a mark may not hang on
-        a digit that nobody sees.
+        Upper bounds have none, nor have lines that lack a block where another line lacks none: seeds and
+        orders that one was spared make no record. What is equal as printed, to two decimals, is equal: a
+        mark may not hang on a digit that nobody sees.
         """
-        means = [math.nan if row.is_joint else round(row.statistic(index, name).mean, 2) for row in self.rows]
+        ranked_lines = self._ranked(index)
+        means = [
+            round(row.statistic(index, name).mean, 2) if ranks else math.nan
+            for row, ranks in zip(self.rows, ranked_lines, strict=True)
+        ]
         ranked = sorted({mean for mean in means if not math.isnan(mean)}, reverse=HIGHER_IS_BETTER[name])
         return [ranked.index(mean) + 1 if mean in ranked[:2] else None for mean in means]
 
+    def leaves_out_incomplete(self) -> bool:
+        """Whether on any benchmark a line is not ranked because it lacks blocks that another has."""
+        return any(
+            row.was_run(index) and not row.is_joint and not ranks
+            for index in range(len(self.comparisons))
+            for row, ranks in zip(self.rows, self._ranked(index), strict=True)
+        )
+
+    def _ranked(self, index: int) -> list[bool]:
+        complete = [not row.is_joint and self._is_complete(row, index) for row in self.rows]
+        return complete if any(complete) else [not row.is_joint for row in self.rows]
+
+    def _is_complete(self, row: Row, index: int) -> bool:
+        entry = row.entries[index]
+        return entry is not None and len(entry.runs) == len(self.comparisons[index].blocks)
+
     def count(self, row: Row, index: int, name: str) -> str:
         """Return how many runs are behind a value, and of how many blocks where some are absent."""
-        entry, n = row.entries[index], row.statistic(index, name).n
-        if entry is None or len(entry.runs) == len(self.comparisons[index].blocks):
+        n = row.statistic(index, name).n
+        if row.entries[index] is None or self._is_complete(row, index):
             return str(n)
         return f"{n} of {len(self.comparisons[index].blocks)}"
 

@@ -119,6 +119,15 @@ def test_what_is_equal_as_printed_is_equally_bold(made: Made) -> None:
     assert rows[0][1] == rows[1][1] == "**65.00 (1)**"
 
 
+def test_what_lacks_a_block_is_not_marked_where_another_lacks_none(made: Made) -> None:
+    results = [made("whole", seed=1), made("whole", seed=2), made("lucky", ((10,), (10, 10)), seed=1)]
+    text = _markdown(results)
+    rows = {row[0]: row[1] for row in _grid(text)[2:]}
+    assert rows == {"lucky": "100.00 (1 of 2)", "whole": "**65.00 ± 0.00 (2)**"}
+    assert "What lacks seeds or class orders that another line finished is not ranked." in text
+    assert "is not ranked." not in _markdown(results[:2])
+
+
 def test_unequal_protocols_never_share_a_table(made: Made) -> None:
     text = _markdown([made("one"), made("two", identity={"image_size": 64}), made("three", dataset="toy")])
     sections = text.split("\n## ")[1:]
