@@ -9,12 +9,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from cl_bench.report.settings import differences, distinguishing, plain, short_names, shortened
+from cl_bench.report.settings import differences, distinguishing, flat, plain, short_names, shortened
 from cl_bench.report.statistics import Statistic, statistic
-from cl_bench.results import Regime, Result
+from cl_bench.results import Regime, Result, Row
 
 RANKING = "acc/sample"
 """Metric by which entries are ordered."""
+
+OF_THE_DATA = (
+    "dataset",
+    "variants",
+    "train_images",
+    "test_images",
+    "class_names",
+    "decoding",
+    "image_size",
+    "train_transform",
+    "test_transform",
+    "experience_sizes",
+    "backbone.options.img_size",
+    "backbone.normalisation",
+)
+"""Parts of an identity that follow dataset and length, in which benchmarks of one table may differ."""
 
 Block = tuple[int, str]
 """Seed and class order of a run."""
@@ -83,6 +99,7 @@ class Comparison:
         entries: Joint first, then by falling accuracy.
         unnamed_settings: By name of a strategy, settings in which its entries differ beyond their labels.
         copies: How many further result files repeat one of these cells.
+        disagreeing: Label, seed and class order of cells of which finished result files have unequal counts.
     """
 
     benchmark: str
@@ -92,6 +109,7 @@ class Comparison:
     entries: list[Entry]
     unnamed_settings: dict[str, list[str]]
     copies: int
+    disagreeing: list[tuple[str, int, str]]
 
     @property
     def title(self) -> str:
@@ -102,6 +120,15 @@ class Comparison:
     def identity(self) -> Mapping[str, Any]:
         """What all runs of this comparison have in common."""
         return self.results[0].protocol.identity
+
+    @property
+    def beyond_the_data(self) -> dict[str, Any]:
+        """The identity without what follows dataset and length, by dotted keys: equal within a table."""
+        return {
+            key: value
+            for key, value in flat(self.identity).items()
+            if not any(key == part or key.startswith(f"{part}.") for part in OF_THE_DATA)
+        }
 
     @property
     def finished(self) -> list[Entry]:
@@ -151,6 +178,9 @@ def _comparison(
         entries=sorted(entries, key=lambda entry: entry.rank),
         unnamed_settings=unnamed,
         copies=sum(map(len, groups.values())) - len(results),
+        disagreeing=[
+            (labels[group], *block) for group, found in groups.items() for block in _disagreeing(found)
+        ],
     )
 
 
@@ -162,6 +192,14 @@ def _one_per_block(found: Sequence[Result]) -> list[Result]:
         if kept.status != "done" and result.status == "done":
             cells[_block(result)] = result
     return list(cells.values())
+
+
+def _disagreeing(found: Sequence[Result]) -> list[Block]:
+    """Blocks of which two finished runs have unequal counts: no copies, whatever their cell is called."""
+    rows: dict[Block, list[Row | None]] = {}
+    finished = [run for run in found if run.status == "done"]
+    unequal = (_block(run) for run in finished if rows.setdefault(_block(run), run.rows) != run.rows)
+    return sorted(set(unequal))
 
 
 def _entry(group: str, label: str, runs: Sequence[Result]) -> Entry:

@@ -12,7 +12,7 @@ from cl_bench.report.contrasts import Contrast
 from cl_bench.report.markdown import HOW_TO_READ_DIFFERENCES, p_value, quantity
 from cl_bench.report.sentences import absent, compared, definitions, protocol_differences
 from cl_bench.report.statistics import TOO_SMALL
-from cl_bench.report.tables import COST_HEADINGS, SHORT_NAMES, UNDEFINED, Row, Table
+from cl_bench.report.tables import COST_HEADINGS, INCOMPLETE, SHORT_NAMES, UNDEFINED, Row, Table
 from cl_bench.results import COSTS
 
 _DAGGER = r"$^\dagger$"
@@ -94,6 +94,8 @@ def _caption(table: Table) -> str:
     )
     if any(row.is_joint for row in table.rows):
         sentences.append("† Upper bound, trained on all classes at once; not ranked.")
+    if table.leaves_out_incomplete():
+        sentences.append(INCOMPLETE)
     for name, meaning in zip(table.metrics, definitions(table.metrics), strict=True):
         sentences.append(f"{SHORT_NAMES.get(name, name)} is {meaning}.")
     for comparison in table.comparisons:

@@ -16,7 +16,7 @@ from cl_bench.report.sentences import (
     unnamed_differences,
 )
 from cl_bench.report.statistics import BOOTSTRAP_BLOCKS, PERMUTATION_BLOCKS, TOO_SMALL, Interval, Statistic
-from cl_bench.report.tables import COST_HEADINGS, UNDEFINED, UPPER_BOUND, Row, Table
+from cl_bench.report.tables import COST_HEADINGS, INCOMPLETE, UNDEFINED, UPPER_BOUND, Row, Table
 from cl_bench.results import COSTS
 
 HOW_TO_READ_DIFFERENCES = (
@@ -64,6 +64,8 @@ def _how_to_read(table: Table) -> str:
         )
     else:
         sentences.append("Bold: the best of a column.")
+    if table.leaves_out_incomplete():
+        sentences.append(INCOMPLETE)
     if len(table.comparisons) > 1:
         sentences.append(
             "A row holds what has one name on every benchmark; other settings may differ by recipe."

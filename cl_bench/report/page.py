@@ -107,6 +107,7 @@ def _benchmark(table: Table, index: int) -> Json:
         "mixed": mixed_provenance(comparison),
         "absent": [vars(absence) for absence in absences(comparison)],
         "copies": comparison.copies,
+        "disagreeing": comparison.disagreeing,
         "unnamed": comparison.unnamed_settings,
         "entries": [_entry(entry, comparison, table.metrics) for entry in comparison.entries],
         "differences": {

@@ -82,11 +82,26 @@ def backbone(identity: Mapping[str, Any]) -> str:
 
 
 def protocol_differences(compared: Sequence[Comparison]) -> list[str]:
-    """Say of every benchmark that was run under several protocols in which fields and values they differ."""
+    """Say in which fields and values protocols differ that share no table.
+
+    One sentence for every benchmark that was run under several, and one for benchmarks that differ in more
+    than follows their data.
+    """
     benchmarks: dict[str, list[Comparison]] = {}
     for comparison in compared:
         benchmarks.setdefault(comparison.benchmark, []).append(comparison)
-    return [_difference(benchmark, found) for benchmark, found in benchmarks.items() if len(found) > 1]
+    sentences = [
+        f"{benchmark} was run under {len(found)} protocols, which share no table because they differ in "
+        f"{_differing([(one.fingerprint, one.identity) for one in found])}."
+        for benchmark, found in benchmarks.items()
+        if len(found) > 1
+    ]
+    side_by_side = [(one.title, one.beyond_the_data) for one in compared if one.only_protocol]
+    differing = _differing(side_by_side)
+    if differing:
+        names = ", ".join(title for title, _ in side_by_side)
+        sentences.append(f"Not all of {names} share a table, because they differ in {differing}.")
+    return sentences
 
 
 def absences(comparison: Comparison) -> list[Absence]:
@@ -119,6 +134,11 @@ def absent(comparison: Comparison) -> list[str]:
         f"seed {seed}, class order {order}: no result of {'; '.join(_abridged(labels))}"
         for (seed, order), labels in sorted(gaps.items())
     ]
+    lines += [
+        f"{label}, seed {seed}, class order {order}: finished result files of this cell disagree in their "
+        "counts; the first found is the one that counts"
+        for label, seed, order in comparison.disagreeing
+    ]
     if comparison.copies:
         lines.append(f"{counted(comparison.copies, 'result file')} repeating a cell already counted")
     return lines
@@ -150,23 +170,19 @@ def definitions(names: Iterable[str]) -> list[str]:
     return [f"{name}: {metrics.DEFINITIONS[name]}" for name in names]
 
 
-def _difference(benchmark: str, found: Sequence[Comparison]) -> str:
+def _differing(named: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Name every field in which protocols differ, with each value and whose it is; empty if in none."""
     fields = []
-    for key, values in differences([comparison.identity for comparison in found]).items():
+    for key, values in differences([identity for _, identity in named]).items():
         held: dict[str, list[str]] = {}
-        for comparison, value in zip(found, values, strict=True):
-            held.setdefault("not recorded" if value is None else plain(value), []).append(
-                comparison.fingerprint
-            )
+        for (name, _), value in zip(named, values, strict=True):
+            held.setdefault("not recorded" if value is None else plain(value), []).append(name)
         words = [
-            f"{value} in {', '.join(fingerprints)}"
-            for value, fingerprints in zip(shortened(list(held)), held.values(), strict=True)
+            f"{value} in {', '.join(names)}"
+            for value, names in zip(shortened(list(held)), held.values(), strict=True)
         ]
         fields.append(f"{key} ({'; '.join(words)})")
-    return (
-        f"{benchmark} was run under {len(found)} protocols, which share no table because they differ in "
-        f"{', '.join(fields)}."
-    )
+    return ", ".join(fields)
 
 
 def _weights(described: Mapping[str, Any]) -> str:

@@ -10,13 +10,16 @@ from cl_bench.metrics import HIGHER_IS_BETTER
 from cl_bench.report.comparison import RANKING, Comparison, Entry
 from cl_bench.report.contrasts import Contrast, against, contrasts
 from cl_bench.report.statistics import NO_VALUES, Statistic
-from cl_bench.results import COSTS, PHASES
+from cl_bench.results import COSTS, PHASES, digest
 
 UNDEFINED = "–"
 """What a cell says of a metric that does not exist, or a cost that was not measured."""
 
 UPPER_BOUND = "†"
 """Mark of a line that was trained on all classes at once."""
+
+INCOMPLETE = "What lacks seeds or class orders that another line finished is not ranked."
+"""What a table says where such a line has no mark."""
 
 NOT_RUN = "not run"
 """What a cell says where a line has no result file at all."""
@@ -114,17 +117,38 @@ class Table:
     def places(self, index: int, name: str) -> list[int | None]:
         """Return for every row its place, 1 or 2, in metric ``name`` on benchmark ``index``; None beyond.
 
-        Upper bounds have none. What is equal as printed, to two decimals, is equal: a mark may not hang on
-        a digit that nobody sees.
+        Upper bounds have none, nor have lines that lack a block where another line lacks none: seeds and
+        orders that one was spared make no record. What is equal as printed, to two decimals, is equal: a
+        mark may not hang on a digit that nobody sees.
         """
-        means = [math.nan if row.is_joint else round(row.statistic(index, name).mean, 2) for row in self.rows]
+        ranked_lines = self._ranked(index)
+        means = [
+            round(row.statistic(index, name).mean, 2) if ranks else math.nan
+            for row, ranks in zip(self.rows, ranked_lines, strict=True)
+        ]
         ranked = sorted({mean for mean in means if not math.isnan(mean)}, reverse=HIGHER_IS_BETTER[name])
         return [ranked.index(mean) + 1 if mean in ranked[:2] else None for mean in means]
 
+    def leaves_out_incomplete(self) -> bool:
+        """Whether on any benchmark a line is not ranked because it lacks blocks that another has."""
+        return any(
+            row.was_run(index) and not row.is_joint and not ranks
+            for index in range(len(self.comparisons))
+            for row, ranks in zip(self.rows, self._ranked(index), strict=True)
+        )
+
+    def _ranked(self, index: int) -> list[bool]:
+        complete = [not row.is_joint and self._is_complete(row, index) for row in self.rows]
+        return complete if any(complete) else [not row.is_joint for row in self.rows]
+
+    def _is_complete(self, row: Row, index: int) -> bool:
+        entry = row.entries[index]
+        return entry is not None and len(entry.runs) == len(self.comparisons[index].blocks)
+
     def count(self, row: Row, index: int, name: str) -> str:
         """Return how many runs are behind a value, and of how many blocks where some are absent."""
-        entry, n = row.entries[index], row.statistic(index, name).n
-        if entry is None or len(entry.runs) == len(self.comparisons[index].blocks):
+        n = row.statistic(index, name).n
+        if row.entries[index] is None or self._is_complete(row, index):
             return str(n)
         return f"{n} of {len(self.comparisons[index].blocks)}"
 
@@ -140,10 +164,17 @@ class Table:
 
 
 def tables(comparisons: Sequence[Comparison], metrics: Sequence[str]) -> list[Table]:
-    """Lay out ``comparisons``: benchmarks of one protocol side by side, others in tables of their own."""
-    together = [comparison for comparison in comparisons if comparison.only_protocol]
+    """Lay out ``comparisons``: benchmarks of one protocol side by side, others in tables of their own.
+
+    Of one protocol are benchmarks whose identities are equal beyond what follows dataset and length, so that
+    other weights or another precision never stand in the columns beside.
+    """
+    together: dict[str, list[Comparison]] = {}
+    for comparison in comparisons:
+        if comparison.only_protocol:
+            together.setdefault(digest(comparison.beyond_the_data), []).append(comparison)
     apart = [[comparison] for comparison in comparisons if not comparison.only_protocol]
-    return [_table(shown, metrics) for shown in ([together] if together else []) + apart]
+    return [_table(shown, metrics) for shown in [*together.values(), *apart]]
 
 
 def _table(comparisons: list[Comparison], metrics: Sequence[str]) -> Table:

@@ -252,8 +252,10 @@ def _of_protocol(
         entry = entries.get(name)
         levels = [Level(row, NO_VALUES if entry is None else entry.statistic(row.metric)) for row in found]
         paragraphs += [f"{name} on {wanted.benchmark}, {wanted.length} experiences:", _levels(levels)]
-        own = [level for level in levels if level.published.source == levels[0].published.source]
-        paragraphs.append(standing(name, reconstructed(wanted, name), own))
+        first = next((row.source for row in found if name in row.source.own), None)
+        own = [level for level in levels if level.published.source == first]
+        departures = [] if first is None or entry is None else _departures(first, comparison)
+        paragraphs.append(standing(name, reconstructed(wanted, name), own, departures))
     claims = _claims(wanted, rows, entries)
     if claims:
         paragraphs += [f"{wanted.strategy} minus {wanted.against}, on shared blocks:", _contrasts(claims)]
@@ -325,21 +327,38 @@ def _remarks(
         yield f"{source.title}: {_runs(source)}; ours over {counted(blocks, 'block')} of seed and class order"
         for note in dict.fromkeys(row.note for row in found if row.note):
             yield f"{name}: {note}"
-        if comparison is not None and source.backbone is not None:
+        if comparison is not None:
             yield from _backbones(source, comparison)
     if comparison is None:
         return
-    expected, images = published.sizes(comparison.results[0].dataset), comparison.results[0].test_images
-    if expected is not None and sum(images) != expected[1]:
-        yield f"ours has {sum(images):,} test images, the usual list {expected[1]:,}"
+    yield from _test_images(comparison)
     if any(entry is None for entry in entries.values()):
         yield "not every strategy was run under this protocol"
 
 
+def _departures(source: Source, comparison: Comparison | None) -> list[str]:
+    """Say how the protocol of ``comparison`` differs from that of ``source``, as far as that is known."""
+    if comparison is None:
+        return []
+    return [*_backbones(source, comparison), *_test_images(comparison)]
+
+
 def _backbones(source: Source, comparison: Comparison) -> Iterable[str]:
     described = comparison.identity.get("backbone", {})
-    if described.get("model") != source.backbone or described.get("weights") == "random":
-        yield f"{source.title} used {source.backbone}; ours {backbone(comparison.identity)}"
+    # Weights from a file or of a seed are not those of the tag, whatever the model is called.
+    if described.get("weights") != "pretrained" or source.backbone not in (None, described.get("model")):
+        used = source.backbone or "pre-trained weights that it does not name"
+        yield f"{source.title} used {used}; ours {backbone(comparison.identity)}"
+
+
+def _test_images(comparison: Comparison) -> Iterable[str]:
+    run, evaluated_on = comparison.results[0], comparison.identity.get("evaluated_on", "test")
+    if evaluated_on != "test":
+        yield f"ours is evaluated on {evaluated_on} images held out of training, not on test images"
+        return
+    expected = published.sizes(run.dataset)
+    if expected is not None and sum(run.test_images) != expected[1]:
+        yield f"ours has {sum(run.test_images):,} test images, the usual list {expected[1]:,}"
 
 
 def _runs(source: Source) -> str:

@@ -44,8 +44,14 @@ class Level:
 
     @property
     def tolerance(self) -> float:
-        """Points of percent that count as equal."""
-        return TOLERANCE if math.isnan(self.published.std) else max(TOLERANCE, self.published.std)
+        """Points of percent that count as equal; a printed standard error is taken back to a deviation.
+
+        Where the source does not say over how many runs, that cannot be done and the spread is left out.
+        """
+        spread, source = self.published.std, self.published.source
+        if source.spread == "standard error":
+            spread = math.nan if source.runs is None else spread * math.sqrt(source.runs)
+        return TOLERANCE if math.isnan(spread) else max(TOLERANCE, spread)
 
     @property
     def verdict(self) -> str:
@@ -92,21 +98,43 @@ class Claim:
         return "not met: the other sign"
 
 
-def standing(strategy: str, parts: Sequence[str], levels: Sequence[Level]) -> str:
+def standing(
+    strategy: str, parts: Sequence[str], levels: Sequence[Level], departures: Sequence[str] = ()
+) -> str:
     """Say in one sentence what the numbers confirm of ``strategy``.
 
     Args:
         strategy: Its config stem.
         parts: What of it is reconstructed; agreement of numbers confirms none of it.
-        levels: Its levels under one source.
+        levels: Its levels under one source, its own; none if no number of that is known here.
+        departures: How the protocol of our runs differs from that of the source.
     """
+    said = _standing(strategy, parts, levels, departures)
+    if levels and departures:
+        said += f" Levels are compared under another protocol ({'; '.join(departures)}): not a reproduction."
+    return said
+
+
+def _standing(strategy: str, parts: Sequence[str], levels: Sequence[Level], departures: Sequence[str]) -> str:
     if parts:
         return (
             f"{strategy} is a reconstruction in parts: {'; '.join(parts)}. "
             "Agreement of numbers confirms none of these."
+            + ("" if levels else " No number of its own paper or code is known here.")
+        )
+    if not levels:
+        return (
+            f"{strategy} follows its source in all parts; no number of its own paper or code is known here."
         )
     if any(level.verdict == NOT_RUN for level in levels):
         return f"{strategy} follows its source in all parts; not all of it was run."
+    if departures:
+        met = (
+            "every level is met"
+            if all(level.verdict == MET for level in levels)
+            else "not every level is met"
+        )
+        return f"{strategy} follows its source in all parts; {met}."
     if all(level.verdict == MET and level.ours.n >= (level.published.source.runs or 3) for level in levels):
         return f"{strategy} follows its source in all parts, and every level is met: reproduced."
     if all(level.verdict == MET for level in levels):

@@ -119,6 +119,15 @@ def test_what_is_equal_as_printed_is_equally_bold(made: Made) -> None:
     assert rows[0][1] == rows[1][1] == "**65.00 (1)**"
 
 
+def test_what_lacks_a_block_is_not_marked_where_another_lacks_none(made: Made) -> None:
+    results = [made("whole", seed=1), made("whole", seed=2), made("lucky", ((10,), (10, 10)), seed=1)]
+    text = _markdown(results)
+    rows = {row[0]: row[1] for row in _grid(text)[2:]}
+    assert rows == {"lucky": "100.00 (1 of 2)", "whole": "**65.00 ± 0.00 (2)**"}
+    assert "What lacks seeds or class orders that another line finished is not ranked." in text
+    assert "is not ranked." not in _markdown(results[:2])
+
+
 def test_unequal_protocols_never_share_a_table(made: Made) -> None:
     text = _markdown([made("one"), made("two", identity={"image_size": 64}), made("three", dataset="toy")])
     sections = text.split("\n## ")[1:]
@@ -128,6 +137,22 @@ def test_unequal_protocols_never_share_a_table(made: Made) -> None:
         1,
     ]
     assert "share no table because they differ in image_size" in text
+
+
+def test_benchmarks_on_other_weights_share_no_table(made: Made) -> None:
+    other = {"backbone": {"model": "vision_transformer", "options": {"depth": 2}, "weights": "pretrained"}}
+    text = _markdown([made("one"), made("two", dataset="toy", identity=other)])
+    assert [section.splitlines()[0] for section in f"\n{text}".split("\n## ")[1:]] == ["digits-T2", "toy-T2"]
+    assert (
+        "Not all of digits-T2, toy-T2 share a table, because they differ in backbone.weights "
+        "(random in digits-T2; pretrained in toy-T2)." in text
+    )
+
+
+def test_what_follows_the_data_lets_benchmarks_share_a_table(made: Made) -> None:
+    of_the_data = {"image_size": 64, "train_images": "other", "variants": {"split": "own"}}
+    text = _markdown([made("one"), made("two", dataset="toy", identity=of_the_data)])
+    assert text.startswith("## digits-T2, toy-T2")
 
 
 def test_benchmarks_of_one_protocol_stand_side_by_side(made: Made) -> None:

@@ -72,6 +72,15 @@ def test_copies_are_mentioned(made: Made) -> None:
     assert absent(comparisons([made(), made()])[0]) == ["1 result file repeating a cell already counted"]
 
 
+def test_finished_files_of_one_cell_with_other_counts_are_said_to_disagree(made: Made) -> None:
+    found = comparisons([made(), made(counts=((9,), (6, 8))), made(seed=2), made(seed=2)])[0]
+    assert absent(found) == [
+        "LoRA (merge), seed 1, class order identity: finished result files of this cell disagree in their "
+        "counts; the first found is the one that counts",
+        "2 result files repeating a cell already counted",
+    ]
+
+
 def test_mixed_devices_and_versions_are_counted(made: Made) -> None:
     results = [
         made(seed=1),

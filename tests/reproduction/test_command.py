@@ -87,10 +87,24 @@ def test_ours_stands_beside_the_published_number(wanted: Wanted, capsys: pytest.
     contrast = _row(text, "JANUS-LoRA, ICML 2026", "acc/sample", "-6.56")
     assert contrast[3] == "-6.53 (3)"
     assert contrast[5] == "met"
-    assert "lora is a reconstruction in parts: settings of its recipe" in text
+    assert "lora is a reconstruction in parts: the training settings of the baseline" in text
+    assert "Levels are compared under another protocol" in text
+    assert ": reproduced" not in text
     assert "ours has 5,000 test images" not in text  # the toy has no published size
     assert "JANUS-LoRA, ICML 2026, tables of its project page used vit_base_patch16_224.augreg_in21k" in text
     assert "reproduced" not in text.partition("inflora on imagenet_r")[0]
+
+
+def test_a_number_that_only_others_print_is_not_the_strategys_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """InfLoRA on ImageNet-100 is printed by JANUS-LoRA alone."""
+    dataset = tmp_path / "imagenet100.yaml"
+    dataset.write_text(TOY.replace("num_classes: 5", "num_classes: 10"))
+    wanted = Wanted("inflora", str(dataset), 10, None, (1,), ("identity",), tmp_path / "results", ())
+    words = ["reproduce", "inflora", str(dataset), "--seeds", "1", "--results", str(wanted.results)]
+    main([*words, "--dry-run"])
+    assert "o number of its own paper or code is known here" in capsys.readouterr().out
 
 
 def test_what_is_not_done_is_counted_and_not_run_when_dry(

@@ -69,3 +69,26 @@ def test_reproduced_takes_every_level_on_as_many_runs() -> None:
         Level(_published(75.0), NO_VALUES),
     ):
         assert "reproduced" not in standing("inflora", [], [met, other])
+
+
+def test_another_protocol_is_never_called_reproduced() -> None:
+    met = Level(_published(75.0), statistic([75.0] * 5))
+    said = standing("inflora", [], [met], ["the paper used vit; ours seeded random weights"])
+    assert ": reproduced" not in said
+    assert said.endswith(
+        "every level is met. Levels are compared under another protocol (the paper used vit; ours seeded "
+        "random weights): not a reproduction."
+    )
+    assert "not a reproduction" in standing("janus_lora", ["the loss"], [met], ["other weights"])
+
+
+def test_without_a_number_of_its_own_nothing_is_reproduced() -> None:
+    assert standing("inflora", [], []).endswith("no number of its own paper or code is known here.")
+    assert "No number of its own paper" in standing("keeplora", ["the head"], [])
+
+
+@pytest.mark.parametrize(("runs", "tolerance"), ((4, 2.0), (9, 3.0), (None, 1.5)))
+def test_a_standard_error_is_taken_back_to_a_deviation(runs: int | None, tolerance: float) -> None:
+    printed = _published(75.0, 1.0)
+    printed = replace(printed, source=replace(printed.source, spread="standard error", runs=runs))
+    assert Level(printed, NO_VALUES).tolerance == tolerance
