@@ -141,8 +141,19 @@ def mode() -> Literal["online", "offline"] | None:
 
 
 def _has_login(base_url: str) -> bool:
-    """Whether ``wandb login`` has left a key for this server."""
+    """Whether ``wandb login`` has left a key for this server, in the file that ``NETRC`` names or at home.
+
+    Raises:
+        ValueError: If that file cannot be parsed.
+    """
+    named = os.environ.get("NETRC")
     try:
-        return netrc.netrc().authenticators(urlsplit(base_url).netloc) is not None
+        found = netrc.netrc(Path(named).expanduser() if named else None)
     except FileNotFoundError:
         return False
+    except netrc.NetrcParseError as error:
+        raise ValueError(
+            f"{error.filename}, line {error.lineno}, is no netrc file ({error.msg}): mend that line, or set "
+            "WANDB_MODE."
+        ) from error
+    return found.authenticators(urlsplit(base_url).netloc) is not None

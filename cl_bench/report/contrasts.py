@@ -38,7 +38,8 @@ class Contrast:
         metric: Name of the metric.
         difference: ``first - second`` over the shared blocks.
         p: Two-sided p value of a sign-flip permutation test; NaN where there are too few shared blocks.
-        p_holm: The same after Holm's correction over all pairs of the benchmark in this metric.
+        p_holm: The same after Holm's correction over all tests of the table: every pair, metric and
+            benchmark of it. See :func:`corrected`.
         tests: How many tests that correction covers.
     """
 
@@ -88,15 +89,30 @@ def contrasts(comparison: Comparison, metric: str) -> list[Contrast]:
     """Compare every two finished entries of ``comparison`` in ``metric``, on the blocks they share.
 
     Upper bounds are left out: nothing competes with them. Of each pair the entry that ranks higher comes
-    first; pairs are in the order of the ranking. Holm's correction covers all of them.
+    first; pairs are in the order of the ranking. Their p values are not corrected yet: the tests that a
+    reader sees together are those of a table.
     """
     entries = [entry for entry in comparison.finished if not entry.is_joint]
     made = [contrast(first, second, metric) for first, second in itertools.combinations(entries, 2)]
     p = _tested([made_one.difference for made_one in made])
-    tests = sum(not math.isnan(p_one) for p_one in p)
+    return [replace(made_one, p=p_one) for made_one, p_one in zip(made, p, strict=True)]
+
+
+def corrected(families: Sequence[Mapping[str, Sequence[Contrast]]]) -> list[dict[str, list[Contrast]]]:
+    """Return the contrasts of a table after Holm's correction over all of them.
+
+    Args:
+        families: For every benchmark of the table, by name of metric, its contrasts.
+    """
+    every = [pair.p for by_metric in families for pairs in by_metric.values() for pair in pairs]
+    tests = sum(not math.isnan(p) for p in every)
+    p_holm = iter(holm(every))
     return [
-        replace(made_one, p=p_one, p_holm=corrected, tests=tests)
-        for made_one, p_one, corrected in zip(made, p, holm(p), strict=True)
+        {
+            name: [replace(pair, p_holm=next(p_holm), tests=tests) for pair in pairs]
+            for name, pairs in by_metric.items()
+        }
+        for by_metric in families
     ]
 
 

@@ -22,7 +22,8 @@ from cl_bench.results import COSTS
 HOW_TO_READ_DIFFERENCES = (
     "Δ is the first line minus the second on the seeds and class orders that both finished, with Student's "
     "95 % interval; one that holds zero is possibly noise. p: sign-flip permutation test after Holm's "
-    f"correction over all pairs of a benchmark, made from {PERMUTATION_BLOCKS} shared blocks on: below, no "
+    "correction over every pair, metric and benchmark of the table, made from "
+    f"{PERMUTATION_BLOCKS} shared blocks on: below, no "
     "difference can reach 0.05."
 )
 """What a table of differences needs said beside it, in any format."""

@@ -596,9 +596,15 @@ function references() {
 
 // ---- the table -----------------------------------------------------------------------------------
 
-/** Means that are best and second best as printed, upper bounds aside. */
+/** Whether a line is ranked: upper bounds are not, nor what lacks a block where another lacks none. */
+function isRanked(entry) {
+  const whole = (one) => !one.joint && one.n === benchmark().blocks;
+  return benchmark().entries.some(whole) ? whole(entry) : !entry.joint;
+}
+
+/** Means that are best and second best as printed, of what is ranked. */
 function best(name) {
-  const means = benchmark().entries.filter((entry) => !entry.joint).map((entry) => value(entry, name).mean).filter(known).map((mean) => mean.toFixed(2));
+  const means = benchmark().entries.filter(isRanked).map((entry) => value(entry, name).mean).filter(known).map((mean) => mean.toFixed(2));
   const sorted = [...new Set(means)].sort((one, other) => (data.metrics[name].higher ? other - one : one - other));
   return sorted;
 }
@@ -608,7 +614,7 @@ function cell(entry, name, ranked) {
   if (!entry.n) return element("td", { class: "word" }, entry.statuses.join(", ") || "missing");
   if (!one.n) return element("td", { class: "undefined" }, UNDEFINED);
   if (!isMetric(name)) return element("td", {}, quantity(one.mean));
-  const place = entry.joint ? -1 : ranked.indexOf(one.mean.toFixed(2));
+  const place = isRanked(entry) ? ranked.indexOf(one.mean.toFixed(2)) : -1;
   const deviation = known(one.std) ? element("span", { class: "deviation" }, ` ± ${percent(one.std)}`) : null;
   const count = one.n === benchmark().blocks ? null : element("span", { class: "count" }, ` (${one.n} of ${benchmark().blocks})`);
   const interval = one.interval ? `95 % t interval [${percent(one.interval[0])}, ${percent(one.interval[1])}]` : "interval: n too small";
@@ -645,7 +651,8 @@ function table() {
   fill("table", element("thead", {}, head), element("tbody", {}, ...rows));
   if (!rows.length) byId("table").tBodies[0].append(element("tr", {}, element("td", { colspan: state.columns.length + 1 }, "No strategy matches.")));
   const bound = entries.some((entry) => entry.joint) ? " † Upper bound: trained on all classes at once, so what happens on the way is undefined (–) and it is not ranked." : "";
-  fill("results-note", `Mean ± sample standard deviation over ${benchmark().blocks} ${benchmark().blocks === 1 ? "block (seed and class order)" : "blocks (seeds and class orders)"}, or as many as stand behind it. Bold: best; underlined: second. Charts below draw what is ticked.${bound} A cell in words has no finished run. Point at a cell for its 95 % interval.`);
+  const spared = entries.some((entry) => entry.n && !entry.joint && !isRanked(entry)) ? " What lacks seeds or class orders that another line finished is not ranked." : "";
+  fill("results-note", `Mean ± sample standard deviation over ${benchmark().blocks} ${benchmark().blocks === 1 ? "block (seed and class order)" : "blocks (seeds and class orders)"}, or as many as stand behind it. Bold: best; underlined: second. Charts below draw what is ticked.${bound}${spared} A cell in words has no finished run. Point at a cell for its 95 % interval.`);
 }
 
 function absent() {

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from cl_bench.metrics import HIGHER_IS_BETTER
 from cl_bench.report.comparison import RANKING, Comparison, Entry
-from cl_bench.report.contrasts import Contrast, against, contrasts
+from cl_bench.report.contrasts import Contrast, against, contrasts, corrected
 from cl_bench.report.statistics import NO_VALUES, Statistic
 from cl_bench.results import COSTS, PHASES, digest
 
@@ -182,4 +182,4 @@ def _table(comparisons: list[Comparison], metrics: Sequence[str]) -> Table:
     labels = dict.fromkeys(label for entries in by_label for label in entries)
     rows = [Row(label, [entries.get(label) for entries in by_label]) for label in labels]
     made = [{name: contrasts(comparison, name) for name in metrics} for comparison in comparisons]
-    return Table(comparisons, metrics, sorted(rows, key=lambda row: row.rank), made)
+    return Table(comparisons, metrics, sorted(rows, key=lambda row: row.rank), corrected(made))

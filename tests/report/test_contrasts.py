@@ -8,7 +8,8 @@ import pytest
 import scipy.stats
 
 from cl_bench.report.comparison import Comparison, comparisons
-from cl_bench.report.contrasts import against, contrasts
+from cl_bench.report.contrasts import Contrast, against, contrasts, corrected
+from cl_bench.report.tables import tables
 from cl_bench.results import Result
 
 Made = Callable[..., Result]
@@ -25,6 +26,11 @@ def _compared(made: Made, finals: dict[str, Sequence[int]]) -> Comparison:
     return comparison
 
 
+def _alone(comparison: Comparison, metric: str = "acc/sample") -> list[Contrast]:
+    """Contrasts of a table that holds this benchmark and this metric only."""
+    return corrected([{metric: contrasts(comparison, metric)}])[0][metric]
+
+
 def test_the_difference_is_paired_by_seed_and_order(made: Made) -> None:
     first, second = [14, 10, 18, 12, 16], [13, 9, 16, 11, 14]
     (pair,) = contrasts(_compared(made, {"a": first, "b": second}), "acc/sample")
@@ -37,7 +43,7 @@ def test_the_difference_is_paired_by_seed_and_order(made: Made) -> None:
 def test_a_planted_difference_is_found_where_unpaired_spread_would_hide_it(made: Made) -> None:
     easy_and_hard = [2, 18, 6, 14, 10, 8, 16, 4]
     comparison = _compared(made, {"ahead": [right + 2 for right in easy_and_hard], "behind": easy_and_hard})
-    (pair,) = contrasts(comparison, "acc/sample")
+    (pair,) = _alone(comparison)
     assert pair.difference.mean == 10.0
     assert pair.p == pair.p_holm == 2 / 2**8
     assert pair.verdict == "significant after Holm"
@@ -60,7 +66,7 @@ def test_few_blocks_are_said_to_be_few(made: Made) -> None:
     def verdict(blocks: int) -> str:
         counts = [10, 11, 12, 13, 14, 15][:blocks]
         comparison = _compared(made, {"a": [right + 2 for right in counts], "b": counts})
-        return contrasts(comparison, "acc/sample")[0].verdict
+        return _alone(comparison)[0].verdict
 
     assert verdict(1) == "n too small"
     assert verdict(5) == "interval clear of zero; too few blocks to test"
@@ -80,10 +86,23 @@ def test_holm_covers_all_pairs(made: Made) -> None:
         made, {name: [right + shift for right in counts] for name, shift in (("a", 4), ("b", 2), ("c", 0))}
     )
     # Every pair reaches the smallest p of six blocks, 2 / 64; three of them make it three times that.
-    assert [pair.p_holm for pair in contrasts(comparison, "acc/sample")] == pytest.approx([6 / 64] * 3)
-    assert {pair.verdict for pair in contrasts(comparison, "acc/sample")} == {
+    assert [pair.p_holm for pair in _alone(comparison)] == pytest.approx([6 / 64] * 3)
+    assert {pair.verdict for pair in _alone(comparison)} == {
         "interval clear of zero; too few blocks for 3 tests"
     }
+
+
+def test_holm_covers_every_metric_and_benchmark_of_a_table(made: Made) -> None:
+    results = [
+        made(name, ((10,), (5, right)), seed=seed, dataset=dataset)
+        for dataset in ("digits", "toy")
+        for name, right in (("ahead", 8), ("behind", 4))
+        for seed in range(8)
+    ]
+    (table,) = tables(comparisons(results), ["acc/sample", "maa/sample"])
+    # By hand: eight blocks reach 2 / 256, and of four tests the smallest is taken four times.
+    pairs = [pair for by_metric in table.contrasts for found in by_metric.values() for pair in found]
+    assert [(pair.p, pair.p_holm, pair.tests) for pair in pairs] == [(2 / 256, 8 / 256, 4)] * 4
 
 
 def test_less_forgetting_wins(made: Made) -> None:
