@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from PIL import Image
 
 from cl_bench.cli import main
@@ -304,7 +305,9 @@ def test_wandb_files_hold_curves_with_the_experience_as_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # W&B keeps the settings that it was first asked for
     assert run(tmp_path, "lora", "toy", "--wandb") == 0
+    wandb.teardown()  # its own process may still be writing, as it is until the command ends
     folder = only_result(tmp_path).parent
     (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     records = list(wandb_records(log))

@@ -24,7 +24,7 @@ HOW_TO_READ_DIFFERENCES = (
     "95 % interval; one that holds zero is possibly noise. p: sign-flip permutation test after Holm's "
     "correction over every pair, metric and benchmark of the table, made from "
     f"{PERMUTATION_BLOCKS} shared blocks on: below, no difference can reach 0.05. Blocks count as "
-    "independent: under one class order, intervals speak of seeds alone, and with several seeds an order they "
+    "independent: under one class order, intervals speak of seeds alone; with several seeds an order, they "
     "may be too narrow."
 )
 """What a table of differences needs said beside it, in any format."""
