@@ -35,7 +35,15 @@ FOLDER = "report"
 PAGE = "page.html"
 """The page, in that folder."""
 
-_OURS = (PAGE, "table.*", "absent.csv", "differences.csv", "curves_*.png", "matrix_*.png")
+_PICTURES = ("curves_*.png", "matrix_*.png")
+
+_OURS: dict[Format, tuple[str, ...]] = {
+    "md": ("table.md", *_PICTURES),
+    "latex": ("table.tex", *_PICTURES),
+    "csv": ("table.csv", "absent.csv", "differences.csv"),
+    "json": ("table.json",),
+    "html": (PAGE,),
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     """Read every result below ``results_folder`` and write tables and pictures into its folder ``report``.
 
     Only finished runs enter a mean; the others are listed. Results of unequal protocols never share a table.
-    Tables and pictures of an earlier report in that folder are replaced.
+    What an earlier report left there in the same format is replaced; other formats stay beside it.
 
     Args:
         results_folder: Folder that holds result files, at any depth.
@@ -74,7 +82,7 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     laid_out = tables(compared, shown)
     folder = results_folder / FOLDER
     folder.mkdir(exist_ok=True)
-    _remove_earlier(folder)
+    _remove_earlier(folder, format)
     if format == "html":
         path = _written(folder / PAGE, page(laid_out, results_folder.resolve().name, unreadable))
         return Report(f"One page, to be opened in a browser.\n{_unread(unreadable)}".rstrip(), [path])
@@ -128,9 +136,9 @@ def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa
     return {"table.csv": tidy(laid_out)} | {name: text for name, text in further.items() if text}
 
 
-def _remove_earlier(folder: Path) -> None:
+def _remove_earlier(folder: Path, format: Format) -> None:  # noqa: A002
     """A picture of results that are no longer there must not stand beside the new table."""
-    for pattern in _OURS:
+    for pattern in _OURS[format]:
         for path in folder.glob(pattern):
             path.unlink()
 

@@ -57,6 +57,13 @@ def test_a_report_shows_the_metrics_asked_for(made: Made, tmp_path: Path) -> Non
     assert "bwt/gem" not in text
 
 
+def test_formats_stand_side_by_side(made: Made, tmp_path: Path) -> None:
+    folder = _folder([made()], tmp_path)
+    left = [path for name in FORMATS for path in report(folder, name).files]
+    assert all(path.exists() for path in left)
+    assert len(set(left)) >= len(FORMATS)
+
+
 def test_a_second_report_is_the_same_and_leaves_no_stale_picture(made: Made, tmp_path: Path) -> None:
     first = report(_folder([made()], tmp_path), "md")
     stale = tmp_path / "report" / "curves_gone-T5.png"
