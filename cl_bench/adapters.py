@@ -44,7 +44,7 @@ class LowRank(nn.Module):
     """One adapter: a down-projection ``A`` (r, n) and an up-projection ``B`` (m, r).
 
     Both are plain parameters: a method freezes one with ``requires_grad_(False)`` and writes them in place.
-    The scale is a plain number, which a method may change between experiences.
+    The scale is a plain number, which a method sets when it is built: no checkpoint holds it.
 
     Args:
         in_features: Inputs of the adapted projection, ``n``.

@@ -61,6 +61,7 @@ class Backbone(nn.Module):
         image_size: Height and width of an image in pixels.
         feature_dim: Size of a feature, ``d``.
         weights_sha256: Of the checkpoint file; without one, of the tensors by name.
+        pretrained_names: What of the state is pre-trained; a method may add to the state later.
 
     Raises:
         ValueError: If there is no such model, it takes no such options, or the checkpoint does not fit it.
@@ -103,6 +104,7 @@ class Backbone(nn.Module):
         mean, std = _MEAN_AND_STD[normalisation]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.pretrained_names = frozenset(self.state_dict())
 
     @property
     def blocks(self) -> list[nn.Module]:

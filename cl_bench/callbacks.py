@@ -121,19 +121,32 @@ class Diverged(RuntimeError):
 
 
 class DivergenceGuard(Callback):
-    """Stop when the mean loss of an epoch is not finite; reading it once an epoch makes no step wait."""
+    """Stop where a loss was not finite; the end of an epoch asks, so that no step waits for the device."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with no such step."""
+        self._first = torch.zeros((), dtype=torch.int64, device=pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the first step whose loss was not finite."""
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            step = torch.where(loss.detach().isfinite().all(), 0, trainer.global_step)
+            self._first = torch.where(self._first > 0, self._first, step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the epoch's mean loss.
+        """Look back at the epoch.
 
         Raises:
-            Diverged: If it is not finite.
+            Diverged: If a loss was not finite.
         """
-        loss = float(trainer.callback_metrics.get("train/loss_epoch", 0.0))  # not logged, not guarded
-        if not math.isfinite(loss):
+        step = int(self._first)
+        if step:
             experience = trainer.datamodule.experience  # type: ignore[attr-defined]
             raise Diverged(
-                f"The mean loss is {loss} in epoch {trainer.current_epoch + 1} of experience "
-                f"{experience.index + 1}, at step {trainer.global_step}: lower the learning rate, "
-                "or clip gradients with --trainer.gradient_clip_val."
+                f"The loss is not finite at step {step}, in epoch {trainer.current_epoch + 1} of experience "
+                f"{experience.index + 1}: lower the learning rate, or clip gradients with "
+                "--trainer.gradient_clip_val."
             )

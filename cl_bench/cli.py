@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _console(stderr=True).print(f"error: {sentence(error)}", markup=False)
         return REFUSED
     except KeyboardInterrupt:
-        _console(stderr=True).print("Interrupted. The same command starts what is unfinished again.")
+        _console(stderr=True).print("Interrupted. The same command goes on where this one stopped.")
         return INTERRUPTED
 
 

@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from cl_bench.backbones import weights_identity
+from cl_bench.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.datamodule import StreamDataModule
 from cl_bench.results import digest
 from cl_bench.schema import GROUPS, Config, Schema, keys_of, nearest_class
@@ -34,7 +35,15 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 _load_yaml = get_loader("yaml")  # PyYAML's own loader takes 5e-4 for a word
 
-_RUN_KEYS_OUTSIDE_THE_CELL = {"code", "diagnostics", "results", "setting", "wandb"}
+_RUN_KEYS_OUTSIDE_THE_CELL = {
+    "checkpoint_every",
+    "code",
+    "diagnostics",
+    "results",
+    "resume",
+    "setting",
+    "wandb",
+}
 _DATA_KEYS_OUTSIDE_THE_CELL = {"cache_dir", "name", "num_workers", "root"}  # the cell holds the name
 _TRAINER_KEYS_OUTSIDE_THE_CELL = {
     "accelerator",
@@ -133,6 +142,11 @@ class Configuration:
         name = "-".join(part for part in (strategy, regime, self.namespace.setting) if part)
         cell = f"{self.datamodule.order_name}-seed{self.namespace.seed}-{self.hash}"
         return self.results / self.benchmark / name / cell
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of this cell."""
+        return Checkpoints(self.folder / FOLDER_NAME, self.hash, self.namespace.checkpoint_every)
 
     @cached_property
     def datamodule(self) -> StreamDataModule:

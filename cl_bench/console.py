@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cl_bench.configuration import Configuration
+from cl_bench.continuation import resumption
 from cl_bench.experience import Experience
 from cl_bench.results import FILE_NAME, Result
 from cl_bench.trainer import StreamTrainer
@@ -34,6 +35,15 @@ class RunConsole(Callback):
         )
         self._task = self._progress.add_task("", total=None)
         self._began = 0.0
+        self._said = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say once that the run goes on where another was cut off."""
+        assert isinstance(trainer, StreamTrainer)
+        if not self._said:
+            self._said = True
+            if (line := resumption(trainer.result)) is not None:
+                self.console.print(line, markup=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the experience that begins."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cl_bench.experience import Experience
-from cl_bench.loading import StreamLoader, WorkerPool, collate
+from cl_bench.loading import StreamLoader, WorkerPool
 from cl_bench.regions import BatchedView, Region, Regions
 from cl_bench.stream import (
     Indices,
@@ -488,11 +488,6 @@ class StreamDataModule(LightningDataModule, ABC):
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            # A loader draws a seed when it is iterated. No draw depends on it, and without a generator of its
-            # own it would come from the global one.
-            generator=torch.Generator(),
             # Lightning finishes a batch after its transfer; whoever else asks for one gets it finished.
             finish=partial(self.on_after_batch_transfer, dataloader_idx=0) if self._serving is None else None,
             pool=self._pool if self.num_workers else None,

@@ -54,19 +54,46 @@ class Diagnostics(Callback):
     training. Counts, parameters and random numbers are the same with and without.
     """
 
+    def __init__(self) -> None:
+        self._layers: list[_Adapted] = []
+        self._known: _Known | None = None
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at the model before the first experience trains it."""
+        """Look at the model before the first experience trains it, unless a checkpoint knows how it was."""
         strategy, stream = _strategy(pl_module), _stream(trainer)
-        if stage != "fit" or not stream.experience.is_first:
+        if stage != "fit":
             return
         assert isinstance(trainer, StreamTrainer)
         strategy.to(trainer.strategy.root_device)  # as Lightning is about to do
+        self._layers = _adapted_layers(strategy)
+        if self._known is not None:
+            self._known.to(strategy.device)
+            return
+        if not stream.experience.is_first:
+            raise ValueError(
+                "Diagnostics look at every experience from the first, and the attempt that is gone on with "
+                "had none: leave them out, or start anew with --resume=false."
+            )
         with _at_rest(trainer, strategy):
-            self._layers = _adapted_layers(strategy)
-            self._weights = _weights(self._layers)
-            self._past = [_Past() for _ in self._layers]
-            self._prototypes = torch.zeros(0, strategy.backbone.feature_dim, device=strategy.device)
-            self._outside = _held_out_accuracy(trainer, strategy, stream)
+            self._known = _Known(
+                weights=_weights(self._layers),
+                past=[_Past() for _ in self._layers],
+                prototypes=torch.zeros(0, strategy.backbone.feature_dim, device=strategy.device),
+                outside=_held_out_accuracy(trainer, strategy, stream),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known of earlier experiences; nothing before the first."""
+        if self._known is None:
+            return {}
+        return {name: value for name, value in vars(self._known).items() if name != "past"} | {
+            "past": [vars(past) for past in self._known.past]
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what an earlier attempt knew."""
+        past = [_Past(**entry) for entry in state_dict["past"]]
+        self._known = _Known(**state_dict | {"past": past})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model after an experience."""
@@ -80,30 +107,32 @@ class Diagnostics(Callback):
             logger.log_metrics(values, step=trainer.global_step)
 
     def _entry(self, trainer: StreamTrainer, strategy: Strategy, stream: StreamDataModule) -> dict[str, Any]:
-        violation = self._violation()
-        means, angles = ClassMeans(stream.experience.classes), _Angles(self._prototypes)
+        known = self._known
+        assert known is not None
+        violation = self._violation(known)
+        means, angles = ClassMeans(stream.experience.classes), _Angles(known.prototypes)
         moments = self._moments()
         batches = trainer.on_device(stream.plain_dataloader())
         measure(strategy.features, batches, means, angles, *moments.values())
-        for index, past in enumerate(self._past):
+        for index, past in enumerate(known.past):
             past.add(*_of_layer(moments, self._layers, index))
         centres = means.mean()
         danger, angular = angles.mean(), angles.points(centres, stream.experience.classes.start)
-        self._prototypes = torch.cat([self._prototypes, centres])
-        before, self._outside = self._outside, _held_out_accuracy(trainer, strategy, stream)
+        known.prototypes = torch.cat([known.prototypes, centres])
+        before, known.outside = known.outside, _held_out_accuracy(trainer, strategy, stream)
         return {
             "basis_dims": None if strategy.memory is None else list(strategy.memory.dims),
             "violation": violation,
             "danger_score": danger,
             "angular": angular,
-            "held_out_ncm": None if before is None else {"before": before, "after": self._outside},
+            "held_out_ncm": None if before is None else {"before": before, "after": known.outside},
         }
 
-    def _violation(self) -> dict[str, list[dict[str, float]]]:
+    def _violation(self, known: _Known) -> dict[str, list[dict[str, float]]]:
         """Return the violations of the update since the last call, by projection and block."""
         found: dict[str, list[dict[str, float]]] = {}
-        before, self._weights = self._weights, _weights(self._layers)
-        for layer, past, old, new in zip(self._layers, self._past, before, self._weights, strict=True):
+        before, known.weights = known.weights, _weights(self._layers)
+        for layer, past, old, new in zip(self._layers, known.past, before, known.weights, strict=True):
             if not past.tokens:
                 continue
             assert past.sums is not None
@@ -165,6 +194,22 @@ class _Past:
     def add(self, sums: Tensor, tokens: int) -> None:
         self.sums = sums if self.sums is None else self.sums + sums
         self.tokens += tokens
+
+
+@dataclass
+class _Known:
+    """What is known of the experiences so far: adapted weights, inputs, prototypes, accuracy outside."""
+
+    weights: list[Tensor]
+    past: list[_Past]
+    prototypes: Tensor
+    outside: float | None
+
+    def to(self, device: torch.device) -> None:
+        self.weights = [weight.to(device) for weight in self.weights]
+        self.prototypes = self.prototypes.to(device)
+        for past in self.past:
+            past.sums = None if past.sums is None else past.sums.to(device)
 
 
 class _Angles(Statistic):

@@ -18,3 +18,14 @@ def sentence(error: BaseException) -> str:
     words = " ".join(" ".join(lines).split())
     tells = words and isinstance(error, ValueError | OSError)
     return words if tells else f"{type(error).__name__}: {words}".rstrip(": ")
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Return whether ``error`` says that memory does not suffice, of the accelerator or of this machine.
+
+    >>> is_of_memory(MemoryError()), is_of_memory(RuntimeError("shapes differ"))
+    (True, False)
+    """
+    # torch has a class of its own for accelerators, and raises a RuntimeError like any other for main memory.
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return full or "DefaultCPUAllocator: can't allocate memory" in str(error)

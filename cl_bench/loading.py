@@ -42,7 +42,7 @@ class WorkerPool:
     def __init__(self, datasets: Sequence[Dataset[Any]], num_workers: int) -> None:
         self._datasets = _Together(datasets)
         self._batches = _Batches()
-        self._loader = self._new_loader(self._batches, num_workers, persistent=True)
+        self._loader = _loader(self._datasets, self._batches, num_workers, persistent=True)
         self._num_workers = num_workers
         self._under_way: object | None = None
 
@@ -57,7 +57,7 @@ class WorkerPool:
         """
         marked = [[(dataset, item) for item in batch] for batch in batches]
         if self._under_way is not None:
-            yield from self._new_loader(_Batches(marked), self._num_workers, persistent=False)
+            yield from _loader(self._datasets, _Batches(marked), self._num_workers)
             return
         own = self._under_way = object()
         self._batches.listed = marked
@@ -77,19 +77,6 @@ class WorkerPool:
         iterator = self._loader._iterator
         if iterator is not None:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-    def _new_loader(self, batches: _Batches, num_workers: int, *, persistent: bool) -> DataLoader[Any]:
-        return DataLoader(
-            self._datasets,
-            batch_sampler=batches,
-            num_workers=num_workers,
-            persistent_workers=persistent,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            # A loader draws a seed for its workers when it is iterated. No draw depends on it, and without a
-            # generator of its own it would come from the global one.
-            generator=torch.Generator(),
-        )
 
 
 class StreamLoader(DataLoader[Any]):
@@ -114,16 +101,26 @@ class StreamLoader(DataLoader[Any]):
         self.finish = finish
         self.pool = pool
         self.place = place
+        self._done = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of one pass; nothing is loaded before the first is asked for."""
+        done, self._done = self._done, 0
+        batches = list(BatchSampler(self.sampler, self.batch_size or 1, drop_last=False))[done:]
         if self.pool is None:
-            loaded: Iterable[Any] = super().__iter__()
+            loaded: Iterable[Any] = _loader(self.dataset, _Batches(batches))
         else:
-            batches = BatchSampler(self.sampler, self.batch_size or 1, drop_last=False)
-            loaded = self.pool.load(self.place, list(batches))
+            loaded = self.pool.load(self.place, batches)
         for batch in loaded:
             yield batch if self.finish is None else self.finish(batch)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many batches the next pass leaves out."""
+        return {"batches": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Let the next pass go on after some batches, as if it had begun with them."""
+        self._done = state["batches"]
 
 
 class _Batches(Sampler[list[Any]]):
@@ -145,3 +142,19 @@ class _Together(Dataset[Any]):
     def __getitem__(self, item: tuple[int, Any]) -> Any:
         place, own = item
         return self.datasets[place][own]
+
+
+def _loader(
+    dataset: Dataset[Any], batches: _Batches, num_workers: int = 0, *, persistent: bool = False
+) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        persistent_workers=persistent,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        # A loader draws a seed for its workers when it is iterated. No draw depends on it, and without a
+        # generator of its own it would come from the global one.
+        generator=torch.Generator(),
+    )

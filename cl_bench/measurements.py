@@ -104,6 +104,14 @@ class InputStatistic(nn.Module, Statistic):
         """Forget every token, and free the sums."""
         self._passes = [0] * len(self.layers)
 
+    def get_extra_state(self) -> dict[str, list[int]]:
+        """Return how many passes each layer has heard: which are taken in depends on it."""
+        return {"passes": list(self._passes)}
+
+    def set_extra_state(self, state: dict[str, list[int]]) -> None:
+        """Go on counting passes from ``state``."""
+        self._passes = list(state["passes"])
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hear every input of the layers as long as the context is open."""

@@ -98,9 +98,13 @@ class ProtectedStrategy(LowRankStrategy):
         if self.row_space == "safe":
             self._require_room()
             self._clear_rows()
-        elif self.rectification:
-            for index, layer in enumerate(self.layers):
-                layer.shield(self.memory.basis(index))
+        else:
+            self._shield()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Shield the layers again: a checkpoint holds the memory, not what is made of it."""
+        if self.row_space == "free":
+            self._shield()
 
     @torch.no_grad()
     def rectify_gradients(self) -> None:
@@ -130,6 +134,11 @@ class ProtectedStrategy(LowRankStrategy):
         for adapter, X, Y in zip(alike, *found, strict=True):
             _gradient(adapter.A).copy_(X)
             _gradient(adapter.B).copy_(Y)
+
+    def _shield(self) -> None:
+        if self.rectification:
+            for index, layer in enumerate(self.layers):
+                layer.shield(self.memory.basis(index))
 
     def _clear_rows(self) -> None:
         for index, adapter in self.adapters():

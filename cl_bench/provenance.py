@@ -27,6 +27,13 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
+def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
+    """Return what the bits of a run depend on beside its cell: where one of these differs, they may, too."""
+    made = provenance(device)
+    shown: dict[str, Any] = made["versions"]
+    return shown | {name: made[name] for name in ("commit", "device", "threads")} | {"processes": processes}
+
+
 def device_name(device: torch.device) -> str:
     """Return the kind of the device, with the model of an accelerator."""
     if device.type == "cuda":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_bench import metrics
+from cl_bench.files import replaced
 
 SCHEMA = 1
 _ADDED_FIELDS = {"diagnostics", "domains", "domain_images"}
@@ -233,24 +233,19 @@ class Result:
         }
 
     def write(self, folder: Path) -> Path:
-        """Write the result file into ``folder``; a reader sees the old one or the new one, never a part."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the result file into ``folder``; a reader sees the old one or the new one, never a part.
+
+        Raises:
+            OSError: If it cannot be written; the old one is still there.
+        """
         payload = asdict(self) | {
             "cell": self.cell,
             "group": self.group,
             "protocol": asdict(self.protocol) | {"fingerprint": self.protocol.fingerprint},
         }
         path = folder / FILE_NAME
-        temporary = folder / f".{FILE_NAME}.{os.getpid()}"
-        try:
-            with temporary.open("w", encoding="utf-8") as stream:
-                json.dump(payload, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with replaced(path) as file:
+            file.write(json.dumps(payload, indent=1).encode())
         return path
 
 

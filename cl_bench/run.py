@@ -6,12 +6,13 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
 
+from cl_bench.checkpoint import Refused
 from cl_bench.configuration import Configuration
 from cl_bench.diagnostics import Diagnostics
 from cl_bench.errors import sentence
@@ -44,9 +45,12 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
     (folder / ERROR_NAME).unlink(missing_ok=True)
     (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
     torch.set_num_threads(values.threads)
-    with _refusing(), loggers(configuration) as opened:
+    checkpoints = configuration.checkpoints
+    if not values.resume:
+        checkpoints.clear()
+    with _refusing(), loggers(configuration) as (opened, curves):
         watchers = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
-        strategy, trainer = configuration.build(watchers, opened)
+        strategy, trainer = configuration.build([curves, *watchers], opened)
         trainer.require_fit(strategy, configuration.datamodule)
         try:
             result = trainer.run(
@@ -56,9 +60,13 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
                 config=configuration.cell,
                 setting=values.setting,
                 folder=folder,
+                checkpoints=checkpoints,
             )
+        except Refused:
+            raise
         except Exception as error:
-            (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
+            with suppress(OSError):  # on a full disk, the error itself matters more
+                (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
             raise RunFailed(sentence(error)) from error
         record(result, opened)
         return result

@@ -17,6 +17,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cl_bench.backbones import Backbone
+from cl_bench.checkpoint import EVERY
 from cl_bench.datamodule import StreamDataModule
 from cl_bench.results import Regime
 from cl_bench.spelling import nearest
@@ -27,7 +28,7 @@ Config = dict[str, Any]
 
 GROUPS = ("model", "data", "backbone", "trainer")
 
-_SWITCHES = ("wandb", "diagnostics")  # may stand without a value
+_SWITCHES = ("wandb", "diagnostics", "resume")  # may stand without a value
 
 # Arguments that are set under another key.
 _LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
@@ -81,6 +82,18 @@ class Schema(LightningCLI):
             type=bool,
             default=False,
             help="Measure inside the model after every experience; no count changes.",
+        )
+        parser.add_argument(
+            "--resume",
+            type=bool,
+            default=True,
+            help="Go on where an earlier attempt at this cell was cut off; false starts anew.",
+        )
+        parser.add_argument(
+            "--checkpoint_every",
+            type=float,
+            default=EVERY,
+            help="Seconds after a checkpoint from which on the end of an epoch writes another.",
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

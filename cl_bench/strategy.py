@@ -81,7 +81,9 @@ class Strategy(LightningModule):
     :meth:`after_step`; then :meth:`after_training`.
 
     A strategy draws random numbers in these hooks, not in its constructor: the trainer seeds the generators
-    at the start of every experience. What it must remember is a parameter or a buffer.
+    at the start of every experience. What it must remember is a parameter or a buffer, or plain numbers and
+    words that a module of it returns from torch's ``get_extra_state``: then a run that was cut off goes on
+    where it was. What is made of these alone may be made again in Lightning's ``on_load_checkpoint``.
 
     Attributes:
         name: What tables call the method; the name of its class unless it sets another.
@@ -256,4 +258,5 @@ class Strategy(LightningModule):
 
 
 def _state_bytes(module: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    state = module.state_dict().values()
+    return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))

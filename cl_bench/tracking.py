@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import wandb
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from cl_bench import dashboard
@@ -17,16 +21,54 @@ CURVES_NAME = "curves"
 
 
 @contextmanager
-def loggers(configuration: Configuration) -> Iterator[list[Logger]]:
-    """Open the loggers of a cell in its folder, and close them when the run ends, however it ends."""
-    folder = configuration.folder
-    shutil.rmtree(folder / CURVES_NAME, ignore_errors=True)  # of an earlier attempt at this cell
-    csv = CSVLogger(folder, name=CURVES_NAME, version="")
+def loggers(configuration: Configuration) -> Iterator[tuple[list[Logger], Curves]]:
+    """Open the loggers of a cell in its folder, and close them when the run ends, however it ends.
+
+    Beside them comes the callback that lets the CSV file go on where an earlier attempt was cut off.
+    """
+    curves = Curves(configuration.folder)
     if not configuration.namespace.wandb:
-        yield [csv]
+        yield [curves.logger], curves
         return
     with wandb_run(configuration) as run:
-        yield [csv, WandbLogger(experiment=run)]
+        yield [curves.logger, WandbLogger(experiment=run)], curves
+
+
+class Curves(Callback):
+    """The CSV file of a run, of which a checkpoint knows how far it had come.
+
+    What an earlier attempt wrote is read when this is built, and written again up to the checkpoint that is
+    gone on with, or dropped where there is none.
+
+    Args:
+        folder: Of the cell.
+
+    Attributes:
+        logger: Who writes the file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / CURVES_NAME / "metrics.csv"
+        self._before = _lines(self._file)
+        shutil.rmtree(self._file.parent, ignore_errors=True)
+        self.logger = CSVLogger(folder, name=CURVES_NAME, version="")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Write what is still in memory, and return how many lines there are."""
+        self.logger.save()
+        return {"lines": len(_lines(self._file))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Write again what the earlier attempt had written by then."""
+        self.logger.experiment.metrics[:0] = self._before[: state_dict["lines"]]
+        self.logger.save()
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def wandb_run(configuration: Configuration) -> wandb.Run:
@@ -34,7 +76,8 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
 
     What is logged once an experience, such as ``stream/*``, has the experience as its step. Mode and project
     are W&B's own ``WANDB_MODE`` and ``WANDB_PROJECT`` where they are set; otherwise the run is online for who
-    is logged in and offline for everyone else, in the project ``cl-bench``.
+    is logged in and offline for everyone else, in the project ``cl-bench``. A cell that was cut off goes on
+    in the run it began.
     """
     folder = configuration.folder
     return dashboard.opened(
@@ -44,6 +87,7 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
         job_type=folder.parent.name,
         folder=folder,
         config=configuration.cell,
+        goes_on=configuration.checkpoints.last is not None,
     )
 
 

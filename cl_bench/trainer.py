@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -19,13 +18,21 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
+from cl_bench import progress
 from cl_bench.callbacks import Diverged, DivergenceGuard, StreamMetrics
+from cl_bench.checkpoint import Checkpoints, Phase
+from cl_bench.continuation import Continuation
 from cl_bench.datamodule import StreamDataModule
-from cl_bench.errors import sentence
+from cl_bench.errors import is_of_memory, sentence
 from cl_bench.experience import Experience
+from cl_bench.interruption import Interrupted
 from cl_bench.provenance import provenance
 from cl_bench.results import Cost, Protocol, Regime, Result
 from cl_bench.strategy import Batch, Strategy
+
+
+class OutOfMemory(RuntimeError):
+    """A batch does not fit into memory."""
 
 
 class StreamTrainer(Trainer):
@@ -89,6 +96,8 @@ class StreamTrainer(Trainer):
         self._seconds: dict[str, float] = {}
         self._trainable = 0
         self._result: Result | None = None
+        self._continuation: Continuation | None = None
+        self._stepping = False
 
     @property
     def result(self) -> Result:
@@ -106,6 +115,7 @@ class StreamTrainer(Trainer):
         config: dict[str, Any] | None = None,
         setting: str | None = None,
         folder: Path | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> Result:
         """Train and evaluate ``strategy`` on the whole stream of ``datamodule``.
 
@@ -116,13 +126,19 @@ class StreamTrainer(Trainer):
             config: Resolved config, kept in the result; its hash names the cell.
             setting: Name of the setting, kept in the result.
             folder: Where ``result.json`` is rewritten after every experience; nowhere if None.
+            checkpoints: Where the run is written down at every turn, and gone on with if it was cut off; they
+                are removed when it is done. Nothing of the kind if None.
 
         Returns:
             The result, with status ``done``.
 
         Raises:
             ValueError: If the stream or the strategy's parts do not fit together.
+            Refused: If a checkpoint is there that cannot be gone on with.
+            OSError: If result or checkpoint cannot be written; the ones before are still there.
             Diverged: If the loss is no longer finite.
+            OutOfMemory: If a batch does not fit into memory.
+            KeyboardInterrupt: If Ctrl-C or SIGTERM asked the run to end; the step at hand is finished first.
         """
         self.require_fit(strategy, datamodule)
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
@@ -132,25 +148,37 @@ class StreamTrainer(Trainer):
         strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
         if self.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
+        continuation = self._continuation = Continuation(self, strategy, result, checkpoints)
         _save(result, folder)
         try:
-            with _ctrl_c_raises():
-                for experience in _experiences(datamodule, regime):
-                    self.learn(strategy, datamodule, experience)
-                    self._evaluate(strategy, datamodule, result)
-                    with self.phase("checkpoints"):
-                        _save(result, folder)
+            with continuation.interruption, self._batch_size_said(datamodule):
+                self._walk(strategy, datamodule, result, folder)
             result.status = "done"
         except BaseException as error:
+            asked = isinstance(error, Interrupted | KeyboardInterrupt) or continuation.interruption.requested
             result.status = "diverged" if isinstance(error, Diverged) else "failed"
-            interrupted = isinstance(error, KeyboardInterrupt)
-            result.error = "Interrupted." if interrupted else sentence(error)
+            result.error = "Interrupted." if asked else sentence(error) + continuation.last_good
+            if asked:
+                raise KeyboardInterrupt from error
             raise
         finally:
             datamodule.close()
             self.callbacks.remove(counting)  # type: ignore[attr-defined]
+            self._continuation = None
             _save(result, folder)
+        continuation.clear()
         return result
+
+    def _walk(
+        self, strategy: Strategy, datamodule: StreamDataModule, result: Result, folder: Path | None
+    ) -> None:
+        """Learn and evaluate one experience after the other, from where an earlier attempt was cut off."""
+        resumed = self._continuation.resumed if self._continuation is not None else None
+        for experience in _experiences(datamodule, result.regime)[resumed.experience if resumed else 0 :]:
+            self.learn(strategy, datamodule, experience)
+            self._evaluate(strategy, datamodule, result)
+            with self.phase("checkpoints"):
+                _save(result, folder)
 
     def require_fit(self, strategy: Strategy, datamodule: StreamDataModule) -> None:
         """Read the data, and check that strategy, stream and trainer go together.
@@ -230,6 +258,17 @@ class StreamTrainer(Trainer):
             datamodule: The stream, set up; afterwards it serves this experience.
             experience: The next one.
         """
+        next_phase = self._next_phase
+        if self._continuation is None or self._continuation.resumed is None:
+            self._begin(strategy, datamodule, experience)
+        else:
+            self._go_on(strategy, datamodule, experience)
+        if next_phase != "testing":
+            self.fit(strategy, datamodule=datamodule)
+            self._reached("testing")
+
+    def _begin(self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience) -> None:
+        """Make ``strategy`` ready for a new experience."""
         self._seconds = {}
         # Seeding every experience anew makes it independent of how many numbers the ones before it drew, and
         # gives all strategies the same head to start from.
@@ -239,7 +278,59 @@ class StreamTrainer(Trainer):
         datamodule.enter(experience)
         self.fit_loop.epoch_progress.reset()
         self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
-        self.fit(strategy, datamodule=datamodule)
+        self._reached("expanded")
+
+    def _go_on(self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience) -> None:
+        """Bring everything to where an earlier attempt was cut off within ``experience``."""
+        assert self._continuation is not None
+        stream = _experiences(datamodule, self.result.regime)
+        resumed = self._continuation.take_up(stream[: experience.index + 1])
+        datamodule.enter(experience)
+        self._seconds, self._trainable = dict(resumed.seconds), resumed.trainable
+        self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
+        if resumed.phase == "merging":
+            progress.skip_epochs(self)
+        elif resumed.phase != "training":  # where there are optimizers, the rest waits for them
+            self._continuation.arrive()
+
+    def _arrive(self) -> None:
+        assert self._continuation is not None
+        self._continuation.arrive()
+
+    def _step(self, stepping: bool) -> None:
+        """Take note that the steps of an experience begin or end; a signal waits for the end of one."""
+        self._stepping = stepping
+        if self._continuation is not None:
+            self._continuation.interruption.deferred = stepping
+
+    @contextmanager
+    def _batch_size_said(self, datamodule: StreamDataModule) -> Iterator[None]:
+        """Let an error of full memory say which batch size asked for it."""
+        try:
+            yield
+        except Exception as error:
+            if not is_of_memory(error):
+                raise
+            name = "batch_size" if self._stepping else "test_batch_size"
+            raise OutOfMemory(
+                f"A batch of {getattr(datamodule, name)} images does not fit into the memory of "
+                f"{self.strategy.root_device}: lower --data.{name}."
+            ) from error
+
+    @property
+    def _next_phase(self) -> Phase:
+        """What comes next in the experience at hand."""
+        return "expanded" if self._continuation is None else self._continuation.phase
+
+    def _reached(self, phase: Phase, *, batches: int = 0) -> None:
+        """Write down that ``phase`` comes next, and end here if that was asked."""
+        continuation = self._continuation
+        if continuation is None:
+            return
+        with self.phase("checkpoints"):
+            epoch = self.current_epoch if phase == "training" else 0
+            continuation.write(phase, self._seconds, self._trainable, epoch=epoch, batches=batches)
+        continuation.interruption.heed()
 
     def _evaluate(self, strategy: Strategy, datamodule: StreamDataModule, result: Result) -> None:
         with self.phase("evaluation"):
@@ -285,26 +376,62 @@ class _Lifecycle(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Without an epoch to run, Lightning skips the loop and its hooks; the data must still be measured.
-        if trainer.max_epochs == 0:
+        if progress.no_epoch_left(trainer):
             self.on_train_start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = _strategy(pl_module)
         assert isinstance(trainer, StreamTrainer)
-        with _measuring(trainer, strategy):
-            data = _DataPasses(trainer, before=True)
-            strategy.start_head(data)
-            strategy.before_training(data)
-        trainer._trainable = strategy.trainable_parameters
-        self._training_began = trainer._now()
+        if trainer._next_phase == "expanded":
+            with _measuring(trainer, strategy):
+                data = _DataPasses(trainer, before=True)
+                strategy.start_head(data)
+                strategy.before_training(data)
+            trainer._trainable = strategy.trainable_parameters
+            trainer._reached("training")
+        elif trainer._next_phase == "training":
+            trainer._arrive()
+        trainer._step(True)
+        self._since = trainer._now()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(trainer, StreamTrainer)
+        if trainer.current_epoch and trainer._continuation is not None and trainer._continuation.due:
+            self._pause(trainer, 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(trainer, StreamTrainer)
+        continuation, loop = trainer._continuation, trainer.fit_loop.epoch_loop
+        asked = continuation is not None and continuation.interruption.requested
+        # At the end of an epoch it waits for the next, or for the pass after training.
+        if asked and not (loop.batch_progress.is_last_batch or loop._should_accumulate()):
+            self._pause(trainer, batch_idx + 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = _strategy(pl_module)
         assert isinstance(trainer, StreamTrainer)
-        trainer._seconds["training"] = trainer._now() - self._training_began
+        trainer._step(False)
+        if trainer._next_phase == "merging":
+            trainer._arrive()
+        else:
+            self._count(trainer)
+            trainer._reached("merging")
         with _measuring(trainer, strategy):
             strategy.after_training(_DataPasses(trainer, before=False))
+
+    def _pause(self, trainer: StreamTrainer, batches: int) -> None:
+        """Write a checkpoint between two steps."""
+        self._count(trainer)
+        trainer._reached("training", batches=batches)
+        self._since = trainer._now()
+
+    def _count(self, trainer: StreamTrainer) -> None:
+        """Add to the seconds of training those since it began, or since the last checkpoint in it."""
+        before = trainer._seconds.get("training", 0.0)
+        trainer._seconds["training"] = before + trainer._now() - self._since
 
 
 class _DataPasses:
@@ -341,19 +468,6 @@ def _measuring(trainer: Trainer, strategy: Strategy) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@contextmanager
-def _ctrl_c_raises() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt; Lightning makes it an exit, and no later Ctrl-C is heard."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
-            signal.signal(signal.SIGINT, handler)
-            raise KeyboardInterrupt from error
-        raise
 
 
 def _title(strategy: Strategy, regime: Regime) -> str:

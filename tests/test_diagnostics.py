@@ -8,6 +8,7 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor
 
 from cl_bench.backbones import Backbone
+from cl_bench.contract.subject import copied_state
 from cl_bench.diagnostics import POINTS, Diagnostics, scalars
 from cl_bench.losses import danger_score
 from cl_bench.measurements import class_means
@@ -73,7 +74,7 @@ def test_counts_losses_and_state_are_the_same_with_and_without(method: Any) -> N
         losses, strategy = Losses(), method()
         result = run(strategy, toy(num_classes=8, held_out_classes=2), losses, *watchers)
         assert len(result.diagnostics) == (3 if watchers else 0)
-        kept.append((result.rows, losses.losses, strategy.state_dict()))
+        kept.append((result.rows, losses.losses, copied_state(strategy)))
     without, watched = kept
     assert without[:2] == watched[:2]
     assert all(torch.equal(without[2][name], watched[2][name]) for name in without[2])

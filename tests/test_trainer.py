@@ -14,7 +14,7 @@ from cl_bench.callbacks import Diverged
 from cl_bench.experience import Experience
 from cl_bench.results import FILE_NAME, Result, read
 from cl_bench.strategy import Strategy, TrainingData
-from cl_bench.trainer import StreamTrainer
+from cl_bench.trainer import OutOfMemory, StreamTrainer
 from datamodules.toy import Toy
 from strategies.linear_probe import LinearProbe
 from strategies.lora import LoRA
@@ -196,11 +196,37 @@ class Exploding(LinearProbe):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_as_diverged(tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match=r"epoch 1 of experience 2.*lower the learning rate"):
+    with pytest.raises(Diverged, match=r"at step 5, in epoch 1 of experience 2: lower the learning rate"):
         trainer().run(Exploding(backbone()), toy(), folder=tmp_path)
     result = read(tmp_path / FILE_NAME)
     assert result.status == "diverged"
     assert len(result.rows) == 1
+
+
+class Exhausting(LinearProbe):
+    """It asks for more memory than there is: in a step, or in the pass after training."""
+
+    def __init__(self, backbone: Backbone, *, stepping: bool) -> None:
+        super().__init__(backbone)
+        self.stepping = stepping
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        if self.stepping:
+            torch.empty(2**60)
+        return super().loss(features, labels)
+
+    def after_training(self, data: TrainingData) -> None:
+        torch.empty(2**60)
+
+
+@pytest.mark.parametrize(
+    ("stepping", "words"),
+    [(True, r"A batch of 16 .*lower --data\.batch_size"), (False, r"of 32 .*lower --data\.test_batch_size")],
+)
+def test_full_memory_is_said_with_the_size_of_the_batch(stepping: bool, words: str, tmp_path: Path) -> None:
+    with pytest.raises(OutOfMemory, match=words):
+        trainer().run(Exhausting(backbone(), stepping=stepping), toy(), folder=tmp_path)
+    assert read(tmp_path / FILE_NAME).status == "failed"
 
 
 class Failing(LinearProbe):

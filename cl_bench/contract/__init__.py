@@ -8,7 +8,7 @@ freezing.py       frozen parts, old heads
 optimizer.py      the optimizer's parameters are the strategy's own
 prediction.py     no task id at test
 data.py           no data of other experiences
-reproduction.py   same seed, same bits; a checkpoint keeps them
+reproduction.py   same seed, same bits; cut off, too
 cost.py           memory and operations of a step, on a long stream
 precision.py      float32 and bfloat16
 claims.py         all claims in order

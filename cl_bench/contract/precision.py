@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cl_bench.contract.subject import Run, Subject, some
+from cl_bench.contract.subject import Run, Subject, copied_state, some
 from cl_bench.contract.verdict import Broken
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -22,7 +22,7 @@ def precision(subject: Subject) -> str:
 
 
 def _require_precise(run: Run, name: str) -> None:
-    state = run.strategy.state_dict()
+    state = copied_state(run.strategy)
     coarse = [key for key, value in state.items() if value.dtype in (torch.bfloat16, torch.float16)]
     if coarse:
         raise Broken(

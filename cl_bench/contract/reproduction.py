@@ -1,15 +1,25 @@
-"""Claims about bits: the same seed gives the same ones, and a checkpoint keeps them all."""
+"""Claims about bits: the same seed gives the same ones, and so does a run that is cut off."""
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from cl_bench.checkpoint import Checkpoint, Checkpoints
 from cl_bench.contract.data import Sightings
 from cl_bench.contract.subject import Moment, Run, Subject, differing, some
 from cl_bench.contract.verdict import Broken
+from cl_bench.snapshot import NoPlace
+
+_WORDS = {
+    "expanded": "the pass over its data",
+    "training": "its steps",
+    "merging": "the pass after them",
+    "testing": "its evaluation",
+}
 
 
 @dataclass(frozen=True)
@@ -58,46 +68,56 @@ def seed(one: Plain, other: Plain) -> str:
 
 
 def checkpoint(subject: Subject, original: Plain) -> str:
-    """Claim: the state dict is all that the next experience depends on.
+    """Claim: a run that is cut off goes on to the same bits, wherever in an experience that was.
 
-    After half of the stream it is saved, and read by ``torch.load(weights_only=True)`` into a strategy that
-    was built anew and expanded; logits are the same then, and training on ends in the same bits.
+    A run writes its checkpoints halfway through the stream: before the pass over the data, the steps, the
+    pass after them and the evaluation. From each, a strategy that was built anew goes on to the end.
     """
     half = len(original.moments) // 2
-    saved = original.moments[half - 1]
+    with TemporaryDirectory() as name:
+        kept = _Kept(Path(name), half)
+        run = subject.run()
+        run.trainer.run(run.strategy, run.stream, checkpoints=kept)
+        for phase, path in kept.phases.items():
+            _require_equal(_gone_on(subject, path), original.moments[-1], phase)
+    return f"cut off before {', '.join(kept.phases)} of experience {half + 1}, and ended in the same bits"
+
+
+class _Kept(Checkpoints):
+    """Keeps the checkpoints of one experience, each in a folder of its own."""
+
+    def __init__(self, folder: Path, experience: int) -> None:
+        super().__init__(folder, cell="")
+        self.phases: dict[str, Path] = {}
+        self._experience = experience
+
+    def write(self, checkpoint: Checkpoint) -> Path:
+        """Keep ``checkpoint`` if it is one of the experience."""
+        folder = self.folder / checkpoint.phase
+        if checkpoint.experience == self._experience:
+            self.phases[_WORDS[checkpoint.phase]] = folder
+            return Checkpoints(folder, cell="").write(checkpoint)
+        return folder
+
+
+def _gone_on(subject: Subject, folder: Path) -> Moment:
     run = subject.run()
-    for experience in run.experiences[:half]:
-        run.strategy.expand(experience)
     try:
-        run.strategy.load_state_dict(_from_disk(saved))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise Broken(
-            f"the state does not load into a new strategy that was expanded ({reason}): let expand make "
-            "whatever is saved"
-        ) from error
-    now = run.moment()
-    _require_equal(now, saved, "after loading")
-    for index in range(half, len(run.experiences)):
-        run.learn(run.experiences[index])
-        _require_equal(run.moment(), original.moments[index], f"{index - half + 1} experiences after loading")
-    return f"saved after experience {half}, loaded, and trained on to the same bits"
+        run.trainer.run(run.strategy, run.stream, checkpoints=Checkpoints(folder, cell=""))
+    except NoPlace as error:
+        raise Broken(str(error).rstrip(".")) from error
+    return run.moment()
 
 
-def _from_disk(moment: Moment) -> dict[str, torch.Tensor]:
-    file = io.BytesIO()
-    torch.save(moment.state, file)
-    file.seek(0)
-    loaded: dict[str, torch.Tensor] = torch.load(file, weights_only=True)
-    return loaded
-
-
-def _require_equal(found: Moment, expected: Moment, when: str) -> None:
+def _require_equal(found: Moment, expected: Moment, phase: str) -> None:
+    when = f"differ at the end of a run that was cut off before {phase}"
     names = differing(found.state, expected.state)
     if names:
-        raise Broken(f"{some(names)} differ {when}: keep what training depends on in parameters or buffers")
+        raise Broken(
+            f"{some(names)} {when}: keep what training depends on in parameters, in buffers, or where "
+            "get_extra_state of a module returns it"
+        )
     if not torch.equal(found.logits, expected.logits):
         raise Broken(
-            f"logits differ {when}, although parameters and buffers agree: keep what they depend on in a "
-            "buffer"
+            f"logits {when}, although parameters and buffers agree: keep what they depend on in a buffer"
         )

@@ -204,7 +204,8 @@ def called_around(
 
 def copied_state(strategy: Strategy) -> State:
     """Return copies of the parameters and persistent buffers of ``strategy``."""
-    return {name: tensor.detach().clone() for name, tensor in strategy.state_dict().items()}
+    state = strategy.state_dict().items()
+    return {name: tensor.detach().clone() for name, tensor in state if isinstance(tensor, Tensor)}
 
 
 def differing(one: State, other: State) -> list[str]:

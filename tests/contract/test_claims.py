@@ -65,7 +65,11 @@ def test_every_option_keeps_the_contract(stem: str, overrides: tuple[str, ...]) 
         ("Replays", DATA, "experience 2 shows the backbone 12 training images of experience 1"),
         ("PeeksAtTheTest", DATA, "experience 1 looks at test images"),
         ("DrawsTooEarly", SEED, "draw random numbers in the hooks"),
-        ("KeepsAPlainTensor", CHECKPOINT, "1 experiences after loading"),
+        (
+            "KeepsAPlainTensor",
+            CHECKPOINT,
+            "cut off before the pass over its data: keep what training depends on",
+        ),
         ("HoardsUpdates", MEMORY, "4096 bytes are added in one experience, and 0 are declared"),
         ("KeepsHalf", PRECISION, "under bf16-mixed the strategy keeps centre in half precision"),
         ("DecomposesFeatures", PRECISION, "it stopped with.*BFloat16"),
@@ -75,7 +79,9 @@ def test_every_option_keeps_the_contract(stem: str, overrides: tuple[str, ...]) 
 )
 def test_a_wrong_strategy_breaks_its_claim_and_no_other(strategy: str, claim: str, reason: str) -> None:
     broken = failed(checked(f"{WRONG}:{strategy}"))
-    assert list(broken) == [claim]
+    # What the optimizer holds and the strategy does not is in no checkpoint either.
+    follows = {CHECKPOINT} if claim == OPTIMIZER else set()
+    assert broken.keys() == {claim} | follows
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(broken[claim])
 

@@ -1,0 +1,197 @@
+"""Where a run stands, written down at every turn: if it is cut off, it goes on as if it had not been."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from cl_bench import progress
+from cl_bench.callbacks import Diverged
+from cl_bench.checkpoint import Checkpoint, Checkpoints, Owner, Phase
+from cl_bench.experience import Experience
+from cl_bench.interruption import Interruption
+from cl_bench.provenance import circumstances
+from cl_bench.results import Cost, Result, Row
+from cl_bench.snapshot import Pretrained, random_states, restore, set_random_states, snapshot
+from cl_bench.strategy import Strategy
+
+
+class Continuation:
+    """Writes checkpoints of a run, and goes on from the last one of an earlier attempt.
+
+    Args:
+        trainer: Who trains.
+        strategy: The method, freshly built.
+        result: The result of the run, still blank.
+        checkpoints: Where checkpoints are kept; nothing is written or gone on with if None.
+
+    Attributes:
+        resumed: The checkpoint that is gone on with, until its place is reached.
+        interruption: What is asked of the run from outside.
+
+    Raises:
+        Refused: If the last checkpoint is one of another run, or cannot be read without running code.
+    """
+
+    def __init__(
+        self, trainer: Trainer, strategy: Strategy, result: Result, checkpoints: Checkpoints | None
+    ) -> None:
+        self.interruption = Interruption()
+        self.resumed: Checkpoint | None = None
+        self._trainer = trainer
+        self._strategy = strategy
+        self._result = result
+        self._checkpoints = checkpoints
+        if checkpoints is None:
+            return
+        class_ = type(strategy)
+        self._owner = Owner(
+            checkpoints.cell, f"{class_.__module__}.{class_.__qualname__}", strategy.backbone.weights_sha256
+        )
+        self._circumstances = circumstances(trainer.strategy.root_device, trainer.world_size)
+        self._pretrained = Pretrained(strategy)
+        self.resumed = checkpoints.latest(self._owner)
+        if self.resumed is not None:
+            self._recall(self.resumed)
+
+    @property
+    def due(self) -> bool:
+        """Whether the end of an epoch should be written down."""
+        return self._checkpoints is not None and (self._checkpoints.due or self.interruption.requested)
+
+    @property
+    def phase(self) -> Phase:
+        """What comes next in the experience at hand; ``expanded`` where nothing is gone on with."""
+        return "expanded" if self.resumed is None else self.resumed.phase
+
+    def write(
+        self,
+        phase: Phase,
+        seconds: dict[str, float],
+        trainable: int,
+        *,
+        epoch: int = 0,
+        batches: int = 0,
+    ) -> None:
+        """Write down that ``phase`` comes next in the experience at hand.
+
+        Args:
+            phase: What comes next.
+            seconds: Seconds of the experience so far, by phase.
+            trainable: Number of parameters with a gradient.
+            epoch: Epochs that are done.
+            batches: Batches that are done of the epoch after these.
+
+        Raises:
+            Diverged: If a trained parameter is not finite: the checkpoint before stays the last good one.
+            OSError: If the checkpoint cannot be written; the one before is still there.
+        """
+        if self._checkpoints is None:
+            return
+        self._require_finite()
+        trainer, result = self._trainer, self._result
+        checkpoint = Checkpoint(
+            owner=self._owner,
+            phase=phase,
+            experience=self._strategy.experience.index,
+            epoch=epoch,
+            batches=batches,
+            circumstances=self._circumstances,
+            strategy=snapshot(self._strategy, self._pretrained),
+            random=[random_states()],
+            loops=progress.loops(trainer),
+            training=progress.training(trainer) if phase == "training" else {},
+            callbacks={
+                callback.state_key: state
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if (state := callback.state_dict())
+            },
+            result={
+                "rows": [None if row is None else asdict(row) for row in result.rows],
+                "costs": [asdict(cost) for cost in result.costs],
+                "diagnostics": result.diagnostics,
+                "resumed": result.provenance.get("resumed", []),
+            },
+            seconds=dict(seconds),
+            trainable=trainable,
+        )
+        self._checkpoints.write(checkpoint)
+
+    def take_up(self, experiences: Sequence[Experience]) -> Checkpoint:
+        """Bring strategy, counters and callbacks to where the checkpoint was taken, before a fit.
+
+        Args:
+            experiences: The stream up to the experience at hand.
+        """
+        resumed = self.resumed
+        assert resumed is not None
+        for experience in experiences:
+            self._strategy.expand(experience)
+        restore(self._strategy, resumed.strategy)
+        progress.restore_loops(self._trainer, resumed.loops, inside=bool(resumed.batches))
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+            if callback.state_key in resumed.callbacks:
+                callback.load_state_dict(resumed.callbacks[callback.state_key])
+        return resumed
+
+    def arrive(self) -> None:
+        """Go on from here: what was drawn and learnt up to the checkpoint has been drawn and learnt."""
+        if self.resumed is None:
+            return
+        if self.resumed.phase == "training":
+            progress.restore_training(self._trainer, self.resumed.training, self.resumed.batches)
+        set_random_states(self.resumed.random[0])
+        self.resumed = None
+
+    def clear(self) -> None:
+        """Remove the checkpoints of a run that is done."""
+        if self._checkpoints is not None:
+            self._checkpoints.clear()
+
+    @property
+    def last_good(self) -> str:
+        """Where the last checkpoint is, as the end of a sentence; nothing where there is none."""
+        last = None if self._checkpoints is None else self._checkpoints.last
+        return f" The last good checkpoint is {last}." if last else ""
+
+    def _recall(self, resumed: Checkpoint) -> None:
+        """Take over what the attempt before has found, and say what differs from it."""
+        saved, result = resumed.result, self._result
+        result.rows = [None if row is None else Row(**row) for row in saved["rows"]]
+        result.costs = [Cost(**cost) for cost in saved["costs"]]
+        result.diagnostics = saved["diagnostics"]
+        result.provenance["resumed"] = [
+            *saved["resumed"],
+            {
+                "from": resumed.place,
+                "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "differs": resumed.differences(self._circumstances),
+            },
+        ]
+
+    def _require_finite(self) -> None:
+        finite = [p.detach().isfinite().all() for p in self._strategy.parameters() if p.requires_grad]
+        if finite and not bool(torch.stack(finite).all()):
+            raise Diverged(
+                f"A trained parameter is not finite in experience {self._strategy.experience.index + 1}, at "
+                f"step {self._trainer.global_step}: lower the learning rate, or clip gradients with "
+                "--trainer.gradient_clip_val."
+            )
+
+
+def resumption(result: Result) -> str | None:
+    """Return where the run went on, and what differs since, in one line; None if it ran in one go."""
+    resumed: list[dict[str, Any]] = result.provenance.get("resumed", [])
+    if not resumed:
+        return None
+    line = f"goes on from a checkpoint: {resumed[-1]['from']}"
+    differs = resumed[-1]["differs"]
+    if not differs:
+        return line
+    words = ", ".join(f"{name} {was} then and {now} now" for name, (was, now) in differs.items())
+    return f"{line}\nwarning: bits may differ from those of a run in one go, since there were {words}"

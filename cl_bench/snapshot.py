@@ -1,0 +1,158 @@
+"""What a strategy holds beyond its pre-trained backbone, copied out and put back bit by bit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cl_bench.strategy import Strategy
+
+Snapshot = dict[str, Any]
+"""Tensors, and plain numbers, words, lists and dicts: what ``torch.load(weights_only=True)`` reads."""
+
+_EXTRA = "_extra_state"  # torch's name of what a module keeps beside tensors
+_AT_ONCE = 2**20  # numbers whose fingerprints are taken together
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class NoPlace(ValueError):
+    """A checkpoint holds what the strategy does not make when it is expanded."""
+
+
+class Pretrained:
+    """Remembers the backbone as it was pre-trained, in 8 bytes a row, and tells what has changed since.
+
+    Args:
+        strategy: Freshly built.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        state = strategy.state_dict()
+        names = {f"backbone.{name}" for name in strategy.backbone.pretrained_names} & state.keys()
+        self._fingerprints = {name: _fingerprints(state[name]) for name in names}
+
+    def changed(self, name: str, tensor: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
+        """Return what of ``tensor`` differs from its pre-trained values, in main memory.
+
+        All of it where it was not pre-trained; else the places of its rows that differ (n,) with these rows
+        (n, …), or None where none does.
+        """
+        if name not in self._fingerprints:
+            return _copied(tensor)
+        rows = (_fingerprints(tensor) != self._fingerprints[name]).nonzero()[:, 0]
+        return (rows, _copied(tensor[rows.to(tensor.device)])) if len(rows) else None
+
+
+def snapshot(strategy: Strategy, pretrained: Pretrained) -> Snapshot:
+    """Return what ``strategy`` holds beyond its pre-trained backbone; restored, it is the same bit by bit."""
+    state = strategy.state_dict()
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {
+        "names": list(tensors),
+        "tensors": {
+            name: difference
+            for name, tensor in tensors.items()
+            if (difference := pretrained.changed(name, tensor)) is not None
+        },
+        "extra": {name: value for name, value in state.items() if name not in tensors},
+        "trained": [name for name, parameter in strategy.named_parameters() if parameter.requires_grad],
+    }
+
+
+@torch.no_grad()
+def restore(strategy: Strategy, saved: Snapshot) -> None:
+    """Put a snapshot into a freshly built ``strategy`` that has been expanded as the one it was taken of.
+
+    Raises:
+        NoPlace: If the strategy has no place for something that was saved.
+    """
+    names, tensors = set(saved["names"]), saved["tensors"]
+    modules = dict(strategy.named_modules())
+    for name in saved["names"]:
+        if name in tensors:
+            _put(modules, name, tensors[name])
+    for name in strategy.state_dict().keys() - names - saved["extra"].keys():
+        module, leaf = _place(modules, name)
+        module._buffers[leaf] = None
+    for name, value in saved["extra"].items():
+        _place(modules, name)[0].set_extra_state(value)
+    trained = set(saved["trained"])
+    for name, parameter in strategy.named_parameters():
+        parameter.requires_grad_(name in trained)
+    strategy.on_load_checkpoint({})
+
+
+def random_states() -> Snapshot:
+    """Return the states of all global random generators of this process."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(saved: Mapping[str, Any]) -> None:
+    """Put the states of all global random generators back."""
+    random.setstate(saved["python"])
+    name, keys, position, has_gauss, gauss = saved["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["cuda"])
+
+
+def _put(modules: Mapping[str, nn.Module], name: str, value: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Write into a parameter or buffer, in place where it has the size; a buffer may have grown."""
+    module, leaf = _place(modules, name)
+    parameter, buffer = module._parameters.get(leaf), module._buffers.get(leaf)
+    present = buffer if parameter is None else parameter
+    if isinstance(value, tuple):
+        rows, values = value
+        assert present is not None
+        present[rows.to(present.device)] = values.to(present.device)
+    elif present is not None and present.shape == value.shape and present.dtype == value.dtype:
+        present.copy_(value)
+    elif leaf in module._buffers:
+        module._buffers[leaf] = value.to(next(iter(modules[""].parameters())).device)
+    else:
+        raise NoPlace(
+            f"A checkpoint holds {name} with shape {tuple(value.shape)}, for which the strategy has no place "
+            "after it was expanded: let expand make every parameter and register every buffer."
+        )
+
+
+def _place(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    if path not in modules:
+        raise NoPlace(
+            f"A checkpoint holds {name}, for which the strategy has no place after it was expanded: let "
+            "expand make every module."
+        )
+    return modules[path], leaf
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy in main memory: a part of a larger tensor would be saved with all of it."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _fingerprints(tensor: Tensor) -> Tensor:
+    """Return an integer for each row of ``tensor`` (n, …) that depends on all of its bits, (n,) in int64.
+
+    The bits are weighed with odd random numbers: a row that changed in one place never keeps its integer, and
+    one that changed in several keeps it with a chance below 2⁻³¹.
+    """
+    flat = tensor.detach().contiguous()
+    flat = flat.reshape(1, -1) if flat.ndim < 2 else flat.reshape(len(flat), -1)
+    bits = flat.view(_INTEGERS[flat.element_size()])
+    generator = torch.Generator().manual_seed(bits.shape[1])
+    weights = (torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1).to(bits.device)
+    parts = bits.split(max(1, _AT_ONCE // max(1, bits.shape[1])))
+    return torch.cat([(part.long() * weights).sum(dim=1) for part in parts]).cpu()
