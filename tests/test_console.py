@@ -1,12 +1,41 @@
 import io
 from pathlib import Path
 
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from cl_bench.configuration import layers, resolve
 from cl_bench.console import RunConsole, closing_lines, opening_lines
 from cl_bench.results import read
-from cl_bench.run import finished, quiet, run
+from cl_bench.run import RunFailed, finished, quiet, run
+
+
+class PullsThePlug(Callback):
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise ArithmeticError
+
+
+def test_a_run_that_goes_on_says_from_where_and_what_is_another_than_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configuration = resolve(
+        layers("lora", "toy"), [f"--results={tmp_path}", "--trainer.accelerator=cpu", "--max_epochs=1"]
+    )
+    with quiet(), pytest.raises(RunFailed):
+        run(configuration, [PullsThePlug()])
+    output = io.StringIO()
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    with quiet():
+        run(configuration, [RunConsole(Console(file=output, width=200))])
+    line, warning, *_ = output.getvalue().splitlines()
+    assert line == "goes on from a checkpoint: experience 1, testing"
+    assert warning.startswith(
+        "warning: bits may differ from those of a run in one go, since there were torch "
+    )
+    assert warning.endswith(" then and 1.0 now")
+    assert output.getvalue().count("goes on from") == 1
 
 
 def test_a_terminal_sees_a_bar_and_keeps_one_line_for_each_experience(tmp_path: Path) -> None:
