@@ -67,7 +67,7 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
         except Exception as error:
             with suppress(OSError):  # on a full disk, the error itself matters more
                 (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
-            raise RunFailed(sentence(error)) from error
+            raise RunFailed(trainer.result.error or sentence(error)) from error
         record(result, opened)
         return result
 
