@@ -86,7 +86,17 @@ def _known(root: Path, dataset: str, classes: Sequence[Classes]) -> list[Variant
         return None
     if dataset == "imagenet100" and not {f"classes {name}" for name in classes} <= {v.name for v in variants}:
         return None
+    if dataset in RECIPES and not _makes(RECIPES[dataset], root, variants):
+        return None
     return variants
+
+
+def _makes(recipe: Recipe, root: Path, variants: Sequence[Variant]) -> bool:
+    """Return whether ``root`` still makes ``variants``; lists and pickles are no images of the manifest."""
+    try:
+        return recipe.variants(root) == list(variants)
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 def _fill(

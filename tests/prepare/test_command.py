@@ -152,6 +152,19 @@ def test_a_second_call_fetches_and_changes_nothing(
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
+def test_what_was_removed_since_is_fetched_again(
+    tmp_path: Path, small_cifar: Archive, small_domainnet: list[Archive], console: Console, patience: Patience
+) -> None:
+    for dataset, removed in (("cifar100", small_cifar.unpacks), ("domainnet", "sketch_test.txt")):
+        root = tmp_path / dataset
+        first = prepare(dataset, root, console, patience=patience)
+        (root / small_cifar.name).unlink(missing_ok=True)
+        path = root / removed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert prepare(dataset, root, console, patience=patience) == first
+        assert path.exists()
+
+
 def test_what_was_prepared_is_what_a_run_reads(
     tmp_path: Path, small_cifar: Archive, small_domainnet: list[Archive], console: Console, patience: Patience
 ) -> None:
