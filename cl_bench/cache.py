@@ -26,7 +26,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from cl_bench.images import FileSource, Picture, Pixels, decoded
+from cl_bench.images import FileSource, Picture, Pixels, decoded, opened
 from cl_bench.views import CentreView, resized_shape
 
 CacheKind = Literal["none", "pixels", "jpeg"]
@@ -175,7 +175,7 @@ def _require_room(size: int, images: int, folder: Path) -> None:
 
 
 def _resized_shape(path: Path, short_side: int) -> tuple[int, int]:
-    with Image.open(path) as image:
+    with opened(path) as image:
         return resized_shape(image.height, image.width, short_side)
 
 

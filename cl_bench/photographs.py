@@ -123,7 +123,7 @@ class PhotographFiles(Photographs):
         return decoded if self.cache == "none" else f"{decoded}, {description(self.cache, self._preset.test)}"
 
     def ready(self, sources: Sources) -> Sources:
-        """Return ``sources`` with the cache in front.
+        """Return ``sources`` with the cache in front, of the test images only where they are opened.
 
         Raises:
             ValueError: If augmentation is batched without a cache, or an image cannot be decoded.
@@ -136,7 +136,8 @@ class PhotographFiles(Photographs):
                     "ones: set --cache to pixels or jpeg, or --augmentation to exact."
                 )
             return sources
-        return replace(sources, train=self._cached(sources.train), test=self._cached(sources.test))
+        test = sources.test if self.val_fraction else self._cached(sources.test)
+        return replace(sources, train=self._cached(sources.train), test=test)
 
     def _cached(self, source: Source) -> CachedSource:
         assert isinstance(source, FileSource)

@@ -106,6 +106,23 @@ def test_workers_load_classes_that_are_held_out(root: Path) -> None:
         assert labels.tolist() == other_labels.tolist() == [0] * len(labels)
 
 
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_test_images_that_cannot_be_opened_disturb_no_choice_of_settings(
+    root: Path, tmp_path: Path, way: dict[str, Any]
+) -> None:
+    for path in root.glob("*.png"):
+        is_test = path.name.partition("-")[2] >= "6.png"
+        (tmp_path / path.name).write_bytes(b"no image" if is_test else path.read_bytes())
+    chosen = {"num_experiences": 3, "held_out_classes": 1, "val_fraction": 0.34} | way
+    data = pictures(tmp_path, **chosen)
+    outside = data.held_out_dataloaders()
+    assert outside is not None
+    for loader in (data.train_dataloader(), data.plain_dataloader(), data.test_dataloader(), *outside):
+        assert len(served(loader)[0]) > 0
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(pictures(tmp_path, **chosen | {"val_fraction": 0.0}).test_dataloader())
+
+
 def test_the_batch_size_and_the_batchs_other_images_change_no_view(root: Path) -> None:
     first, second = (
         served(pictures(root, cache="pixels", augmentation="batched", batch_size=size).train_dataloader())
