@@ -11,10 +11,11 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from cl_bench.prepare import imagenet, manifest
+from cl_bench import manifest
+from cl_bench.manifest import Variant
+from cl_bench.prepare import imagenet
 from cl_bench.prepare.archives import Advance, Archive, human, require_whole
 from cl_bench.prepare.download import PATIENCE, Patience, download, partial
-from cl_bench.prepare.manifest import Variant
 from cl_bench.prepare.recipes import NAMES, RECIPES, Recipe, imagenet100_images, imagenet100_variants
 from cl_bench.prepare.scanning import scan
 from cl_bench.prepare.unpacking import STAGING, require_space, unpack
@@ -81,14 +82,16 @@ def _alone(root: Path) -> Iterator[None]:
 
 def _known(root: Path, dataset: str, classes: Sequence[Classes]) -> list[Variant] | None:
     """Return what the manifest says if it still holds and covers what is asked for."""
-    variants = manifest.read(root, dataset)
-    if variants is None or manifest.changed(root) is not None:
+    found = manifest.read(root, dataset)
+    if found is None or manifest.changed(root, found.images) is not None:
         return None
-    if dataset == "imagenet100" and not {f"classes {name}" for name in classes} <= {v.name for v in variants}:
+    if dataset == "imagenet100" and not {f"classes {name}" for name in classes} <= {
+        v.name for v in found.variants
+    }:
         return None
-    if dataset in RECIPES and not _makes(RECIPES[dataset], root, variants):
+    if dataset in RECIPES and not _makes(RECIPES[dataset], root, found.variants):
         return None
-    return variants
+    return found.variants
 
 
 def _makes(recipe: Recipe, root: Path, variants: Sequence[Variant]) -> bool:

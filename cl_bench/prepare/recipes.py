@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cl_bench.filelists import fingerprint
 from cl_bench.images import PixelSource, require_files
+from cl_bench.manifest import Variant
 from cl_bench.prepare.archives import CIFAR100, DOMAINNET, IMAGENET_R, Archive
-from cl_bench.prepare.manifest import Variant
 from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
 
 

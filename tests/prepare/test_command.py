@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from cl_bench import manifest
 from cl_bench.cli import main
 from cl_bench.filelists import fingerprint
-from cl_bench.prepare import manifest
 from cl_bench.prepare.archives import Archive
 from cl_bench.prepare.command import prepare
 from cl_bench.prepare.download import Patience

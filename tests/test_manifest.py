@@ -3,9 +3,10 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
-from cl_bench.prepare import manifest
-from cl_bench.prepare.manifest import Variant
-from cl_bench.prepare.scanning import Scanned
+import pytest
+
+from cl_bench import manifest
+from cl_bench.manifest import Manifest, Scanned, Variant
 
 IMAGES = [Scanned("b.jpg", 2, "22", 3, 4), Scanned("a.jpg", 1, "11", 5, 6)]
 VARIANT = Variant("split coda", 24_000, 6_000, 200, "a" * 64, "b" * 64)
@@ -17,7 +18,7 @@ def test_what_is_written_is_read_and_depends_on_no_order(tmp_path: Path) -> None
         manifest.write(tmp_path, "mine", images, [VARIANT])
         contents.append([(tmp_path / name).read_bytes() for name in (manifest.FILE_NAME, manifest.LIST_NAME)])
     assert contents[0] == contents[1]
-    assert manifest.read(tmp_path, "mine") == [VARIANT]
+    assert manifest.read(tmp_path, "mine") == Manifest([VARIANT], IMAGES[::-1])
     lines = gzip.decompress((tmp_path / manifest.LIST_NAME).read_bytes()).decode().splitlines()
     assert lines == ["a.jpg\t1\t11\t5\t6", "b.jpg\t2\t22\t3\t4"]
 
@@ -30,15 +31,31 @@ def test_no_manifest_and_another_datasets_are_none(tmp_path: Path) -> None:
     assert manifest.read(tmp_path, "other") is None
 
 
-def test_a_missing_or_changed_image_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "of another preparation"])
+def test_a_list_that_is_not_the_manifests_makes_it_none(tmp_path: Path, damage: str) -> None:
     manifest.write(tmp_path, "mine", IMAGES, [VARIANT])
-    assert manifest.changed(tmp_path) == "a.jpg"
+    path = tmp_path / manifest.LIST_NAME
+    packed = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(packed[:-12])
+    elif damage == "flipped":
+        path.write_bytes(packed[:20] + bytes([packed[20] ^ 0xFF]) + packed[21:])
+    elif damage == "of another preparation":
+        path.write_bytes(gzip.compress(b"a.jpg\t1\t11\t5\t6\n", mtime=0))
+    assert manifest.read(tmp_path, "mine") is None
+    path.write_bytes(packed)
+    assert manifest.read(tmp_path, "mine") is not None
+
+
+def test_a_missing_or_changed_image_is_noticed(tmp_path: Path) -> None:
+    assert manifest.changed(tmp_path, IMAGES[::-1]) == "a.jpg"
     (tmp_path / "a.jpg").write_bytes(b"1")
-    assert manifest.changed(tmp_path) == "b.jpg"
+    assert manifest.changed(tmp_path, IMAGES[::-1]) == "b.jpg"
     (tmp_path / "b.jpg").write_bytes(b"22")
-    assert manifest.changed(tmp_path) is None
+    assert manifest.changed(tmp_path, IMAGES[::-1]) is None
     (tmp_path / "b.jpg").write_bytes(b"333")
-    assert manifest.changed(tmp_path) == "b.jpg"
+    assert manifest.changed(tmp_path, IMAGES[::-1]) == "b.jpg"
 
 
 def test_a_variant_is_one_line() -> None:
