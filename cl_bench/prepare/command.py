@@ -16,7 +16,14 @@ from cl_bench.manifest import Variant
 from cl_bench.prepare import imagenet
 from cl_bench.prepare.archives import Advance, Archive, human, require_whole
 from cl_bench.prepare.download import PATIENCE, Patience, download, partial
-from cl_bench.prepare.recipes import NAMES, RECIPES, Recipe, imagenet100_images, imagenet100_variants
+from cl_bench.prepare.recipes import (
+    NAMES,
+    RECIPES,
+    Recipe,
+    imagenet100_images,
+    imagenet100_there,
+    imagenet100_variants,
+)
 from cl_bench.prepare.scanning import scan
 from cl_bench.prepare.unpacking import STAGING, require_space, unpack
 from cl_bench.published import imagenet100
@@ -85,21 +92,16 @@ def _known(root: Path, dataset: str, classes: Sequence[Classes]) -> list[Variant
     found = manifest.read(root, dataset)
     if found is None or manifest.changed(root, found.images) is not None:
         return None
-    if dataset == "imagenet100" and not {f"classes {name}" for name in classes} <= {
-        v.name for v in found.variants
-    }:
+    listed = {variant.name for variant in found.variants}
+    names = [name for name in imagenet100.VARIANTS if f"classes {name}" in listed]
+    if dataset == "imagenet100" and not set(classes) <= set(names):
         return None
-    if dataset in RECIPES and not _makes(RECIPES[dataset], root, found.variants):
-        return None
-    return found.variants
-
-
-def _makes(recipe: Recipe, root: Path, variants: Sequence[Variant]) -> bool:
-    """Return whether ``root`` still makes ``variants``; lists and pickles are no images of the manifest."""
+    recipe = RECIPES.get(dataset)
     try:
-        return recipe.variants(root) == list(variants)
-    except (FileNotFoundError, ValueError):
-        return False
+        made = imagenet100_variants(root, names) if recipe is None else recipe.variants(root)
+    except (FileNotFoundError, ValueError):  # what names or holds the images is no image of the manifest
+        return None
+    return made if made == found.variants else None
 
 
 def _fill(
@@ -163,13 +165,19 @@ def _announce(
 def _build_imagenet100(
     root: Path, source: Path, classes: Sequence[Classes], console: Console, begin: imagenet.Progress
 ) -> list[Variant]:
-    wnids = sorted({wnid for name in classes for wnid in imagenet100.wnids(name)})
     try:
-        imagenet.build(source, root, wnids, begin)
+        imagenet.build(source, root, _wnids(classes), begin)
     except imagenet.NotThere:
         console.print(imagenet.INSTRUCTIONS, markup=False)
         raise
-    return _finish("imagenet100", root, imagenet100_images(root, wnids), imagenet100_variants, begin)
+    there = imagenet100_there(root)
+    names = [name for name in imagenet100.VARIANTS if name in classes or name in there]
+    images = imagenet100_images(root, _wnids(names))
+    return _finish("imagenet100", root, images, lambda root: imagenet100_variants(root, names), begin)
+
+
+def _wnids(classes: Sequence[Classes]) -> list[str]:
+    return sorted({wnid for name in classes for wnid in imagenet100.wnids(name)})
 
 
 def _finish(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,9 @@ from cl_bench.images import PixelSource, require_files
 from cl_bench.manifest import Variant
 from cl_bench.prepare.archives import CIFAR100, DOMAINNET, IMAGENET_R, Archive
 from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
+from cl_bench.published.imagenet100 import Classes, Split
+
+_IMAGENET_SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -69,25 +71,45 @@ def _domainnet_variants(root: Path) -> list[Variant]:
 
 
 def imagenet100_images(root: Path, wnids: Sequence[str]) -> list[str]:
-    """Return the paths of all images of ``wnids`` below ``root``."""
+    """Return the paths of all images of ``wnids`` below ``root``.
+
+    Raises:
+        FileNotFoundError: If a class is missing.
+        ValueError: If one is incomplete.
+    """
     return [
-        f"{split}/{wnid}/{name}"
-        for split in ("train", "val")
-        for wnid in wnids
-        for name in sorted(os.listdir(root / split / wnid))
+        file for split in _IMAGENET_SPLITS for wnid in wnids for file in imagenet100.images(root, split, wnid)
     ]
 
 
-def imagenet100_variants(root: Path) -> list[Variant]:
-    """Return the variants of which all classes are below ``root``."""
+def imagenet100_variants(root: Path, names: Sequence[Classes]) -> list[Variant]:
+    """Return the variants called ``names``.
+
+    Raises:
+        FileNotFoundError: If a class is missing.
+        ValueError: If one is incomplete.
+    """
     variants = []
-    for name in imagenet100.VARIANTS:
+    for name in names:
         wnids = imagenet100.wnids(name)
-        if all((root / split / wnid).is_dir() for split in ("train", "val") for wnid in wnids):
-            files = imagenet100_images(root, wnids)
-            train = [file for file in files if file.startswith("train/")]
-            variants.append(_variant(f"classes {name}", train, files[len(train) :], len(wnids)))
+        train, test = (
+            [file for wnid in wnids for file in imagenet100.images(root, split, wnid)]
+            for split in _IMAGENET_SPLITS
+        )
+        variants.append(_variant(f"classes {name}", train, test, len(wnids)))
     return variants
+
+
+def imagenet100_there(root: Path) -> list[Classes]:
+    """Return the names of the variants of which all classes are below ``root``, complete."""
+    there = []
+    for name in imagenet100.VARIANTS:
+        try:
+            imagenet100_images(root, imagenet100.wnids(name))
+        except (FileNotFoundError, ValueError):
+            continue
+        there.append(name)
+    return there
 
 
 def _variant(name: str, train: Sequence[str], test: Sequence[str], classes: int) -> Variant:

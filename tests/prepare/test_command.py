@@ -28,7 +28,7 @@ from cl_bench.prepare.command import prepare
 from cl_bench.prepare.download import Patience
 from cl_bench.prepare.recipes import RECIPES
 from cl_bench.prepare.unpacking import STAGING
-from cl_bench.published import cifar100, domainnet, imagenet_r
+from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
 from datamodules.cifar100 import Cifar100
 from datamodules.domainnet import DomainNet
 
@@ -278,21 +278,53 @@ def test_imagenet_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "name the folder of ImageNet-1k with --source" in said.err
 
 
-def test_imagenet100_is_built_from_folders(
-    tmp_path: Path, jpeg: Callable[[int], bytes], capsys: pytest.CaptureFixture[str]
-) -> None:
-    from cl_bench.published import imagenet100
-
+@pytest.fixture
+def imagenet_folders(tmp_path: Path, small_classes: None, jpeg: Callable[[int], bytes]) -> Path:
+    """An image of every class of two variants."""
     for split in ("train", "val"):
-        for place, wnid in enumerate(imagenet100.wnids("cmc")):
+        for place, wnid in enumerate(sorted({*imagenet100.wnids("cmc"), *imagenet100.wnids("first100")})):
             folder = tmp_path / "whole" / split / wnid
             folder.mkdir(parents=True)
             (folder / f"{wnid}_1.JPEG").write_bytes(jpeg(place))
-    words = ["prepare", "imagenet100", "--root", str(tmp_path / "root"), "--source", str(tmp_path / "whole")]
+    return tmp_path / "whole"
+
+
+def test_imagenet100_is_built_from_folders(
+    tmp_path: Path, imagenet_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", "imagenet100", "--root", str(tmp_path / "root"), "--source", str(imagenet_folders)]
     assert main([*words, "--classes", "cmc"]) == 0
     assert "imagenet100, classes cmc: 100 + 100 images, 100 classes" in capsys.readouterr().out
     assert main(words) == 2
     assert main([*words, "--classes", "cmc"]) == 0
+
+
+def test_every_variant_that_the_manifest_names_was_scanned(
+    tmp_path: Path, imagenet_folders: Path, console: Console
+) -> None:
+    for classes in ("first100", "cmc"):
+        prepare("imagenet100", tmp_path / "root", console, source=imagenet_folders, classes=[classes])
+    found = manifest.read(tmp_path / "root", "imagenet100")
+    assert found is not None
+    assert [variant.name for variant in found.variants] == ["classes first100", "classes cmc"]
+    assert len(found.images) == 2 * (100 + 100 - 8)
+
+
+def test_a_broken_image_of_a_variant_that_was_there_already_is_found(
+    tmp_path: Path, imagenet_folders: Path, console: Console
+) -> None:
+    root = tmp_path / "root"
+    prepare("imagenet100", root, console, source=imagenet_folders, classes=["first100"])
+    next((root / "train").rglob("*.JPEG")).write_bytes(b"a text")
+    with pytest.raises(ValueError, match=r"1 of 384 images below .* cannot be decoded"):
+        prepare("imagenet100", root, console, source=imagenet_folders, classes=["cmc"])
+
+
+def test_an_image_too_many_is_noticed(tmp_path: Path, imagenet_folders: Path, console: Console) -> None:
+    prepare("imagenet100", imagenet_folders, console, classes=["cmc"])
+    image = next((imagenet_folders / "val" / imagenet100.wnids("cmc")[0]).iterdir())
+    shutil.copyfile(image, image.with_name("another.JPEG"))
+    assert prepare("imagenet100", imagenet_folders, console, classes=["cmc"])[-1].test_images == 101
 
 
 # A process of its own, to be killed: the recipe comes as JSON, because the real archives are too large.

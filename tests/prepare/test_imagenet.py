@@ -13,6 +13,7 @@ from scipy.io import savemat
 
 from cl_bench.prepare import imagenet
 from cl_bench.prepare.imagenet import NotThere, build
+from cl_bench.published import imagenet100
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 TRUTH = [2, 3, 1, 2]
@@ -53,7 +54,9 @@ def devkit() -> bytes:
 
 
 @pytest.fixture
-def source(tmp_path: Path, jpeg: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
+def source(
+    tmp_path: Path, small_classes: None, jpeg: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The three original files, with 2 training images of each class and 4 for validation."""
     folder = tmp_path / "originals"
     folder.mkdir()
@@ -109,6 +112,29 @@ def test_folders_do_as_well_and_their_links_are_resolved(source: Path, root: Pat
     assert files(tmp_path / "second") == EXPECTED
     assert not (tmp_path / "second" / EXPECTED[0]).is_symlink()
     assert (tmp_path / "second" / EXPECTED[0]).read_bytes() == (tmp_path / "elsewhere.JPEG").read_bytes()
+
+
+def test_an_incomplete_folder_is_refused_before_anything_is_copied(
+    source: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(source, root, WNIDS, no_progress)
+    monkeypatch.setitem(imagenet100.PER_CLASS, "train", range(2, 3))
+    (root / EXPECTED[3]).unlink()
+    (tmp_path / "second").mkdir()
+    with pytest.raises(ValueError, match=f"train/{WNIDS[1]} holds 1 images"):
+        build(root, tmp_path / "second", WNIDS, no_progress)
+    assert files(tmp_path / "second") == []
+
+
+def test_a_file_that_is_no_image_is_left_behind(source: Path, root: Path, tmp_path: Path) -> None:
+    build(source, root, WNIDS[:2], no_progress)
+    (root / EXPECTED[0]).with_name("Thumbs.db").touch()
+    (root / EXPECTED[0]).with_name("more").mkdir()
+    (tmp_path / "second").mkdir()
+    build(root, tmp_path / "second", WNIDS[:2], no_progress)
+    assert sorted(path.name for path in (tmp_path / "second" / EXPECTED[0]).parent.iterdir()) == [
+        Path(file).name for file in EXPECTED[:2]
+    ]
 
 
 def test_what_is_there_is_left_and_what_is_missing_is_added(source: Path, root: Path) -> None:
