@@ -266,6 +266,14 @@ class StreamDataModule(LightningDataModule, ABC):
         return {}
 
     @property
+    def images_sha256(self) -> str | None:
+        """Hash of the bytes of all image files as ``cl-bench prepare`` scanned them, for the provenance.
+
+        None where nobody scanned them, and where the protocol's own hashes are of pixels.
+        """
+        return None
+
+    @property
     def order_name(self) -> str:
         """Short name of the class order, as paths show it."""
         return order_name(self.order)

@@ -51,6 +51,8 @@ class Variant:
         classes: Number of classes.
         train_sha256: What the protocol of a run carries of the training images.
         test_sha256: Likewise of the test images.
+        images_sha256: Of the bytes of all its image files, each path with its own sha256 a line; None where
+            the two before are of pixels.
     """
 
     name: str
@@ -59,12 +61,14 @@ class Variant:
     classes: int
     train_sha256: str
     test_sha256: str
+    images_sha256: str | None = None
 
     def line(self) -> str:
         """Return the variant in one line."""
+        of_files = f", files {self.images_sha256[:16]}" if self.images_sha256 else ""
         return (
             f"{self.name}: {self.train_images:,} + {self.test_images:,} images, {self.classes} classes, "
-            f"sha256 {self.train_sha256[:16]} + {self.test_sha256[:16]}"
+            f"sha256 {self.train_sha256[:16]} + {self.test_sha256[:16]}{of_files}"
         )
 
 
@@ -112,6 +116,18 @@ def read(root: Path, dataset: str) -> Manifest | None:
         [Variant(**variant) for variant in content["variants"]],
         [_scanned(line) for line in lines.decode().splitlines()],
     )
+
+
+def variants(root: Path, dataset: str) -> list[Variant]:
+    """Return the variants that the manifest of ``root`` names, its list unread; none without a manifest."""
+    content = _content(root, dataset)
+    return [] if content is None else [Variant(**variant) for variant in content["variants"]]
+
+
+def images_sha256(images: Iterable[Scanned]) -> str:
+    """Return the sha256 of the bytes of ``images``: each path with its own sha256, a line, sorted."""
+    lines = sorted(f"{image.path}\t{image.sha256}\n" for image in images)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def changed(root: Path, images: Iterable[Scanned]) -> str | None:

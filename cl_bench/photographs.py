@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from cl_bench import manifest
 from cl_bench.cache import CachedSource, CacheKind, description
 from cl_bench.datamodule import Sources, StreamDataModule
 from cl_bench.images import FileSource
@@ -121,6 +122,13 @@ class PhotographFiles(Photographs):
         """How stored images become pixels."""
         decoded = super().decoding
         return decoded if self.cache == "none" else f"{decoded}, {description(self.cache, self._preset.test)}"
+
+    @property
+    def images_sha256(self) -> str | None:
+        """That of the variant, by the manifest in the root."""
+        names = [f"{name} {value}" for name, value in self.variants.items()]
+        prepared = manifest.variants(Path(self.root), self.name)
+        return next((variant.images_sha256 for variant in prepared if variant.name in names), None)
 
     def ready(self, sources: Sources) -> Sources:
         """Return ``sources`` with the cache in front, of the test images only where they are opened.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,4 +60,19 @@ def test_a_missing_or_changed_image_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_variant_is_one_line() -> None:
+    assert replace(VARIANT, images_sha256="c" * 64).line() == f"{VARIANT.line()}, files {'c' * 16}"
     assert VARIANT.line() == f"split coda: 24,000 + 6,000 images, 200 classes, sha256 {'a' * 16} + {'b' * 16}"
+
+
+def test_the_hash_of_files_is_of_their_bytes_and_names_in_whatever_order() -> None:
+    sha256 = manifest.images_sha256(IMAGES)
+    assert manifest.images_sha256(IMAGES[::-1]) == sha256
+    for changed in (replace(IMAGES[1], sha256="33"), replace(IMAGES[1], path="c.jpg")):
+        assert manifest.images_sha256([IMAGES[0], changed]) != sha256
+
+
+def test_variants_are_read_without_the_list(tmp_path: Path) -> None:
+    assert manifest.variants(tmp_path, "mine") == []
+    manifest.write(tmp_path, "mine", IMAGES, [VARIANT])
+    (tmp_path / manifest.LIST_NAME).unlink()
+    assert manifest.variants(tmp_path, "mine") == [VARIANT]

@@ -19,6 +19,7 @@ from cl_bench.prepare.download import PATIENCE, Patience, download, partial
 from cl_bench.prepare.recipes import (
     NAMES,
     RECIPES,
+    Images,
     Recipe,
     imagenet100_images,
     imagenet100_there,
@@ -96,9 +97,9 @@ def _known(root: Path, dataset: str, classes: Sequence[Classes]) -> list[Variant
     names = [name for name in imagenet100.VARIANTS if f"classes {name}" in listed]
     if dataset == "imagenet100" and not set(classes) <= set(names):
         return None
-    recipe = RECIPES.get(dataset)
+    recipe, images = RECIPES.get(dataset), {image.path: image for image in found.images}
     try:
-        made = imagenet100_variants(root, names) if recipe is None else recipe.variants(root)
+        made = imagenet100_variants(root, images, names) if recipe is None else recipe.variants(root, images)
     except (FileNotFoundError, ValueError):  # what names or holds the images is no image of the manifest
         return None
     return made if made == found.variants else None
@@ -172,8 +173,10 @@ def _build_imagenet100(
         raise
     there = imagenet100_there(root)
     names = [name for name in imagenet100.VARIANTS if name in classes or name in there]
-    images = imagenet100_images(root, _wnids(names))
-    return _finish("imagenet100", root, images, lambda root: imagenet100_variants(root, names), begin)
+    files = imagenet100_images(root, _wnids(names))
+    return _finish(
+        "imagenet100", root, files, lambda root, images: imagenet100_variants(root, images, names), begin
+    )
 
 
 def _wnids(classes: Sequence[Classes]) -> list[str]:
@@ -183,14 +186,14 @@ def _wnids(classes: Sequence[Classes]) -> list[str]:
 def _finish(
     dataset: str,
     root: Path,
-    images: Sequence[str],
-    variants: Callable[[Path], list[Variant]],
+    files: Sequence[str],
+    variants: Callable[[Path, Images], list[Variant]],
     begin: imagenet.Progress,
 ) -> list[Variant]:
     """Scan every image, and write down what is there."""
     shutil.rmtree(root / STAGING, ignore_errors=True)  # a process that was killed may have left it
-    scanned = scan(root, images, advance=begin("scan images", len(images)))
-    found = variants(root)
+    scanned = scan(root, files, advance=begin("scan images", len(files)))
+    found = variants(root, {image.path: image for image in scanned})
     manifest.write(root, dataset, scanned, found)
     return found
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cl_bench.filelists import fingerprint
 from cl_bench.images import PixelSource, require_files
-from cl_bench.manifest import Variant
+from cl_bench.manifest import Scanned, Variant, images_sha256
 from cl_bench.prepare.archives import CIFAR100, DOMAINNET, IMAGENET_R, Archive
 from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
 from cl_bench.published.imagenet100 import Classes, Split
+
+Images = Mapping[str, Scanned]
+"""What was scanned, by path below the root."""
 
 _IMAGENET_SPLITS: tuple[Split, ...] = ("train", "val")
 
@@ -24,13 +27,13 @@ class Recipe:
         name: Of the dataset.
         archives: What is fetched, in this order.
         images: From the root to the paths of all image files below it.
-        variants: From the root to the variants that its images make.
+        variants: From the root, and its images by path as they were scanned, to the variants that they make.
     """
 
     name: str
     archives: tuple[Archive, ...]
     images: Callable[[Path], Sequence[str]]
-    variants: Callable[[Path], list[Variant]]
+    variants: Callable[[Path, Images], list[Variant]]
 
 
 def _imagenet_r_images(root: Path) -> list[str]:
@@ -39,14 +42,15 @@ def _imagenet_r_images(root: Path) -> list[str]:
     return files
 
 
-def _imagenet_r_variants(root: Path) -> list[Variant]:
+def _imagenet_r_variants(root: Path, images: Images) -> list[Variant]:
+    classes = len(imagenet_r.wnids("sorted"))
     return [
-        _variant(f"split {name}", *imagenet_r.split(name), len(imagenet_r.wnids("sorted")))
+        _variant(f"split {name}", *imagenet_r.split(name), classes, images.values())
         for name in imagenet_r.SPLITS
     ]
 
 
-def _cifar100_variants(root: Path) -> list[Variant]:
+def _cifar100_variants(root: Path, images: Images) -> list[Variant]:
     train, test = (PixelSource(*cifar100.images(root, split)) for split in ("train", "test"))
     classes = len(cifar100.names(root))
     return [Variant("cifar100", len(train), len(test), classes, train.fingerprint, test.fingerprint)]
@@ -60,13 +64,14 @@ def _domainnet_images(root: Path) -> list[str]:
     return files
 
 
-def _domainnet_variants(root: Path) -> list[Variant]:
+def _domainnet_variants(root: Path, images: Images) -> list[Variant]:
     variants = []
     for name in domainnet.VARIANTS:
         train, test = (
             domainnet.listed(root, split, domainnet.domains(name)).files for split in ("train", "test")
         )
-        variants.append(_variant(f"variant {name}", train, test, len(domainnet.names())))
+        found = _of_files([*train, *test], images)
+        variants.append(_variant(f"variant {name}", train, test, len(domainnet.names()), found))
     return variants
 
 
@@ -82,7 +87,7 @@ def imagenet100_images(root: Path, wnids: Sequence[str]) -> list[str]:
     ]
 
 
-def imagenet100_variants(root: Path, names: Sequence[Classes]) -> list[Variant]:
+def imagenet100_variants(root: Path, images: Images, names: Sequence[Classes]) -> list[Variant]:
     """Return the variants called ``names``.
 
     Raises:
@@ -96,7 +101,8 @@ def imagenet100_variants(root: Path, names: Sequence[Classes]) -> list[Variant]:
             [file for wnid in wnids for file in imagenet100.images(root, split, wnid)]
             for split in _IMAGENET_SPLITS
         )
-        variants.append(_variant(f"classes {name}", train, test, len(wnids)))
+        found = _of_files([*train, *test], images)
+        variants.append(_variant(f"classes {name}", train, test, len(wnids), found))
     return variants
 
 
@@ -112,8 +118,18 @@ def imagenet100_there(root: Path) -> list[Classes]:
     return there
 
 
-def _variant(name: str, train: Sequence[str], test: Sequence[str], classes: int) -> Variant:
-    return Variant(name, len(train), len(test), classes, fingerprint(train), fingerprint(test))
+def _variant(
+    name: str, train: Sequence[str], test: Sequence[str], classes: int, images: Iterable[Scanned]
+) -> Variant:
+    lists = fingerprint(train), fingerprint(test)
+    return Variant(name, len(train), len(test), classes, *lists, images_sha256(images))
+
+
+def _of_files(files: Sequence[str], images: Images) -> list[Scanned]:
+    for file in files:
+        if file not in images:
+            raise ValueError(f"The image {file} was not scanned: run again.")
+    return [images[file] for file in files]
 
 
 def _require(root: Path, files: Sequence[str]) -> None:

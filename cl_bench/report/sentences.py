@@ -12,7 +12,7 @@ from cl_bench.report.comparison import Block, Comparison
 from cl_bench.report.settings import differences, flat, plain, shortened
 from cl_bench.results import Result
 
-PROVENANCE = ("python", "versions", "commit", "device", "threads")
+PROVENANCE = ("python", "versions", "commit", "device", "threads", "images_sha256")
 """Parts of the provenance that are footnoted when mixed; times are always mixed."""
 
 _LISTED = 8  # values in a sentence

@@ -31,6 +31,7 @@ from cl_bench.prepare.unpacking import STAGING
 from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
 from datamodules.cifar100 import Cifar100
 from datamodules.domainnet import DomainNet
+from datamodules.imagenet100 import ImageNet100
 
 if TYPE_CHECKING:
     from tests.prepare.conftest import Publish, Server
@@ -180,6 +181,19 @@ def test_what_was_prepared_is_what_a_run_reads(
         net.setup()
         assert found.test_sha256 == net.protocol()["test_images"]
         assert found.test_images == sum(net.test_images)
+        assert found.images_sha256 == net.images_sha256 is not None
+    assert len({found.images_sha256 for found in variants}) == len(domainnet.VARIANTS)
+
+
+def test_the_hash_of_the_files_is_the_same_whichever_variants_were_scanned(
+    tmp_path: Path, imagenet_folders: Path, console: Console
+) -> None:
+    (alone,) = prepare("imagenet100", tmp_path / "root", console, source=imagenet_folders, classes=["cmc"])
+    among = prepare("imagenet100", imagenet_folders, console, classes=["first100", "cmc"])
+    assert alone == among[1]
+    data = ImageNet100(root=str(tmp_path / "root"), classes="cmc", num_experiences=10)
+    assert data.images_sha256 == alone.images_sha256
+    assert ImageNet100(root=str(tmp_path / "root"), num_experiences=10).images_sha256 is None
 
 
 def test_offline_takes_files_that_are_there_and_names_those_that_are_not(
