@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,9 @@ def _unpack_train(source: Path, root: Path, wnids: Sequence[str], begin: Progres
         if missing:
             raise ValueError(f"{outer} holds no {missing[0]}.tar: it is another archive, remove it.")
         inner = [members[f"{wnid}.tar"] for wnid in wnids]
-        advance = begin("unpack train", sum(member.size for member in inner))
+        size = sum(member.size for member in inner)
+        require_space(root, size, f"to unpack {len(wnids)} classes of train")
+        advance = begin("unpack train", size)
         for wnid, member in zip(wnids, inner, strict=True):
             stream = classes.extractfile(member)
             assert stream is not None
@@ -139,21 +141,29 @@ def _unpack_val(source: Path, root: Path, wnids: Sequence[str], begin: Progress)
     classes = _validation_classes(source)
     outer = source / IMAGENET_VAL.name
     require_whole(outer, IMAGENET_VAL, begin(f"check {outer.name}", outer.stat().st_size))
-    with staging(root) as stage:
+    with staging(root) as stage, tarfile.open(outer, mode="r:") as images:
+        wanted = [(member, wnid) for member, wnid in _labelled(outer, images, classes) if wnid in wnids]
+        size = sum(member.size for member, _ in wanted)
+        require_space(root, size, f"to unpack {len(wnids)} classes of val")
+        advance = begin("unpack val", size)
         for wnid in wnids:
             (stage / wnid).mkdir()
-        with tarfile.open(outer, mode="r:") as images:
-            advance = begin("unpack val", outer.stat().st_size)
-            for member in images:
-                advance(member.size)
-                match = _VAL_NAME.fullmatch(member.name)
-                if match is None or not member.isfile():
-                    raise ValueError(f"{outer} holds {member.name!r}, no image of ImageNet, and is refused.")
-                wnid = classes[int(match[1]) - 1]
-                if wnid in wnids:
-                    images.extract(member, stage / wnid, filter="data")
+        for member, wnid in wanted:
+            images.extract(member, stage / wnid, filter="data")
+            advance(member.size)
         for wnid in wnids:
             (stage / wnid).rename(root / "val" / wnid)
+
+
+def _labelled(
+    outer: Path, images: tarfile.TarFile, classes: Sequence[str]
+) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Yield every validation image with the WordNet id of its class."""
+    for member in images:
+        match = _VAL_NAME.fullmatch(member.name)
+        if match is None or not member.isfile():
+            raise ValueError(f"{outer} holds {member.name!r}, no image of ImageNet, and is refused.")
+        yield member, classes[int(match[1]) - 1]
 
 
 def _validation_classes(source: Path) -> list[str]:

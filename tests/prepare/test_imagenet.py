@@ -171,3 +171,19 @@ def test_another_file_than_the_original_is_refused(source: Path, root: Path, nam
     with pytest.raises(ValueError, match="has the md5"):
         build(source, root, WNIDS[:2], no_progress)
     assert not list(root.glob(".unpacking"))
+
+
+@pytest.mark.parametrize(("split", "present"), [("train", []), ("val", ["train"])])
+def test_a_disk_that_is_too_small_is_said_before_a_class_is_unpacked(
+    source: Path, root: Path, split: str, present: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in present:
+        for wnid in WNIDS:
+            (root / part / wnid).mkdir(parents=True)
+    largest = max(path.stat().st_size for path in source.iterdir()) // 3  # enough for each class alone
+    usage = type("usage", (), {"free": largest if split == "train" else 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=rf"are needed to unpack 3 classes of {split}: make room"):
+        build(source, root, WNIDS, no_progress)
+    assert files(root) == []
+    assert [path.name for path in (root / split).iterdir()] == []
