@@ -16,6 +16,7 @@ from cl_bench.errors import sentence
 from cl_bench.grid.cells import Cell
 from cl_bench.grid.command import Entry as CellEntry
 from cl_bench.grid.command import known, run_waiting
+from cl_bench.published import domainnet
 from cl_bench.report.comparison import Comparison, Entry, comparisons
 from cl_bench.report.contrasts import contrast
 from cl_bench.report.markdown import aligned, difference_interval
@@ -329,6 +330,8 @@ def _remarks(
             yield f"{name}: {note}"
         if comparison is not None:
             yield from _backbones(source, comparison)
+    if any(row.dataset == "domainnet" for row in gathered):
+        yield domainnet.UNSAID
     if comparison is None:
         return
     yield from _test_images(comparison)
@@ -340,7 +343,8 @@ def _departures(source: Source, comparison: Comparison | None) -> list[str]:
     """Say how the protocol of ``comparison`` differs from that of ``source``, as far as that is known."""
     if comparison is None:
         return []
-    return [*_backbones(source, comparison), *_test_images(comparison)]
+    unsaid = ["which domains it pools is not said"] if _is_domainnet(comparison) else []
+    return [*_backbones(source, comparison), *_test_images(comparison), *unsaid]
 
 
 def _backbones(source: Source, comparison: Comparison) -> Iterable[str]:
@@ -356,9 +360,14 @@ def _test_images(comparison: Comparison) -> Iterable[str]:
     if evaluated_on != "test":
         yield f"ours is evaluated on {evaluated_on} images held out of training, not on test images"
         return
-    expected = published.sizes(run.dataset)
+    expected = None if _is_domainnet(comparison) else published.sizes(run.dataset)
     if expected is not None and sum(run.test_images) != expected[1]:
         yield f"ours has {sum(run.test_images):,} test images, the usual list {expected[1]:,}"
+
+
+def _is_domainnet(comparison: Comparison) -> bool:
+    """Whether no published row says which variant, and so which images, it used."""
+    return comparison.results[0].dataset == "domainnet"
 
 
 def _runs(source: Source) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from cl_bench.cli import main
 from cl_bench.grid.cells import Cell
+from cl_bench.published import domainnet
 from cl_bench.reproduction.command import Wanted
 from cl_bench.results import Cost, Protocol, Result, Row
 
@@ -39,13 +40,13 @@ def _command(wanted: Wanted, *more: str) -> list[str]:
     return [*words, "--results", str(wanted.results), *more]
 
 
-def _leave(cell: Cell, final: float, protocol: str = "one") -> None:
+def _leave(cell: Cell, final: float, protocol: str = "one", dataset: str = "toy") -> None:
     """Leave a finished result of ``cell`` whose final accuracy is ``final`` percent, of 1,000 images."""
     configuration = cell.configuration()
     correct = [int(10 * final)] * 5
     Result(
         strategy=cell.strategy,
-        dataset="toy",
+        dataset=dataset,
         experiences=[(i, i + 1) for i in range(5)],
         class_names=list("abcde"),
         test_images=[1_000] * 5,
@@ -105,6 +106,24 @@ def test_a_number_that_only_others_print_is_not_the_strategys_own(
     words = ["reproduce", "inflora", str(dataset), "--seeds", "1", "--results", str(wanted.results)]
     main([*words, "--dry-run"])
     assert "o number of its own paper or code is known here" in capsys.readouterr().out
+
+
+def test_domainnets_published_rows_leave_their_variant_unsaid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = tmp_path / "domainnet.yaml"
+    dataset.write_text(TOY)
+    wanted = Wanted("inflora", str(dataset), 5, None, (1,), ("identity",), tmp_path / "results", ())
+    (cell,) = wanted.cells("inflora")
+    words = ["reproduce", "inflora", str(dataset), "--seeds", "1", "--results", str(wanted.results)]
+    main([*words, "--dry-run"])
+    assert f"- {domainnet.UNSAID}" in capsys.readouterr().out
+    _leave(cell, 70.0, dataset="domainnet")
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert f"- {domainnet.UNSAID}" in text
+    assert "which domains it pools is not said): not a reproduction" in text
+    assert "the usual list" not in text
 
 
 def test_what_is_not_done_is_counted_and_not_run_when_dry(
