@@ -21,8 +21,9 @@ def in_words(configuration: Configuration) -> str:
         ValueError: If data, backbone or settings cannot be used.
         OSError: If data or weights are missing.
     """
-    strategy, trainer = configuration.build([], [])
     data = configuration.datamodule
+    data.setup("fit")  # before weights are fetched for data that are not there
+    strategy, trainer = configuration.build([], [])
     trainer.require_fit(strategy, data)
     protocol = trainer.protocol(strategy, data)
     sizes = protocol.identity["experience_sizes"]

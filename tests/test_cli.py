@@ -163,6 +163,16 @@ def test_bad_input_is_one_sentence(
     assert not list(tmp_path.rglob(FILE_NAME))
 
 
+@pytest.mark.parametrize("flags", [[], ["--print_protocol"]])
+def test_data_that_are_not_there_are_said_before_weights_are_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    absent = ["--root", str(tmp_path / "absent"), "--backbone.weights", str(tmp_path / "weights.safetensors")]
+    (tmp_path / "weights.safetensors").write_bytes(b"no weights")
+    assert main(["run", "lora", "imagenet_r", *absent, "--results", str(tmp_path), *flags]) == 2
+    assert refusal(capsys).startswith(f"There is no folder {tmp_path / 'absent'}: fetch the data with")
+
+
 def images(root: Path, *, classes: int = 4, size: int = 16) -> Path:
     for split, count in (("train", 3), ("test", 2)):
         for label in range(classes):
