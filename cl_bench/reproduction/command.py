@@ -63,20 +63,20 @@ class Wanted:
         """Length of the stream.
 
         Raises:
-            ValueError: If it is not given and several were published, or none.
+            ValueError: If nothing was published, or it is not given and several were.
         """
         if self.num_experiences is not None:
             return self.num_experiences
+        published.require_known(self.strategy, self.benchmark)
         lengths = {
             row.num_experiences
             for row in published.published()
             if (row.strategy, row.dataset, row.setting) == (self.strategy, self.benchmark, "")
         }
         if len(lengths) != 1:
-            known_lengths = " or ".join(map(str, sorted(lengths))) or "none"
             raise ValueError(
-                f"{self.strategy} on {self.benchmark} was published with {known_lengths} experiences: "
-                "give --num_experiences."
+                f"{self.strategy} on {self.benchmark} was published with "
+                f"{' or '.join(map(str, sorted(lengths)))} experiences: give --num_experiences."
             )
         return lengths.pop()
 

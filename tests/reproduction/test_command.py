@@ -191,3 +191,19 @@ def test_cells_differ_in_seed_and_order_alone(wanted: Wanted) -> None:
     cells = replace(wanted, orders=("identity", "numpy:1993")).cells("lora")
     assert len({cell.overrides for cell in cells}) == 6
     assert len(np.unique([len(cell.overrides) for cell in cells])) == 1
+
+
+@pytest.mark.parametrize("length", [[], ["--num_experiences", "10"]])
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["inflora", "imagenet_t"], "of inflora on 'imagenet_t' is known here. Did you mean imagenet_r?"),
+        (["inflroa", "imagenet_r"], "of 'inflroa' is known here. Did you mean inflora?"),
+        (["inflora", "digits"], "of inflora on 'digits' is known here. Choose among cifar100, domainnet, "),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(
+    names: list[str], length: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", *names, *length]) == 2
+    assert f"error: No published number {sentence}" in capsys.readouterr().err
