@@ -16,7 +16,7 @@ from cl_bench.errors import sentence
 from cl_bench.grid.cells import Cell
 from cl_bench.grid.command import Entry as CellEntry
 from cl_bench.grid.command import known, run_waiting
-from cl_bench.published import domainnet
+from cl_bench.published import domainnet, imagenet_r
 from cl_bench.report.comparison import Comparison, Entry, comparisons
 from cl_bench.report.contrasts import contrast
 from cl_bench.report.markdown import aligned, difference_interval
@@ -260,7 +260,7 @@ def _of_protocol(
     claims = _claims(wanted, rows, entries)
     if claims:
         paragraphs += [f"{wanted.strategy} minus {wanted.against}, on shared blocks:", _contrasts(claims)]
-    remarks = "\n".join(f"- {remark}" for remark in _remarks(rows, comparison, entries))
+    remarks = "\n".join(f"- {remark}" for remark in dict.fromkeys(_remarks(rows, comparison, entries)))
     paragraphs.append(f"Differences of protocol that are known:\n\n{remarks}")
     paragraphs.append(
         f"Level: within {TOLERANCE} points, or the printed spread where that is wider. Contrast: met if our "
@@ -330,11 +330,11 @@ def _remarks(
             yield f"{name}: {note}"
         if comparison is not None:
             yield from _backbones(source, comparison)
+            yield from _test_images(source, comparison)
     if any(row.dataset == "domainnet" for row in gathered):
         yield domainnet.UNSAID
     if comparison is None:
         return
-    yield from _test_images(comparison)
     if any(entry is None for entry in entries.values()):
         yield "not every strategy was run under this protocol"
 
@@ -344,7 +344,7 @@ def _departures(source: Source, comparison: Comparison | None) -> list[str]:
     if comparison is None:
         return []
     unsaid = ["which domains it pools is not said"] if _is_domainnet(comparison) else []
-    return [*_backbones(source, comparison), *_test_images(comparison), *unsaid]
+    return [*_backbones(source, comparison), *_test_images(source, comparison), *unsaid]
 
 
 def _backbones(source: Source, comparison: Comparison) -> Iterable[str]:
@@ -355,10 +355,15 @@ def _backbones(source: Source, comparison: Comparison) -> Iterable[str]:
         yield f"{source.title} used {used}; ours {backbone(comparison.identity)}"
 
 
-def _test_images(comparison: Comparison) -> Iterable[str]:
-    run, evaluated_on = comparison.results[0], comparison.identity.get("evaluated_on", "test")
+def _test_images(source: Source, comparison: Comparison) -> Iterable[str]:
+    run, identity = comparison.results[0], comparison.identity
+    evaluated_on = identity.get("evaluated_on", "test")
     if evaluated_on != "test":
         yield f"ours is evaluated on {evaluated_on} images held out of training, not on test images"
+        return
+    if run.dataset == "imagenet_r" and "test_images" in identity:
+        if identity["test_images"] != imagenet_r.SHA256[source.imagenet_r_split, "test"]:
+            yield f"{source.title} evaluates on the list {source.imagenet_r_split}, ours on another"
         return
     expected = None if _is_domainnet(comparison) else published.sizes(run.dataset)
     if expected is not None and sum(run.test_images) != expected[1]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from cl_bench.published.imagenet_r import Split
 from cl_bench.spelling import suggestion
 
 
@@ -28,6 +29,7 @@ class Source:
         backbone: Tag of the pre-trained weights; None if not said.
         own: Strategies whose own paper, code or baseline this is.
         remarks: What is doubtful about all of its numbers.
+        imagenet_r_split: Its split of ImageNet-R; the list that most papers share unless it is known better.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Source:
     backbone: str | None
     own: tuple[str, ...]
     remarks: tuple[str, ...]
+    imagenet_r_split: Split = "coda"
 
 
 @dataclass(frozen=True)

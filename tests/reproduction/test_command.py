@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from cl_bench.cli import main
 from cl_bench.grid.cells import Cell
 from cl_bench.published import domainnet
+from cl_bench.published.imagenet_r import SHA256, Split
 from cl_bench.reproduction.command import Wanted
 from cl_bench.results import Cost, Protocol, Result, Row
 
@@ -40,7 +42,13 @@ def _command(wanted: Wanted, *more: str) -> list[str]:
     return [*words, "--results", str(wanted.results), *more]
 
 
-def _leave(cell: Cell, final: float, protocol: str = "one", dataset: str = "toy") -> None:
+def _leave(
+    cell: Cell,
+    final: float,
+    protocol: str = "one",
+    dataset: str = "toy",
+    identity: dict[str, Any] | None = None,
+) -> None:
     """Leave a finished result of ``cell`` whose final accuracy is ``final`` percent, of 1,000 images."""
     configuration = cell.configuration()
     correct = [int(10 * final)] * 5
@@ -53,7 +61,7 @@ def _leave(cell: Cell, final: float, protocol: str = "one", dataset: str = "toy"
         order="identity",
         seed=configuration.namespace.seed,
         regime="sequential",
-        protocol=Protocol({"data": protocol}, {}, {}),
+        protocol=Protocol({"data": protocol} | (identity or {}), {}, {}),
         config=configuration.cell,
         status="done",
         rows=[Row(correct[: i + 1], correct[: i + 1], correct[: i + 1]) for i in range(5)],
@@ -123,6 +131,20 @@ def test_domainnets_published_rows_leave_their_variant_unsaid(
     text = capsys.readouterr().out
     assert f"- {domainnet.UNSAID}" in text
     assert "which domains it pools is not said): not a reproduction" in text
+    assert "the usual list" not in text
+
+
+@pytest.mark.parametrize("split", ["coda", "inflora"])
+def test_lists_of_equally_many_test_images_are_told_apart(
+    wanted: Wanted, split: Split, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("lora", "inflora"):
+        for cell in wanted.cells(name):
+            _leave(cell, 70.0, dataset="imagenet_r", identity={"test_images": SHA256[split, "test"]})
+    assert main(_command(wanted)) == 0
+    text = capsys.readouterr().out
+    told = {other: f"evaluates on the list {other}, ours on another" in text for other in ("coda", "inflora")}
+    assert told == {"coda": split != "coda", "inflora": split != "inflora"}
     assert "the usual list" not in text
 
 
