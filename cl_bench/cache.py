@@ -7,7 +7,9 @@ out of the resized image.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import shutil
 import sys
@@ -24,8 +26,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from cl_bench.images import FileSource, Picture, Pixels, decoded
-from cl_bench.results import digest
+from cl_bench.images import FileSource, Picture, Pixels, decoded, opened
 from cl_bench.views import CentreView, resized_shape
 
 CacheKind = Literal["none", "pixels", "jpeg"]
@@ -88,8 +89,7 @@ Index = dict[str, npt.NDArray[np.int64]]
 
 def _built(source: FileSource, kind: CacheKind, view: CentreView, folder: Path) -> tuple[Path, Index]:
     """Return the file of the cache and its index; build them unless they are there, whole."""
-    key = digest([source.fingerprint, kind, view.short_side, view.interpolation, PIL.__version__])
-    place = folder / f"{kind}-{view.short_side}-{key}"
+    place = folder / f"{kind}-{view.short_side}-{_key(source, kind, view)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,6 +110,14 @@ def _built(source: FileSource, kind: CacheKind, view: CentreView, folder: Path) 
             unfinished.rename(place)
     with np.load(place / "index.npz") as index:
         return place / "images.bin", {name: index[name] for name in ("offsets", "shapes")}
+
+
+def _key(source: FileSource, kind: CacheKind, view: CentreView) -> str:
+    """Return the sha256 of all that decides the bytes: which files in which order, and how each is kept."""
+    stats = [(file, (source.root / file).stat()) for file in source.files]
+    files = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    made = [files, description(kind, view), PIL.__version__]  # the quality of a JPEG is in its description
+    return hashlib.sha256(json.dumps(made).encode()).hexdigest()
 
 
 def _build(source: FileSource, kind: CacheKind, view: CentreView, folder: Path) -> None:
@@ -167,7 +175,7 @@ def _require_room(size: int, images: int, folder: Path) -> None:
 
 
 def _resized_shape(path: Path, short_side: int) -> tuple[int, int]:
-    with Image.open(path) as image:
+    with opened(path) as image:
         return resized_shape(image.height, image.width, short_side)
 
 

@@ -291,14 +291,14 @@ def _report(options: argparse.Namespace) -> int:
     from cl_bench.report import report
 
     written = report(options.results, options.format, options.metrics)
-    console = _console()
-    console.print(written.text, markup=False)
-    console.print("\n".join(f"wrote {path}" for path in written.files), markup=False)
+    _console().print(written.text, markup=False)
+    notices = _console(stderr=True)  # so that a table can be sent on, and nothing but it
+    notices.print("\n".join(f"wrote {path}" for path in written.files), markup=False)
     if options.wandb is not None:
         from cl_bench.report import FOLDER, METRICS, results_below
         from cl_bench.report.upload import upload
 
         results, _ = results_below(options.results)
         shown = options.metrics or METRICS
-        console.print(upload(results, options.wandb, options.results / FOLDER, shown).text, markup=False)
+        notices.print(upload(results, options.wandb, options.results / FOLDER, shown).text, markup=False)
     return DONE

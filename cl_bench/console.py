@@ -100,9 +100,9 @@ def opening_lines(configuration: Configuration) -> str:
         if values.backbone.weights == "random"
         else values.backbone.weights
     )
-    regime = ", joint" if values.regime == "joint" else ""
+    regime = " (joint)" if values.regime == "joint" else ""
     return (
-        f"{configuration.strategy_class.__name__}{regime} on {configuration.benchmark} · "
+        f"{configuration.strategy_class.name}{regime} on {configuration.benchmark} · "
         f"order {configuration.datamodule.order_name} · seed {values.seed} · cell {configuration.hash}\n"
         f"backbone {values.backbone.model}, {weights}, inputs {values.backbone.normalisation}"
         + _variants(configuration)

@@ -266,6 +266,14 @@ class StreamDataModule(LightningDataModule, ABC):
         return {}
 
     @property
+    def images_sha256(self) -> str | None:
+        """Hash of the bytes of all image files as ``cl-bench prepare`` scanned them, for the provenance.
+
+        None where nobody scanned them, and where the protocol's own hashes are of pixels.
+        """
+        return None
+
+    @property
     def order_name(self) -> str:
         """Short name of the class order, as paths show it."""
         return order_name(self.order)
@@ -371,7 +379,7 @@ class StreamDataModule(LightningDataModule, ABC):
         return self._loader(plain, self._sampler(self._current(plain), _PLAIN), self.test_batch_size)
 
     def held_out_dataloaders(self) -> tuple[DataLoader[Batch], DataLoader[Batch]] | None:
-        """Serve training and test images of the classes that are held out; None if none are.
+        """Serve images to train and to evaluate on, of the classes that are held out; None if none are.
 
         The first 32 of each class and kind, or all if there are fewer: they are looked at after every
         experience. All are transformed as at test time and labelled from 0.
@@ -401,7 +409,7 @@ class StreamDataModule(LightningDataModule, ABC):
     @cached_property
     def _held_out(self) -> tuple[DrawnImages, DrawnImages]:
         number = len(self._found.class_names)
-        sources = _of_classes(self._found, range(number - self.held_out_classes, number))
+        sources = self._divided(_of_classes(self._found, range(number - self.held_out_classes, number)))
         labels, plain = range(self.held_out_classes), self.test_transform()
         return DrawnImages(sources.train, labels, plain), DrawnImages(sources.test, labels, plain)
 
@@ -443,13 +451,13 @@ class StreamDataModule(LightningDataModule, ABC):
         )
 
     def _deal(self) -> _Served:
-        train, test, domains = self._divided()
-        names = self._opened.class_names
+        divided = self._divided(self._opened)
+        train, test = divided.train, divided.test
         augmented, plain = self.train_transform(), self.test_transform()
         stream = deal(
             train,
             test,
-            class_order(self.order, len(names)),
+            class_order(self.order, len(divided.class_names)),
             self._sizes(),
             train_transform=augmented,
             test_transform=plain,
@@ -458,17 +466,25 @@ class StreamDataModule(LightningDataModule, ABC):
             stream=stream,
             train=DrawnImages(train, stream.order, augmented),
             plain=DrawnImages(train, stream.order, plain),
-            test=DrawnImages(test, stream.order, plain, domains),
+            test=DrawnImages(test, stream.order, plain, divided.test_domains),
         )
 
-    def _divided(self) -> tuple[Source, Source, Sequence[int]]:
-        """Return the images to train on, those to evaluate on, and the domains of the latter."""
-        sources = self._opened
+    def _divided(self, sources: Sources) -> Sources:
+        """Return ``sources``, evaluated on training images that are held out where settings are chosen."""
         if not self.val_fraction:
-            return sources.train, sources.test, sources.test_domains
+            return sources
         kept, held = held_out(sources.train.targets, self.val_fraction, self.val_seed)
-        domains = [sources.train_domains[index] for index in held.tolist()] if sources.domains else ()
-        return PartSource(sources.train, kept), PartSource(sources.train, held), domains
+        kept_domains, held_domains = (
+            [sources.train_domains[index] for index in part.tolist()] if sources.domains else ()
+            for part in (kept, held)
+        )
+        return replace(
+            sources,
+            train=PartSource(sources.train, kept),
+            test=PartSource(sources.train, held),
+            train_domains=kept_domains,
+            test_domains=held_domains,
+        )
 
     def _current(self, images: DrawnImages) -> Indices:
         """Return the images of the experience's classes; under the joint regime these are all classes."""

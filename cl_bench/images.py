@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -79,10 +80,21 @@ def decoded(path: Path) -> Image.Image:
     Raises:
         ValueError: If the file cannot be decoded.
     """
+    with opened(path) as image:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """Give the image in ``path``, of which nothing but the size is read yet.
+
+    Raises:
+        ValueError: If the file cannot be read as an image, then or inside.
+    """
     try:
         with Image.open(path) as image:
-            image.load()
-            return image if image.mode == "RGB" else image.convert("RGB")
+            yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"The image {path} cannot be read ({error}): replace it, or remove it from the dataset."

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from cl_bench import manifest
 from cl_bench.cache import CachedSource, CacheKind, description
 from cl_bench.datamodule import Sources, StreamDataModule
 from cl_bench.images import FileSource
@@ -122,8 +123,15 @@ class PhotographFiles(Photographs):
         decoded = super().decoding
         return decoded if self.cache == "none" else f"{decoded}, {description(self.cache, self._preset.test)}"
 
+    @property
+    def images_sha256(self) -> str | None:
+        """That of the variant, by the manifest in the root."""
+        names = [f"{name} {value}" for name, value in self.variants.items()]
+        prepared = manifest.variants(Path(self.root), self.name)
+        return next((variant.images_sha256 for variant in prepared if variant.name in names), None)
+
     def ready(self, sources: Sources) -> Sources:
-        """Return ``sources`` with the cache in front.
+        """Return ``sources`` with the cache in front, of the test images only where they are opened.
 
         Raises:
             ValueError: If augmentation is batched without a cache, or an image cannot be decoded.
@@ -136,7 +144,8 @@ class PhotographFiles(Photographs):
                     "ones: set --cache to pixels or jpeg, or --augmentation to exact."
                 )
             return sources
-        return replace(sources, train=self._cached(sources.train), test=self._cached(sources.test))
+        test = sources.test if self.val_fraction else self._cached(sources.test)
+        return replace(sources, train=self._cached(sources.train), test=test)
 
     def _cached(self, source: Source) -> CachedSource:
         assert isinstance(source, FileSource)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cl_bench.configuration import Configuration
-from cl_bench.photographs import Photographs
+from cl_bench.datamodule import StreamDataModule
+from cl_bench.photographs import PhotographFiles, Photographs
 from cl_bench.published import domainnet
 from cl_bench.results import Protocol
 
@@ -20,8 +21,9 @@ def in_words(configuration: Configuration) -> str:
         ValueError: If data, backbone or settings cannot be used.
         OSError: If data or weights are missing.
     """
-    strategy, trainer = configuration.build([], [])
     data = configuration.datamodule
+    data.setup("fit")  # before weights are fetched for data that are not there
+    strategy, trainer = configuration.build([], [])
     trainer.require_fit(strategy, data)
     protocol = trainer.protocol(strategy, data)
     sizes = protocol.identity["experience_sizes"]
@@ -31,6 +33,7 @@ def in_words(configuration: Configuration) -> str:
         ("experiences", f"{len(sizes)}, of {_counted(sizes)} classes"),
         ("class order", f"{data.order_name}; a factor, results of several orders are averaged"),
         ("seed", f"{data.seed}; a factor, likewise"),
+        *_provenance(data),
     ]
     text = [f"{name:<{_WIDTH}}{value}" for name, value in lines]
     return "\n".join([*text, *_remarks(configuration, protocol)])
@@ -57,6 +60,15 @@ def _identity(identity: Mapping[str, Any], evaluated: int) -> list[tuple[str, st
         ("backbone", f"{backbone['model']}, {backbone['weights']} weights {backbone['weights_sha256'][:16]}"),
         ("precision", identity["precision"]),
     ]
+
+
+def _provenance(data: StreamDataModule) -> list[tuple[str, str]]:
+    """Return what is shown beside a result of files, whose lists alone are in the protocol."""
+    if not isinstance(data, PhotographFiles):
+        return []
+    found = data.images_sha256
+    told = "their bytes were never scanned by cl-bench prepare" if found is None else f"bytes {found[:16]}"
+    return [("image files", f"{told}; shown with a result, no part of the protocol")]
 
 
 def _remarks(configuration: Configuration, protocol: Protocol) -> list[str]:

@@ -125,7 +125,8 @@ class Result:
         error: One sentence, when the run did not finish.
         rows: Evaluations, in order.
         costs: What each experience took.
-        provenance: Versions, device, threads, commit and the start; shown, never hashed.
+        provenance: Versions, device, threads, commit, the hash of the bytes of scanned image files, and the
+            start; shown, never hashed.
         diagnostics: What was measured inside the model, an entry an experience; empty if nothing was. See
             :mod:`cl_bench.diagnostics`.
         domains: Names of the domains that the test images come from; empty where a dataset has none.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
@@ -198,6 +199,13 @@ class Schema(LightningCLI):
             name = key.removeprefix(f"{group}.").partition(".")[0]
             if name not in GROUPS and name in inspect.signature(base).parameters:
                 return f"Let {class_.__name__} take **kwargs and hand them to super().__init__."
+        elsewhere = [
+            module
+            for group, base in (("strategies", Strategy), ("datamodules", StreamDataModule))
+            for module in takers(key.removeprefix("model.").removeprefix("data."), group, base)
+        ]
+        if elsewhere:
+            return f"It is a key of {', '.join(elsewhere)}."
         by_last_part = {known.rpartition(".")[2]: known for known in keys}
         match = nearest(key, keys) or by_last_part.get(nearest(key.rpartition(".")[2], by_last_part) or "")
         return f"Did you mean {match}?" if match else "The option --help lists the keys."
@@ -218,6 +226,32 @@ class Schema(LightningCLI):
                 raise ValueError(f"--{full_key} is a group: set its keys one by one, as --{full_key}.KEY.")
             words.append(f"--{full_key}{equals}{value}")
         return words
+
+
+def takers(key: str, package: str, base: type[Any]) -> list[str]:
+    """Return the modules of ``package`` in which a class of the kind ``base`` takes the argument ``key``.
+
+    >>> takers("label_order", "datamodules", StreamDataModule)
+    ['imagenet_r']
+    """
+    found = []
+    for info in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        try:
+            module = importlib.import_module(f"{package}.{info.name}")
+        except Exception:  # a broken file must not hide what is wrong with a key
+            continue
+        own = [
+            value for value in vars(module).values() if getattr(value, "__module__", "") == module.__name__
+        ]
+        if any(inspect.isclass(value) and issubclass(value, base) and _takes(value, key) for value in own):
+            found.append(info.name)
+    return found
+
+
+def _takes(class_: type[Any], key: str) -> bool:
+    """Return whether a constructor of ``class_``, its own or one above it, names ``key``."""
+    constructors = [vars(ancestor)["__init__"] for ancestor in class_.__mro__ if "__init__" in vars(ancestor)]
+    return any(key in inspect.signature(constructor).parameters for constructor in constructors)
 
 
 def keys_of(config: Config) -> list[str]:

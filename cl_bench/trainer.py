@@ -365,7 +365,7 @@ class StreamTrainer(Trainer):
             protocol=self.protocol(strategy, datamodule),
             config=config,
             setting=setting,
-            provenance=provenance(self.strategy.root_device),
+            provenance=provenance(self.strategy.root_device) | {"images_sha256": datamodule.images_sha256},
             domains=datamodule.domains,
             domain_images=datamodule.domain_images,
         )

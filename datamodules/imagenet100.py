@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ from cl_bench.datamodule import Sources
 from cl_bench.images import FileSource
 from cl_bench.photographs import PhotographFiles
 from cl_bench.published import imagenet100
-from cl_bench.published.imagenet100 import Classes
-
-_EXTENSION = ".JPEG"
+from cl_bench.published.imagenet100 import Classes, Split
 
 
 class ImageNet100(PhotographFiles):
@@ -40,29 +37,16 @@ class ImageNet100(PhotographFiles):
         return {"classes": self.classes} | super().variants
 
     def sources(self) -> Sources:
-        """List the files of the 100 classes; no image is opened."""
+        """List the files of the 100 classes, each of which must be complete; no image is opened."""
         root = self._existing_root()
         wnids = imagenet100.wnids(self.classes)
         return Sources(
-            train=_source(root, "train", wnids, self._remedy),
-            test=_source(root, "val", wnids, self._remedy),
-            class_names=wnids,
+            train=_source(root, "train", wnids), test=_source(root, "val", wnids), class_names=wnids
         )
 
 
-def _source(root: Path, split: str, wnids: list[str], remedy: str) -> FileSource:
-    """Return the images of one split, class after class, in byte order."""
-    files: list[str] = []
-    targets: list[int] = []
-    for label, wnid in enumerate(wnids):
-        folder = root / split / wnid
-        images = sorted(name for name in _names(folder) if name.endswith(_EXTENSION))
-        if not images:
-            raise FileNotFoundError(f"There is no image *{_EXTENSION} in {folder}: {remedy}")
-        files += [f"{split}/{wnid}/{name}" for name in images]
-        targets += [label] * len(images)
-    return FileSource(root, files, targets)
-
-
-def _names(folder: Path) -> list[str]:
-    return os.listdir(folder) if folder.is_dir() else []
+def _source(root: Path, split: Split, wnids: list[str]) -> FileSource:
+    """Return the images of one split, class after class."""
+    classes = [imagenet100.images(root, split, wnid) for wnid in wnids]
+    targets = [label for label, files in enumerate(classes) for _ in files]
+    return FileSource(root, [file for files in classes for file in files], targets)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +36,30 @@ def development_data() -> Path:
             f"There is no development data at {folder}: name its folder in CL_BENCH_DEVELOPMENT_DATA."
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def wandb_records() -> Callable[[Path], list[Any]]:
+    """From the folder of an offline run of W&B to the records that it would send."""
+    return lambda folder: [*_records(folder)]
+
+
+def _records(folder: Path) -> Iterator[Any]:
+    """Yield the records of an offline run: after seven bytes, a log in LevelDB's format."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    (path,) = folder.glob("run-*.wandb")
+    content, position, pieces = path.read_bytes(), 7, b""
+    while position < len(content):
+        left_in_block = 32768 - position % 32768
+        if left_in_block < 7:
+            position += left_in_block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        pieces += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            record = Record()
+            record.ParseFromString(pieces)
+            yield record
+            pieces = b""

@@ -84,6 +84,40 @@ def test_another_resizing_or_kind_has_a_cache_of_its_own(source: FileSource, tmp
     assert len(list((tmp_path / "cache").rglob("images.bin"))) == 3
 
 
+def test_files_in_another_order_have_a_cache_of_their_own(source: FileSource, tmp_path: Path) -> None:
+    CachedSource(source, "pixels", VIEW, tmp_path / "cache")
+    reverse = FileSource(source.root, source.files[::-1], source.targets[::-1])
+    cached = CachedSource(reverse, "pixels", VIEW, tmp_path / "cache")
+    for index in range(len(reverse)):
+        assert torch.equal(VIEW(cached[index][0]), VIEW(reverse[index][0]))
+
+
+def test_a_replaced_file_is_decoded_anew(source: FileSource, tmp_path: Path) -> None:
+    CachedSource(source, "pixels", VIEW, tmp_path / "cache")
+    Image.new("RGB", (60, 40), (10, 20, 30)).save(source.root / source.files[0])
+    cached = CachedSource(source, "pixels", VIEW, tmp_path / "cache")
+    assert torch.equal(VIEW(cached[0][0]), VIEW(source[0][0]))
+
+
+def test_files_of_equal_names_in_two_roots_share_no_cache(source: FileSource, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for file in source.files:
+        Image.new("RGB", (60, 40), (10, 20, 30)).save(tmp_path / "other" / file)
+    CachedSource(source, "pixels", VIEW, tmp_path / "cache")
+    other = FileSource(tmp_path / "other", source.files, source.targets)
+    cached = CachedSource(other, "pixels", VIEW, tmp_path / "cache")
+    assert torch.equal(VIEW(cached[5][0]), VIEW(other[5][0]))
+
+
+def test_another_quality_of_jpeg_has_a_cache_of_its_own(
+    source: FileSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CachedSource(source, "jpeg", VIEW, tmp_path / "cache")
+    monkeypatch.setattr("cl_bench.cache.JPEG_QUALITY", 30)
+    CachedSource(source, "jpeg", VIEW, tmp_path / "cache")
+    assert len(list((tmp_path / "cache").rglob("images.bin"))) == 2
+
+
 def test_what_a_killed_process_left_is_built_anew(source: FileSource, tmp_path: Path) -> None:
     CachedSource(source, "pixels", VIEW, tmp_path / "cache")
     (place,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())

@@ -1,9 +1,8 @@
 import csv
 import json
-import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +162,16 @@ def test_bad_input_is_one_sentence(
     assert not list(tmp_path.rglob(FILE_NAME))
 
 
+@pytest.mark.parametrize("flags", [[], ["--print_protocol"]])
+def test_data_that_are_not_there_are_said_before_weights_are_looked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    absent = ["--root", str(tmp_path / "absent"), "--backbone.weights", str(tmp_path / "weights.safetensors")]
+    (tmp_path / "weights.safetensors").write_bytes(b"no weights")
+    assert main(["run", "lora", "imagenet_r", *absent, "--results", str(tmp_path), *flags]) == 2
+    assert refusal(capsys).startswith(f"There is no folder {tmp_path / 'absent'}: fetch the data with")
+
+
 def images(root: Path, *, classes: int = 4, size: int = 16) -> Path:
     for split, count in (("train", 3), ("test", 2)):
         for label in range(classes):
@@ -302,15 +311,15 @@ def test_diagnostics_fill_the_result_and_the_curves_of_the_same_cell(tmp_path: P
 
 
 def test_wandb_files_hold_curves_with_the_experience_as_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, wandb_records: Callable[[Path], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     wandb.teardown()  # W&B keeps the settings that it was first asked for
     assert run(tmp_path, "lora", "toy", "--wandb") == 0
     wandb.teardown()  # its own process may still be writing, as it is until the command ends
     folder = only_result(tmp_path).parent
-    (log,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    records = list(wandb_records(log))
+    (kept,) = folder.glob("wandb/offline-run-*")
+    records = wandb_records(kept)
     history = [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for record in records
@@ -344,23 +353,3 @@ def test_wandb_files_hold_curves_with_the_experience_as_step(
     }
     assert {"label", "benchmark", "fingerprint"} <= config
     assert len([*folder.glob("wandb/offline-run-*/files/media/table/accuracy_matrix*.json")]) == 1
-
-
-def wandb_records(path: Path) -> Iterator[Any]:
-    """Yield the records of an offline run: after seven bytes, a log in LevelDB's format."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
-
-    content, position, pieces = path.read_bytes(), 7, b""
-    while position < len(content):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        pieces += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            record = Record()
-            record.ParseFromString(pieces)
-            yield record
-            pieces = b""

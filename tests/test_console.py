@@ -49,8 +49,17 @@ def test_a_terminal_sees_a_bar_and_keeps_one_line_for_each_experience(tmp_path: 
     text = output.getvalue()
     assert "epoch 2/2" in text
     assert text.count("accuracy over") == 3
-    assert "LoRA on toy-T3" in opening_lines(configuration)
+    assert opening_lines(configuration).startswith("LoRA on toy-T3")
+    assert closing_lines(result, configuration.folder).startswith("LoRA (merge): ")
     path = finished(configuration)
     assert path is not None
     assert read(path) == result
     assert str(path) in closing_lines(result, configuration.folder)
+
+
+def test_a_method_has_its_printed_name_from_the_first_line_on(tmp_path: Path) -> None:
+    opening = [
+        opening_lines(resolve(layers(name, "toy"), [f"--results={tmp_path}"])).partition(" on toy")[0]
+        for name in ("janus_lora", "ncm", "joint")
+    ]
+    assert opening == ["JANUS-LoRA", "NCM", "LoRA (joint)"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cl_bench import manifest
 from cl_bench.backbones import Backbone
 from cl_bench.configuration import layers, resolve
 from cl_bench.datamodule import Sources
 from cl_bench.images import FileSource
+from cl_bench.manifest import Variant
 from cl_bench.photographs import PhotographFiles
 from cl_bench.strategy import Batch
 from cl_bench.trainer import StreamTrainer
 from strategies.linear_probe import LinearProbe
+from strategies.ncm import NearestClassMean
 
 CLASSES = 4
 
@@ -53,7 +57,7 @@ def pictures(root: Path, **arguments: Any) -> Pictures:
     usual: dict[str, Any] = {"root": str(root), "num_experiences": 2, "image_size": 16, "batch_size": 5}
     data = Pictures(**usual | arguments)
     data.setup()
-    data.enter(data.experiences[1])
+    data.enter(data.experiences[-1])
     return data
 
 
@@ -104,6 +108,23 @@ def test_workers_load_classes_that_are_held_out(root: Path) -> None:
     for (images, labels), (other_images, other_labels) in zip(*sides, strict=True):
         assert torch.equal(images, other_images)
         assert labels.tolist() == other_labels.tolist() == [0] * len(labels)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_test_images_that_cannot_be_opened_disturb_no_choice_of_settings(
+    root: Path, tmp_path: Path, way: dict[str, Any]
+) -> None:
+    for path in root.glob("*.png"):
+        is_test = path.name.partition("-")[2] >= "6.png"
+        (tmp_path / path.name).write_bytes(b"no image" if is_test else path.read_bytes())
+    chosen = {"num_experiences": 3, "held_out_classes": 1, "val_fraction": 0.34} | way
+    data = pictures(tmp_path, **chosen)
+    outside = data.held_out_dataloaders()
+    assert outside is not None
+    for loader in (data.train_dataloader(), data.plain_dataloader(), data.test_dataloader(), *outside):
+        assert len(served(loader)[0]) > 0
+    with pytest.raises(ValueError, match="cannot be read"):
+        list(pictures(tmp_path, **chosen | {"val_fraction": 0.0}).test_dataloader())
 
 
 def test_the_batch_size_and_the_batchs_other_images_change_no_view(root: Path) -> None:
@@ -171,6 +192,21 @@ def test_a_run_sees_what_a_loader_serves_in_its_precision(
     StreamTrainer(max_epochs=1, accelerator="cpu", precision=precision).run(strategy, data)
     expected, _ = served(pictures(root, **way).train_dataloader())
     assert torch.equal(torch.cat(strategy.seen[-3:]), expected.to(dtype))
+
+
+def test_a_result_says_which_files_were_scanned(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    tiny = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1)
+    found = []
+    for _ in range(2):
+        strategy = NearestClassMean(Backbone("vision_transformer", weights="random", options=tiny))
+        data = pictures(tmp_path, num_experiences=1)
+        result = StreamTrainer(max_epochs=1, accelerator="cpu").run(strategy, data)
+        found.append((result.provenance["images_sha256"], result.protocol.fingerprint))
+        variant = Variant("transforms inflora", 24, 8, CLASSES, "a" * 64, "b" * 64, "c" * 64)
+        manifest.write(tmp_path, "pictures", [], [variant])
+    assert [sha256 for sha256, _ in found] == [None, "c" * 64]
+    assert found[0][1] == found[1][1]
 
 
 def test_where_a_cache_lies_makes_no_other_cell() -> None:

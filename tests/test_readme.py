@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.configuration import stems_of
+from cl_bench.configuration import layers, resolve, stems_of
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,15 @@ def test_links_lead_to_files(readme: str, checkout: Path) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
     assert links
     assert not [link for link in links if not (checkout / link).exists()]
+
+
+def test_options_of_one_run_deal_a_stream_of_its_dataset(readme: str) -> None:
+    section = readme.partition("## One run")[2].partition("\n## ")[0]
+    ((strategy, dataset),) = re.findall(r"cl-bench run (\w+) (\w+) --seed", section)
+    (words,) = re.findall(r"`(--held_out_classes [^`]*)`", section)
+    data = resolve(layers(strategy, dataset), words.split()).datamodule
+    data.setup()
+    assert len(data.class_names) == 8
 
 
 def test_the_python_example_runs(readme: str) -> None:

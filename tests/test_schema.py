@@ -68,6 +68,9 @@ def test_a_flag_may_be_negated(schema: Schema, words: list[str]) -> None:
         (["--sede", "4"], "There is no key sede. Did you mean seed?"),
         (["--trainer.max_epoch", "4"], "There is no key trainer.max_epoch. Did you mean trainer.max_epochs?"),
         (["--backbone.weight", "x"], "There is no key backbone.weight. Did you mean backbone.weights?"),
+        (["--cache", "jpeg"], "There is no key cache. It is a key of domainnet, imagenet100, imagenet_r."),
+        (["--data.split", "coda"], "There is no key data.split. It is a key of imagenet_r."),
+        (["--similarity", "cosine"], "There is no key similarity. It is a key of ncm."),
         (["--qqqqqq", "4"], "There is no key qqqqqq. The option --help lists the keys."),
         (["--rank", "x"], "--model.rank cannot be 'x': expected int."),
         (

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cl_bench.datamodule import ArraySource, Sources
 from cl_bench.stream import Source
@@ -96,6 +97,16 @@ def test_the_test_images_stay_closed_while_settings_are_chosen() -> None:
     assert data.opened["test"] == []
     assert set(data.opened["train"]) == set(range(6 * 12))
     assert data.test_images == [3] * 6
+
+
+def test_the_test_images_of_classes_outside_the_stream_stay_closed_too() -> None:
+    data = Watched(num_experiences=2, val_fraction=0.25, held_out_classes=2)
+    opened(data)
+    loaders = data.held_out_dataloaders()
+    assert loaders is not None
+    labels = [torch.cat([labels for _, labels in loader]).bincount().tolist() for loader in loaders]
+    assert labels == [[9, 9], [3, 3]]
+    assert data.opened["test"] == []
 
 
 def test_held_out_images_are_evaluated_and_never_trained_on() -> None:

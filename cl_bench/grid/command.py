@@ -43,7 +43,7 @@ class Entry:
 
 
 def run_grid(name: str, results: Path | None, workers: int | None, *, dry_run: bool) -> bool:
-    """Run the unfinished cells of grid ``name`` and return whether every cell is done.
+    """Run the unfinished cells of grid ``name`` and return whether none of them failed.
 
     Args:
         name: Config stem or path.
@@ -67,7 +67,7 @@ def run_grid(name: str, results: Path | None, workers: int | None, *, dry_run: b
         for entry in entries:
             state = "done  " if entry.done else "to run"
             console.print(f"  {state}  {entry.configuration.hash}  {entry.cell.command}", markup=False)
-        return not waiting
+        return True
     return run_waiting(entries, workers, console)
 
 

@@ -11,11 +11,20 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from cl_bench.prepare import imagenet, manifest
+from cl_bench import manifest
+from cl_bench.manifest import Variant
+from cl_bench.prepare import imagenet
 from cl_bench.prepare.archives import Advance, Archive, human, require_whole
 from cl_bench.prepare.download import PATIENCE, Patience, download, partial
-from cl_bench.prepare.manifest import Variant
-from cl_bench.prepare.recipes import NAMES, RECIPES, Recipe, imagenet100_images, imagenet100_variants
+from cl_bench.prepare.recipes import (
+    NAMES,
+    RECIPES,
+    Images,
+    Recipe,
+    imagenet100_images,
+    imagenet100_there,
+    imagenet100_variants,
+)
 from cl_bench.prepare.scanning import scan
 from cl_bench.prepare.unpacking import STAGING, require_space, unpack
 from cl_bench.published import imagenet100
@@ -81,12 +90,19 @@ def _alone(root: Path) -> Iterator[None]:
 
 def _known(root: Path, dataset: str, classes: Sequence[Classes]) -> list[Variant] | None:
     """Return what the manifest says if it still holds and covers what is asked for."""
-    variants = manifest.read(root, dataset)
-    if variants is None or manifest.changed(root) is not None:
+    found = manifest.read(root, dataset)
+    if found is None or manifest.changed(root, found.images) is not None:
         return None
-    if dataset == "imagenet100" and not {f"classes {name}" for name in classes} <= {v.name for v in variants}:
+    listed = {variant.name for variant in found.variants}
+    names = [name for name in imagenet100.VARIANTS if f"classes {name}" in listed]
+    if dataset == "imagenet100" and not set(classes) <= set(names):
         return None
-    return variants
+    recipe, images = RECIPES.get(dataset), {image.path: image for image in found.images}
+    try:
+        made = imagenet100_variants(root, images, names) if recipe is None else recipe.variants(root, images)
+    except (FileNotFoundError, ValueError):  # what names or holds the images is no image of the manifest
+        return None
+    return made if made == found.variants else None
 
 
 def _fill(
@@ -150,26 +166,34 @@ def _announce(
 def _build_imagenet100(
     root: Path, source: Path, classes: Sequence[Classes], console: Console, begin: imagenet.Progress
 ) -> list[Variant]:
-    wnids = sorted({wnid for name in classes for wnid in imagenet100.wnids(name)})
     try:
-        imagenet.build(source, root, wnids, begin)
+        imagenet.build(source, root, _wnids(classes), begin)
     except imagenet.NotThere:
         console.print(imagenet.INSTRUCTIONS, markup=False)
         raise
-    return _finish("imagenet100", root, imagenet100_images(root, wnids), imagenet100_variants, begin)
+    there = imagenet100_there(root)
+    names = [name for name in imagenet100.VARIANTS if name in classes or name in there]
+    files = imagenet100_images(root, _wnids(names))
+    return _finish(
+        "imagenet100", root, files, lambda root, images: imagenet100_variants(root, images, names), begin
+    )
+
+
+def _wnids(classes: Sequence[Classes]) -> list[str]:
+    return sorted({wnid for name in classes for wnid in imagenet100.wnids(name)})
 
 
 def _finish(
     dataset: str,
     root: Path,
-    images: Sequence[str],
-    variants: Callable[[Path], list[Variant]],
+    files: Sequence[str],
+    variants: Callable[[Path, Images], list[Variant]],
     begin: imagenet.Progress,
 ) -> list[Variant]:
     """Scan every image, and write down what is there."""
     shutil.rmtree(root / STAGING, ignore_errors=True)  # a process that was killed may have left it
-    scanned = scan(root, images, advance=begin("scan images", len(images)))
-    found = variants(root)
+    scanned = scan(root, files, advance=begin("scan images", len(files)))
+    found = variants(root, {image.path: image for image in scanned})
     manifest.write(root, dataset, scanned, found)
     return found
 

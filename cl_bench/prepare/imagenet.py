@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from cl_bench.prepare.archives import (
     require_whole,
 )
 from cl_bench.prepare.unpacking import require_space, staging, unpack_tar
+from cl_bench.published import imagenet100
+from cl_bench.published.imagenet100 import Split
 
 INSTRUCTIONS = f"""ImageNet-1k cannot be fetched without an account. What to do, once:
   1. Register at https://image-net.org/download-images and accept its terms.
@@ -38,6 +40,8 @@ _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 Progress = Callable[[str, int], Advance]
 """Called with what begins and its number of bytes; what it returns is told of the bytes done."""
+
+Unpack = Callable[[Path, Path, Sequence[str], Progress], None]
 
 
 class NotThere(FileNotFoundError):
@@ -57,18 +61,19 @@ def build(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> No
 
     Raises:
         NotThere: If neither folders nor tars hold a class.
-        ValueError: If a tar is not the published one.
+        ValueError: If a tar is not the published one, or a class folder is incomplete.
         OSError: If the disk is too small.
     """
-    for split, archive, unpack in (
+    parts: tuple[tuple[Split, Archive, Unpack], ...] = (
         ("train", IMAGENET_TRAIN, _unpack_train),
         ("val", IMAGENET_VAL, _unpack_val),
-    ):
+    )
+    for split, archive, unpack in parts:
         (root / split).mkdir(exist_ok=True)
         absent = [wnid for wnid in wnids if not (root / split / wnid).is_dir()]
         in_folders = [wnid for wnid in absent if (source / split / wnid).is_dir()]
         if in_folders:
-            _copy(source / split, root, split, in_folders, begin)
+            _copy(source, root, split, in_folders, begin)
         absent = [wnid for wnid in absent if wnid not in in_folders]
         if absent:
             _require_there(source, archive, split, absent)
@@ -83,17 +88,18 @@ def _require_there(source: Path, archive: Archive, split: str, absent: Sequence[
         )
 
 
-def _copy(folder: Path, root: Path, split: str, wnids: Sequence[str], begin: Progress) -> None:
-    """Copy whole class folders, by hard links where one disk holds both."""
-    files = [path for wnid in wnids for path in (folder / wnid).iterdir()]
-    size = sum(path.stat().st_size for path in files)
-    if folder.stat().st_dev != root.stat().st_dev:
+def _copy(source: Path, root: Path, split: Split, wnids: Sequence[str], begin: Progress) -> None:
+    """Copy the images of whole class folders, by hard links where one disk holds both."""
+    files = {wnid: imagenet100.images(source, split, wnid) for wnid in wnids}
+    size = sum((source / file).stat().st_size for of_class in files.values() for file in of_class)
+    if (source / split).stat().st_dev != root.stat().st_dev:
         require_space(root, size, f"to copy {len(wnids)} classes of {split}")
     advance = begin(f"copy {split}", size)
     with staging(root) as stage:
-        for wnid in wnids:
+        for wnid, of_class in files.items():
             (stage / wnid).mkdir()
-            for path in (folder / wnid).iterdir():
+            for file in of_class:
+                path = source / file
                 _link_or_copy(path, stage / wnid / path.name)
                 advance(path.stat().st_size)
             (stage / wnid).rename(root / split / wnid)
@@ -117,7 +123,9 @@ def _unpack_train(source: Path, root: Path, wnids: Sequence[str], begin: Progres
         if missing:
             raise ValueError(f"{outer} holds no {missing[0]}.tar: it is another archive, remove it.")
         inner = [members[f"{wnid}.tar"] for wnid in wnids]
-        advance = begin("unpack train", sum(member.size for member in inner))
+        size = sum(member.size for member in inner)
+        require_space(root, size, f"to unpack {len(wnids)} classes of train")
+        advance = begin("unpack train", size)
         for wnid, member in zip(wnids, inner, strict=True):
             stream = classes.extractfile(member)
             assert stream is not None
@@ -133,21 +141,29 @@ def _unpack_val(source: Path, root: Path, wnids: Sequence[str], begin: Progress)
     classes = _validation_classes(source)
     outer = source / IMAGENET_VAL.name
     require_whole(outer, IMAGENET_VAL, begin(f"check {outer.name}", outer.stat().st_size))
-    with staging(root) as stage:
+    with staging(root) as stage, tarfile.open(outer, mode="r:") as images:
+        wanted = [(member, wnid) for member, wnid in _labelled(outer, images, classes) if wnid in wnids]
+        size = sum(member.size for member, _ in wanted)
+        require_space(root, size, f"to unpack {len(wnids)} classes of val")
+        advance = begin("unpack val", size)
         for wnid in wnids:
             (stage / wnid).mkdir()
-        with tarfile.open(outer, mode="r:") as images:
-            advance = begin("unpack val", outer.stat().st_size)
-            for member in images:
-                advance(member.size)
-                match = _VAL_NAME.fullmatch(member.name)
-                if match is None or not member.isfile():
-                    raise ValueError(f"{outer} holds {member.name!r}, no image of ImageNet, and is refused.")
-                wnid = classes[int(match[1]) - 1]
-                if wnid in wnids:
-                    images.extract(member, stage / wnid, filter="data")
+        for member, wnid in wanted:
+            images.extract(member, stage / wnid, filter="data")
+            advance(member.size)
         for wnid in wnids:
             (stage / wnid).rename(root / "val" / wnid)
+
+
+def _labelled(
+    outer: Path, images: tarfile.TarFile, classes: Sequence[str]
+) -> Iterator[tuple[tarfile.TarInfo, str]]:
+    """Yield every validation image with the WordNet id of its class."""
+    for member in images:
+        match = _VAL_NAME.fullmatch(member.name)
+        if match is None or not member.isfile():
+            raise ValueError(f"{outer} holds {member.name!r}, no image of ImageNet, and is refused.")
+        yield member, classes[int(match[1]) - 1]
 
 
 def _validation_classes(source: Path) -> list[str]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cl_bench.filelists import fingerprint
 from cl_bench.images import PixelSource, require_files
+from cl_bench.manifest import Scanned, Variant, images_sha256
 from cl_bench.prepare.archives import CIFAR100, DOMAINNET, IMAGENET_R, Archive
-from cl_bench.prepare.manifest import Variant
 from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
+from cl_bench.published.imagenet100 import Classes, Split
+
+Images = Mapping[str, Scanned]
+"""What was scanned, by path below the root."""
+
+_IMAGENET_SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,13 @@ class Recipe:
         name: Of the dataset.
         archives: What is fetched, in this order.
         images: From the root to the paths of all image files below it.
-        variants: From the root to the variants that its images make.
+        variants: From the root, and its images by path as they were scanned, to the variants that they make.
     """
 
     name: str
     archives: tuple[Archive, ...]
     images: Callable[[Path], Sequence[str]]
-    variants: Callable[[Path], list[Variant]]
+    variants: Callable[[Path, Images], list[Variant]]
 
 
 def _imagenet_r_images(root: Path) -> list[str]:
@@ -37,14 +42,15 @@ def _imagenet_r_images(root: Path) -> list[str]:
     return files
 
 
-def _imagenet_r_variants(root: Path) -> list[Variant]:
+def _imagenet_r_variants(root: Path, images: Images) -> list[Variant]:
+    classes = len(imagenet_r.wnids("sorted"))
     return [
-        _variant(f"split {name}", *imagenet_r.split(name), len(imagenet_r.wnids("sorted")))
+        _variant(f"split {name}", *imagenet_r.split(name), classes, images.values())
         for name in imagenet_r.SPLITS
     ]
 
 
-def _cifar100_variants(root: Path) -> list[Variant]:
+def _cifar100_variants(root: Path, images: Images) -> list[Variant]:
     train, test = (PixelSource(*cifar100.images(root, split)) for split in ("train", "test"))
     classes = len(cifar100.names(root))
     return [Variant("cifar100", len(train), len(test), classes, train.fingerprint, test.fingerprint)]
@@ -58,40 +64,72 @@ def _domainnet_images(root: Path) -> list[str]:
     return files
 
 
-def _domainnet_variants(root: Path) -> list[Variant]:
+def _domainnet_variants(root: Path, images: Images) -> list[Variant]:
     variants = []
     for name in domainnet.VARIANTS:
         train, test = (
             domainnet.listed(root, split, domainnet.domains(name)).files for split in ("train", "test")
         )
-        variants.append(_variant(f"variant {name}", train, test, len(domainnet.names())))
+        found = _of_files([*train, *test], images)
+        variants.append(_variant(f"variant {name}", train, test, len(domainnet.names()), found))
     return variants
 
 
 def imagenet100_images(root: Path, wnids: Sequence[str]) -> list[str]:
-    """Return the paths of all images of ``wnids`` below ``root``."""
+    """Return the paths of all images of ``wnids`` below ``root``.
+
+    Raises:
+        FileNotFoundError: If a class is missing.
+        ValueError: If one is incomplete.
+    """
     return [
-        f"{split}/{wnid}/{name}"
-        for split in ("train", "val")
-        for wnid in wnids
-        for name in sorted(os.listdir(root / split / wnid))
+        file for split in _IMAGENET_SPLITS for wnid in wnids for file in imagenet100.images(root, split, wnid)
     ]
 
 
-def imagenet100_variants(root: Path) -> list[Variant]:
-    """Return the variants of which all classes are below ``root``."""
+def imagenet100_variants(root: Path, images: Images, names: Sequence[Classes]) -> list[Variant]:
+    """Return the variants called ``names``.
+
+    Raises:
+        FileNotFoundError: If a class is missing.
+        ValueError: If one is incomplete.
+    """
     variants = []
-    for name in imagenet100.VARIANTS:
+    for name in names:
         wnids = imagenet100.wnids(name)
-        if all((root / split / wnid).is_dir() for split in ("train", "val") for wnid in wnids):
-            files = imagenet100_images(root, wnids)
-            train = [file for file in files if file.startswith("train/")]
-            variants.append(_variant(f"classes {name}", train, files[len(train) :], len(wnids)))
+        train, test = (
+            [file for wnid in wnids for file in imagenet100.images(root, split, wnid)]
+            for split in _IMAGENET_SPLITS
+        )
+        found = _of_files([*train, *test], images)
+        variants.append(_variant(f"classes {name}", train, test, len(wnids), found))
     return variants
 
 
-def _variant(name: str, train: Sequence[str], test: Sequence[str], classes: int) -> Variant:
-    return Variant(name, len(train), len(test), classes, fingerprint(train), fingerprint(test))
+def imagenet100_there(root: Path) -> list[Classes]:
+    """Return the names of the variants of which all classes are below ``root``, complete."""
+    there = []
+    for name in imagenet100.VARIANTS:
+        try:
+            imagenet100_images(root, imagenet100.wnids(name))
+        except (FileNotFoundError, ValueError):
+            continue
+        there.append(name)
+    return there
+
+
+def _variant(
+    name: str, train: Sequence[str], test: Sequence[str], classes: int, images: Iterable[Scanned]
+) -> Variant:
+    lists = fingerprint(train), fingerprint(test)
+    return Variant(name, len(train), len(test), classes, *lists, images_sha256(images))
+
+
+def _of_files(files: Sequence[str], images: Images) -> list[Scanned]:
+    for file in files:
+        if file not in images:
+            raise ValueError(f"The image {file} was not scanned: run again.")
+    return [images[file] for file in files]
 
 
 def _require(root: Path, files: Sequence[str]) -> None:

@@ -8,31 +8,13 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from cl_bench.manifest import Scanned
+
 _AT_A_TIME = 64  # files in one task
-
-
-@dataclass(frozen=True)
-class Scanned:
-    """What was found of one image file.
-
-    Attributes:
-        path: Below the root, with slashes.
-        size: In bytes.
-        sha256: Of its bytes.
-        height: In pixels.
-        width: In pixels.
-    """
-
-    path: str
-    size: int
-    sha256: str
-    height: int
-    width: int
 
 
 def scan(

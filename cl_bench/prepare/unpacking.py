@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import lzma
 import shutil
 import stat
 import tarfile
@@ -19,8 +21,18 @@ STAGING = ".unpacking"
 
 _LARGEST_RATIO = 20  # bytes unpacked for one of the archive: pictures hardly shrink
 _SMALLEST_LIMIT = 1 << 20
+_BLOCK = 1 << 20
 _HEADROOM = 1.02  # of the free space: folders and the ends of blocks take some
-_UNREADABLE = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+_UNREADABLE = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    lzma.LZMAError,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 
 def unpack(archive: Path, folder: str, root: Path, advance: Advance = lambda _: None) -> None:
@@ -81,6 +93,7 @@ def unpack_tar(stream: IO[bytes], archive: Path, into: Path, advance: Advance = 
         stream.seek(begin)
         with tarfile.open(fileobj=stream, mode="r:*") as members:
             _require_room(archive, _safe_sizes(archive, members), length, into)
+            _require_end(archive, members, length)
         stream.seek(begin)
         with tarfile.open(fileobj=stream, mode="r:*") as members:
             for member in members:
@@ -120,8 +133,20 @@ def _require_inside(archive: Path, name: str) -> None:
         )
 
 
+def _require_end(archive: Path, members: tarfile.TarFile, packed: int) -> None:
+    """Read what follows the last entry: a compressed archive keeps its checksum there."""
+    stream = members.fileobj
+    assert stream is not None
+    _reasonable(archive, map(len, iter(lambda: stream.read(_BLOCK), b"")), packed)
+
+
 def _require_room(archive: Path, sizes: Iterable[int], packed: int, into: Path) -> None:
-    """Refuse what would grow beyond reason, or beyond the disk; a sum is given up once it is too large."""
+    """Refuse what would grow beyond reason, or beyond the disk."""
+    require_space(into, _reasonable(archive, sizes, packed), f"to unpack {archive.name}")
+
+
+def _reasonable(archive: Path, sizes: Iterable[int], packed: int) -> int:
+    """Return the sum of ``sizes``; it is given up once it is too large for ``packed`` bytes of pictures."""
     limit = max(_LARGEST_RATIO * packed, _SMALLEST_LIMIT)
     total = 0
     for size in sizes:
@@ -131,7 +156,7 @@ def _require_room(archive: Path, sizes: Iterable[int], packed: int, into: Path) 
                 f"{archive} would grow from {human(packed)} to more than {human(limit)}, as no archive of "
                 "pictures does, and is refused: remove it."
             )
-    require_space(into, total, f"to unpack {archive.name}")
+    return total
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:

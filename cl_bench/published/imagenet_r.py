@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cl_bench.filelists import require_fingerprint
+from cl_bench.filelists import require_fingerprint, require_order
 
 Split = Literal["coda", "inflora", "sorted80"]
 LabelOrder = Literal["sorted", "published"]
@@ -40,6 +40,9 @@ SHA256: dict[tuple[Split, str], str] = {
     ("sorted80", "train"): "d3379d7b66ba95e4451ab558b5f409452b0be51b82f2d836cae06e44e8bb4abf",
     ("sorted80", "test"): "3ddee0e25ae4abd8f3d887fc8f1144977d40007388a24db4458a0e8837ed32d8",
 }
+
+LABEL_ORDER_SHA256 = "4678d02857786285c5f0b7ac467772b46d0ea4f7c9965948849d21dc605266e4"
+"""Of the WordNet ids as the published lists number them, one a line."""
 
 
 def files() -> list[str]:
@@ -79,9 +82,16 @@ def wnids(order: LabelOrder) -> list[str]:
         order: ``sorted``, as readers of folders number classes (InfLoRA as run, PILOT, SD-LoRA, L2P);
             ``published``, as the lists of CODA-Prompt number them. One class order deals other experiences
             under the other.
+
+    Raises:
+        ValueError: If the published order no longer has its hash.
     """
-    ids = list(_baked()["images"])
-    return ids if order == "sorted" else [ids[label] for label in _baked()["published_label_order"]]
+    ids = sorted(_baked()["images"])
+    if order == "sorted":
+        return ids
+    published = [ids[label] for label in _baked()["published_label_order"]]
+    require_order("of ImageNet-R's published labels", published, LABEL_ORDER_SHA256)
+    return published
 
 
 @cache

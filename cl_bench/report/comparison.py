@@ -11,7 +11,7 @@ from typing import Any
 
 from cl_bench.report.settings import differences, distinguishing, flat, plain, short_names, shortened
 from cl_bench.report.statistics import Statistic, statistic
-from cl_bench.results import Regime, Result, Row
+from cl_bench.results import COSTS, Regime, Result, Row
 
 RANKING = "acc/sample"
 """Metric by which entries are ordered."""
@@ -35,6 +35,11 @@ OF_THE_DATA = (
 Block = tuple[int, str]
 """Seed and class order of a run."""
 
+DISAGREEING = "disagreeing"
+"""What became of a cell of which finished result files have unequal counts."""
+
+_OF_A_DEVICE = tuple(name for name in COSTS if name.startswith("seconds") or name == "peak_megabytes")
+
 
 @dataclass
 class Entry:
@@ -47,6 +52,7 @@ class Entry:
         regime: ``sequential`` or ``joint``.
         runs: Finished runs, one for each block; only these enter a mean.
         unfinished: Runs that are still going, failed or diverged, in blocks that no finished run covers.
+        disagreeing: Blocks of which finished result files have unequal counts: none of them enters a mean.
         measured: Every metric and cost of a finished run, by its block.
     """
 
@@ -56,6 +62,7 @@ class Entry:
     regime: Regime
     runs: list[Result]
     unfinished: list[Result]
+    disagreeing: list[Block]
     measured: dict[Block, dict[str, float]]
 
     @property
@@ -63,12 +70,29 @@ class Entry:
         """Whether this is an upper bound: trained on all classes at once."""
         return self.regime == "joint"
 
+    @cached_property
+    def devices(self) -> list[str]:
+        """Kinds of device that the runs were on, that of most runs first, then by name."""
+        counts = Counter(_device(run) for run in self.runs)
+        return sorted(counts, key=lambda device: (-counts[device], device))
+
+    @cached_property
+    def on_one_device(self) -> list[Result]:
+        """Runs on the device of most of them; of these alone are seconds and memory averaged."""
+        return [run for run in self.runs if _device(run) == self.devices[0]]
+
+    @property
+    def statuses(self) -> list[str]:
+        """What became of the cells that enter no mean."""
+        return sorted(
+            {run.status for run in self.unfinished} | ({DISAGREEING} if self.disagreeing else set())
+        )
+
     def statistic(self, name: str) -> Statistic:
         """Return the statistic of the metric or cost called ``name``, of no values if no run has it."""
         if name not in self._statistics:
-            self._statistics[name] = statistic(
-                values.get(name, math.nan) for values in self.measured.values()
-            )
+            runs = self.on_one_device if name in _OF_A_DEVICE else self.runs
+            self._statistics[name] = statistic(self.measured[_block(run)].get(name, math.nan) for run in runs)
         return self._statistics[name]
 
     @cached_property
@@ -78,7 +102,7 @@ class Entry:
     @property
     def blocks(self) -> set[Block]:
         """Seeds and class orders of which there is a result file, finished or not."""
-        return {_block(run) for run in (*self.runs, *self.unfinished)}
+        return {*(_block(run) for run in (*self.runs, *self.unfinished)), *self.disagreeing}
 
     @property
     def rank(self) -> tuple[bool, float, str]:
@@ -99,7 +123,6 @@ class Comparison:
         entries: Joint first, then by falling accuracy.
         unnamed_settings: By name of a strategy, settings in which its entries differ beyond their labels.
         copies: How many further result files repeat one of these cells.
-        disagreeing: Label, seed and class order of cells of which finished result files have unequal counts.
     """
 
     benchmark: str
@@ -109,7 +132,6 @@ class Comparison:
     entries: list[Entry]
     unnamed_settings: dict[str, list[str]]
     copies: int
-    disagreeing: list[tuple[str, int, str]]
 
     @property
     def title(self) -> str:
@@ -167,9 +189,14 @@ def _comparison(
     benchmark: str, fingerprint: str, groups: Mapping[str, Sequence[Result]], only_protocol: bool
 ) -> Comparison:
     cells = {group: _one_per_block(found) for group, found in groups.items()}
+    disagreeing = {group: _disagreeing(found) for group, found in groups.items()}
     labels, unnamed = _labelled({group: runs[0] for group, runs in cells.items()})
-    entries = [_entry(group, labels[group], runs) for group, runs in cells.items()]
+    entries = [_entry(group, labels[group], runs, disagreeing[group]) for group, runs in cells.items()]
     results = [run for runs in cells.values() for run in runs]
+    agreeing = [
+        run for group, found in groups.items() for run in found if _block(run) not in disagreeing[group]
+    ]
+    counted = sum(_block(run) not in disagreeing[group] for group, runs in cells.items() for run in runs)
     return Comparison(
         benchmark=benchmark,
         fingerprint=fingerprint,
@@ -177,10 +204,7 @@ def _comparison(
         results=results,
         entries=sorted(entries, key=lambda entry: entry.rank),
         unnamed_settings=unnamed,
-        copies=sum(map(len, groups.values())) - len(results),
-        disagreeing=[
-            (labels[group], *block) for group, found in groups.items() for block in _disagreeing(found)
-        ],
+        copies=len(agreeing) - counted,
     )
 
 
@@ -202,17 +226,23 @@ def _disagreeing(found: Sequence[Result]) -> list[Block]:
     return sorted(set(unequal))
 
 
-def _entry(group: str, label: str, runs: Sequence[Result]) -> Entry:
-    finished = [run for run in runs if run.status == "done"]
+def _entry(group: str, label: str, runs: Sequence[Result], disagreeing: list[Block]) -> Entry:
+    agreeing = [run for run in runs if _block(run) not in disagreeing]
+    finished = [run for run in agreeing if run.status == "done"]
     return Entry(
         label=label,
         strategy=runs[0].strategy,
         group=group,
         regime=runs[0].regime,
         runs=finished,
-        unfinished=[run for run in runs if run.status != "done"],
+        unfinished=[run for run in agreeing if run.status != "done"],
+        disagreeing=disagreeing,
         measured={_block(run): run.metrics() | run.spending() for run in finished},
     )
+
+
+def _device(run: Result) -> str:
+    return str(run.provenance.get("device"))
 
 
 def _block(run: Result) -> Block:

@@ -656,9 +656,8 @@ function table() {
 }
 
 function absent() {
-  const { absent: gone, copies, disagreeing, unnamed } = benchmark();
+  const { absent: gone, copies, unnamed } = benchmark();
   const lines = gone.map((one) => `${one.label}, seed ${one.seed}, class order ${one.order}: ${one.status}${one.error ? `: ${one.error}` : ""}`);
-  for (const [label, seed, order] of disagreeing) lines.push(`${label}, seed ${seed}, class order ${order}: finished result files of this cell disagree in their counts; the first found is the one that counts`);
   if (copies) lines.push(`${copies} more result files repeat a cell that is counted once`);
   const list = (items) => element("ul", {}, ...items.map((line) => element("li", {}, line)));
   const settings = Object.entries(unnamed).map(([name, keys]) => `${name}: ${keys.join(", ")}`);

@@ -107,7 +107,6 @@ def _benchmark(table: Table, index: int) -> Json:
         "mixed": mixed_provenance(comparison),
         "absent": [vars(absence) for absence in absences(comparison)],
         "copies": comparison.copies,
-        "disagreeing": comparison.disagreeing,
         "unnamed": comparison.unnamed_settings,
         "entries": [_entry(entry, comparison, table.metrics) for entry in comparison.entries],
         "differences": {
@@ -126,7 +125,7 @@ def _entry(entry: Entry, comparison: Comparison, shown: Sequence[str]) -> Json:
     record: Json = {
         "label": entry.label,
         "joint": entry.is_joint,
-        "statuses": sorted({run.status for run in entry.unfinished}),
+        "statuses": entry.statuses,
         "n": len(entry.runs),
         "statistics": {
             name: statistic_record(entry.statistic(name), bootstrap=name in shown) for name in names

@@ -106,9 +106,6 @@ def _benchmark(table: Table, index: int) -> dict[str, Any]:
         "entries": [_entry(entry, table.metrics) for entry in comparison.entries],
         "differences": [_difference(pair) for pairs in table.contrasts[index].values() for pair in pairs],
         "absent": [vars(absence) for absence in absences(comparison)],
-        "disagreeing": [
-            {"label": label, "seed": seed, "order": order} for label, seed, order in comparison.disagreeing
-        ],
         "mixed_provenance": mixed_provenance(comparison),
     }
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from cl_bench import metrics
-from cl_bench.report.comparison import Block, Comparison
+from cl_bench.report.comparison import DISAGREEING, Block, Comparison
 from cl_bench.report.settings import differences, flat, plain, shortened
 from cl_bench.results import Result
 
-PROVENANCE = ("python", "versions", "commit", "device", "threads")
+PROVENANCE = ("python", "versions", "commit", "device", "threads", "images_sha256")
 """Parts of the provenance that are footnoted when mixed; times are always mixed."""
 
 _LISTED = 8  # values in a sentence
@@ -27,7 +27,8 @@ class Absence:
         label: Its entry.
         seed: Its seed.
         order: Its class order.
-        status: ``running``, ``failed``, ``diverged``; ``missing`` if only other entries have this block.
+        status: ``running``, ``failed``, ``diverged``, ``disagreeing``; ``missing`` if only other entries have
+            this block.
         error: What happened, or how far it is; empty if there is nothing to say.
     """
 
@@ -113,6 +114,16 @@ def absences(comparison: Comparison) -> list[Absence]:
             Absence(entry.label, run.seed, run.order, run.status, _happened(run)) for run in entry.unfinished
         ]
         listed += [
+            Absence(
+                entry.label,
+                seed,
+                order,
+                DISAGREEING,
+                "finished result files of this cell have unequal counts",
+            )
+            for seed, order in entry.disagreeing
+        ]
+        listed += [
             Absence(entry.label, seed, order, "missing", "") for seed, order in sorted(blocks - entry.blocks)
         ]
     return listed
@@ -134,11 +145,6 @@ def absent(comparison: Comparison) -> list[str]:
         f"seed {seed}, class order {order}: no result of {'; '.join(_abridged(labels))}"
         for (seed, order), labels in sorted(gaps.items())
     ]
-    lines += [
-        f"{label}, seed {seed}, class order {order}: finished result files of this cell disagree in their "
-        "counts; the first found is the one that counts"
-        for label, seed, order in comparison.disagreeing
-    ]
     if comparison.copies:
         lines.append(f"{counted(comparison.copies, 'result file')} repeating a cell already counted")
     return lines
@@ -152,16 +158,25 @@ def unnamed_differences(comparison: Comparison) -> list[str]:
 
 
 def mixed_provenance(comparison: Comparison) -> list[str]:
-    """Say which parts of the provenance of finished runs are mixed, each value with its number of runs."""
+    """Say which parts of the provenance of finished runs are mixed, each value with its number of runs.
+
+    Of an entry whose runs were on several devices, say which of them its seconds and memory are of.
+    """
     found: dict[str, Counter[str]] = {}
     for run in (run for entry in comparison.finished for run in entry.runs):
         known = flat({key: value for key, value in run.provenance.items() if key in PROVENANCE})
         for key, value in known.items():
             found.setdefault(key, Counter())[str(value)] += 1
-    return [
+    mixed = [
         f"{key} {', '.join(_abridged([f'{value} ({n})' for value, n in values.most_common()]))}"
         for key, values in sorted(found.items())
         if len(values) > 1
+    ]
+    return mixed + [
+        f"{entry.label}: seconds and memory are those of {counted(len(entry.on_one_device), 'run')} on "
+        f"{entry.devices[0]} alone"
+        for entry in comparison.finished
+        if len(entry.devices) > 1
     ]
 
 

@@ -77,14 +77,14 @@ class Row:
     def status(self, index: int) -> str:
         """Say why there is no finished run on benchmark ``index``; empty if there is one.
 
-        What became of the runs that there are: ``failed``, ``diverged``, ``running``.
+        What became of the runs that there are: ``failed``, ``diverged``, ``running``, ``disagreeing``.
         """
         entry = self.entries[index]
         if entry is None:
             return NOT_RUN
         if entry.runs:
             return ""
-        return ", ".join(sorted({run.status for run in entry.unfinished}))
+        return ", ".join(entry.statuses)
 
     def statistic(self, index: int, name: str) -> Statistic:
         """Return the statistic called ``name`` on benchmark ``index``."""

@@ -16,6 +16,7 @@ from cl_bench.errors import sentence
 from cl_bench.grid.cells import Cell
 from cl_bench.grid.command import Entry as CellEntry
 from cl_bench.grid.command import known, run_waiting
+from cl_bench.published import domainnet, imagenet_r
 from cl_bench.report.comparison import Comparison, Entry, comparisons
 from cl_bench.report.contrasts import contrast
 from cl_bench.report.markdown import aligned, difference_interval
@@ -62,20 +63,20 @@ class Wanted:
         """Length of the stream.
 
         Raises:
-            ValueError: If it is not given and several were published, or none.
+            ValueError: If nothing was published, or it is not given and several were.
         """
         if self.num_experiences is not None:
             return self.num_experiences
+        published.require_known(self.strategy, self.benchmark)
         lengths = {
             row.num_experiences
             for row in published.published()
             if (row.strategy, row.dataset, row.setting) == (self.strategy, self.benchmark, "")
         }
         if len(lengths) != 1:
-            known_lengths = " or ".join(map(str, sorted(lengths))) or "none"
             raise ValueError(
-                f"{self.strategy} on {self.benchmark} was published with {known_lengths} experiences: "
-                "give --num_experiences."
+                f"{self.strategy} on {self.benchmark} was published with "
+                f"{' or '.join(map(str, sorted(lengths)))} experiences: give --num_experiences."
             )
         return lengths.pop()
 
@@ -259,7 +260,7 @@ def _of_protocol(
     claims = _claims(wanted, rows, entries)
     if claims:
         paragraphs += [f"{wanted.strategy} minus {wanted.against}, on shared blocks:", _contrasts(claims)]
-    remarks = "\n".join(f"- {remark}" for remark in _remarks(rows, comparison, entries))
+    remarks = "\n".join(f"- {remark}" for remark in dict.fromkeys(_remarks(rows, comparison, entries)))
     paragraphs.append(f"Differences of protocol that are known:\n\n{remarks}")
     paragraphs.append(
         f"Level: within {TOLERANCE} points, or the printed spread where that is wider. Contrast: met if our "
@@ -329,9 +330,11 @@ def _remarks(
             yield f"{name}: {note}"
         if comparison is not None:
             yield from _backbones(source, comparison)
+            yield from _test_images(source, comparison)
+    if any(row.dataset == "domainnet" for row in gathered):
+        yield domainnet.UNSAID
     if comparison is None:
         return
-    yield from _test_images(comparison)
     if any(entry is None for entry in entries.values()):
         yield "not every strategy was run under this protocol"
 
@@ -340,7 +343,8 @@ def _departures(source: Source, comparison: Comparison | None) -> list[str]:
     """Say how the protocol of ``comparison`` differs from that of ``source``, as far as that is known."""
     if comparison is None:
         return []
-    return [*_backbones(source, comparison), *_test_images(comparison)]
+    unsaid = ["which domains it pools is not said"] if _is_domainnet(comparison) else []
+    return [*_backbones(source, comparison), *_test_images(source, comparison), *unsaid]
 
 
 def _backbones(source: Source, comparison: Comparison) -> Iterable[str]:
@@ -351,14 +355,24 @@ def _backbones(source: Source, comparison: Comparison) -> Iterable[str]:
         yield f"{source.title} used {used}; ours {backbone(comparison.identity)}"
 
 
-def _test_images(comparison: Comparison) -> Iterable[str]:
-    run, evaluated_on = comparison.results[0], comparison.identity.get("evaluated_on", "test")
+def _test_images(source: Source, comparison: Comparison) -> Iterable[str]:
+    run, identity = comparison.results[0], comparison.identity
+    evaluated_on = identity.get("evaluated_on", "test")
     if evaluated_on != "test":
         yield f"ours is evaluated on {evaluated_on} images held out of training, not on test images"
         return
-    expected = published.sizes(run.dataset)
+    if run.dataset == "imagenet_r" and "test_images" in identity:
+        if identity["test_images"] != imagenet_r.SHA256[source.imagenet_r_split, "test"]:
+            yield f"{source.title} evaluates on the list {source.imagenet_r_split}, ours on another"
+        return
+    expected = None if _is_domainnet(comparison) else published.sizes(run.dataset)
     if expected is not None and sum(run.test_images) != expected[1]:
         yield f"ours has {sum(run.test_images):,} test images, the usual list {expected[1]:,}"
+
+
+def _is_domainnet(comparison: Comparison) -> bool:
+    """Whether no published row says which variant, and so which images, it used."""
+    return comparison.results[0].dataset == "domainnet"
 
 
 def _runs(source: Source) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 
 import yaml
 
+from cl_bench.published.imagenet_r import Split
+from cl_bench.spelling import suggestion
+
 
 @dataclass(frozen=True)
 class Source:
@@ -26,6 +29,7 @@ class Source:
         backbone: Tag of the pre-trained weights; None if not said.
         own: Strategies whose own paper, code or baseline this is.
         remarks: What is doubtful about all of its numbers.
+        imagenet_r_split: Its split of ImageNet-R; the list that most papers share unless it is known better.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Source:
     backbone: str | None
     own: tuple[str, ...]
     remarks: tuple[str, ...]
+    imagenet_r_split: Split = "coda"
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ def rows(strategy: str, dataset: str, num_experiences: int) -> list[Published]:
     Raises:
         ValueError: If there are none; it says what there is.
     """
+    require_known(strategy, dataset)
     found = [
         row
         for row in published()
@@ -112,9 +118,27 @@ def rows(strategy: str, dataset: str, num_experiences: int) -> list[Published]:
     if not found:
         raise ValueError(
             f"No published number of {strategy} on {dataset} with {num_experiences} experiences is known "
-            f"here. There are: {_known(strategy)}."
+            f"here. There are: {_benchmarks(strategy)}."
         )
     return sorted(found, key=lambda row: strategy not in row.source.own)
+
+
+def require_known(strategy: str, dataset: str) -> None:
+    """Refuse a strategy, or a dataset, of which no number is known here.
+
+    Raises:
+        ValueError: If there is none; it names the nearest of which there is one.
+    """
+    strategies = sorted({row.strategy for row in _of_methods()})
+    if strategy not in strategies:
+        raise ValueError(
+            f"No published number of {strategy!r} is known here. {suggestion(strategy, strategies)}"
+        )
+    datasets = sorted({row.dataset for row in _of_methods() if row.strategy == strategy})
+    if dataset not in datasets:
+        raise ValueError(
+            f"No published number of {strategy} on {dataset!r} is known here. {suggestion(dataset, datasets)}"
+        )
 
 
 def by_source(rows: Iterable[Published]) -> dict[str, list[Published]]:
@@ -136,12 +160,13 @@ def sizes(dataset: str) -> tuple[int, int] | None:
     return None if found is None else (found[0], found[1])
 
 
-def _known(strategy: str) -> str:
-    all_rows = [row for row in published() if row.strategy and not row.setting]
-    mine = [row for row in all_rows if row.strategy == strategy]
-    if not mine:
-        return ", ".join(sorted({row.strategy for row in all_rows})) + " on various benchmarks"
+def _benchmarks(strategy: str) -> str:
+    mine = [row for row in _of_methods() if row.strategy == strategy]
     return ", ".join(dict.fromkeys(f"{row.dataset} with {row.num_experiences}" for row in mine))
+
+
+def _of_methods() -> list[Published]:
+    return [row for row in published() if row.strategy and not row.setting]
 
 
 @cache

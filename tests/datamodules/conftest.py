@@ -39,17 +39,6 @@ def imagenet_r_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def imagenet100_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The classes of all variants, with 3 training images and 1 for testing."""
-    root = tmp_path_factory.mktemp("imagenet100")
-    wnids = sorted({wnid for classes in imagenet100.VARIANTS for wnid in imagenet100.wnids(classes)})
-    train = [f"train/{wnid}/{wnid}_{index}.JPEG" for wnid in wnids for index in range(3)]
-    val = [f"val/{wnid}/ILSVRC2012_val_{index:08}.JPEG" for index, wnid in enumerate(wnids)]
-    link_everywhere(root, [*train, *val])
-    return root
-
-
 Checksums = dict[str, str]
 
 
@@ -57,6 +46,26 @@ Checksums = dict[str, str]
 def module_patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         yield patch
+
+
+@pytest.fixture(scope="session")
+def imagenet100_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The classes of all variants, with 3 training images and 1 for testing, and files that are no images."""
+    root = tmp_path_factory.mktemp("imagenet100")
+    wnids = sorted({wnid for classes in imagenet100.VARIANTS for wnid in imagenet100.wnids(classes)})
+    train = [f"train/{wnid}/{wnid}_{index}.JPEG" for wnid in wnids for index in range(3)]
+    val = [f"val/{wnid}/ILSVRC2012_val_{index:08}.JPEG" for index, wnid in enumerate(wnids)]
+    stray = [f"{split}/{wnid}/Thumbs.db" for split in ("train", "val") for wnid in wnids[:3]]
+    link_everywhere(root, [*train, *val, *stray])
+    return root
+
+
+@pytest.fixture(scope="module")
+def imagenet100_root(imagenet100_files: Path, module_patch: pytest.MonkeyPatch) -> Path:
+    """The root of small classes, which are complete within a module of tests."""
+    module_patch.setitem(imagenet100.PER_CLASS, "train", range(3, 4))
+    module_patch.setitem(imagenet100.PER_CLASS, "val", range(1, 2))
+    return imagenet100_files
 
 
 @pytest.fixture(scope="session")

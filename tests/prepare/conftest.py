@@ -17,6 +17,7 @@ from rich.console import Console
 
 from cl_bench.prepare.archives import Archive
 from cl_bench.prepare.download import Patience
+from cl_bench.published import imagenet100
 
 Fault = str | tuple[str, int]
 
@@ -139,3 +140,10 @@ def jpeg() -> Callable[[int], bytes]:
 @pytest.fixture
 def console() -> Console:
     return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def small_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes of ImageNet are complete with a few images."""
+    for split in ("train", "val"):
+        monkeypatch.setitem(imagenet100.PER_CLASS, split, range(1, 4))

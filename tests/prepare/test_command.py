@@ -20,17 +20,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from cl_bench import manifest
 from cl_bench.cli import main
 from cl_bench.filelists import fingerprint
-from cl_bench.prepare import manifest
 from cl_bench.prepare.archives import Archive
 from cl_bench.prepare.command import prepare
 from cl_bench.prepare.download import Patience
 from cl_bench.prepare.recipes import RECIPES
 from cl_bench.prepare.unpacking import STAGING
-from cl_bench.published import cifar100, domainnet, imagenet_r
+from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
 from datamodules.cifar100 import Cifar100
 from datamodules.domainnet import DomainNet
+from datamodules.imagenet100 import ImageNet100
 
 if TYPE_CHECKING:
     from tests.prepare.conftest import Publish, Server
@@ -152,6 +153,19 @@ def test_a_second_call_fetches_and_changes_nothing(
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
+def test_what_was_removed_since_is_fetched_again(
+    tmp_path: Path, small_cifar: Archive, small_domainnet: list[Archive], console: Console, patience: Patience
+) -> None:
+    for dataset, removed in (("cifar100", small_cifar.unpacks), ("domainnet", "sketch_test.txt")):
+        root = tmp_path / dataset
+        first = prepare(dataset, root, console, patience=patience)
+        (root / small_cifar.name).unlink(missing_ok=True)
+        path = root / removed
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        assert prepare(dataset, root, console, patience=patience) == first
+        assert path.exists()
+
+
 def test_what_was_prepared_is_what_a_run_reads(
     tmp_path: Path, small_cifar: Archive, small_domainnet: list[Archive], console: Console, patience: Patience
 ) -> None:
@@ -167,6 +181,19 @@ def test_what_was_prepared_is_what_a_run_reads(
         net.setup()
         assert found.test_sha256 == net.protocol()["test_images"]
         assert found.test_images == sum(net.test_images)
+        assert found.images_sha256 == net.images_sha256 is not None
+    assert len({found.images_sha256 for found in variants}) == len(domainnet.VARIANTS)
+
+
+def test_the_hash_of_the_files_is_the_same_whichever_variants_were_scanned(
+    tmp_path: Path, imagenet_folders: Path, console: Console
+) -> None:
+    (alone,) = prepare("imagenet100", tmp_path / "root", console, source=imagenet_folders, classes=["cmc"])
+    among = prepare("imagenet100", imagenet_folders, console, classes=["first100", "cmc"])
+    assert alone == among[1]
+    data = ImageNet100(root=str(tmp_path / "root"), classes="cmc", num_experiences=10)
+    assert data.images_sha256 == alone.images_sha256
+    assert ImageNet100(root=str(tmp_path / "root"), num_experiences=10).images_sha256 is None
 
 
 def test_offline_takes_files_that_are_there_and_names_those_that_are_not(
@@ -265,21 +292,53 @@ def test_imagenet_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "name the folder of ImageNet-1k with --source" in said.err
 
 
-def test_imagenet100_is_built_from_folders(
-    tmp_path: Path, jpeg: Callable[[int], bytes], capsys: pytest.CaptureFixture[str]
-) -> None:
-    from cl_bench.published import imagenet100
-
+@pytest.fixture
+def imagenet_folders(tmp_path: Path, small_classes: None, jpeg: Callable[[int], bytes]) -> Path:
+    """An image of every class of two variants."""
     for split in ("train", "val"):
-        for place, wnid in enumerate(imagenet100.wnids("cmc")):
+        for place, wnid in enumerate(sorted({*imagenet100.wnids("cmc"), *imagenet100.wnids("first100")})):
             folder = tmp_path / "whole" / split / wnid
             folder.mkdir(parents=True)
             (folder / f"{wnid}_1.JPEG").write_bytes(jpeg(place))
-    words = ["prepare", "imagenet100", "--root", str(tmp_path / "root"), "--source", str(tmp_path / "whole")]
+    return tmp_path / "whole"
+
+
+def test_imagenet100_is_built_from_folders(
+    tmp_path: Path, imagenet_folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["prepare", "imagenet100", "--root", str(tmp_path / "root"), "--source", str(imagenet_folders)]
     assert main([*words, "--classes", "cmc"]) == 0
     assert "imagenet100, classes cmc: 100 + 100 images, 100 classes" in capsys.readouterr().out
     assert main(words) == 2
     assert main([*words, "--classes", "cmc"]) == 0
+
+
+def test_every_variant_that_the_manifest_names_was_scanned(
+    tmp_path: Path, imagenet_folders: Path, console: Console
+) -> None:
+    for classes in ("first100", "cmc"):
+        prepare("imagenet100", tmp_path / "root", console, source=imagenet_folders, classes=[classes])
+    found = manifest.read(tmp_path / "root", "imagenet100")
+    assert found is not None
+    assert [variant.name for variant in found.variants] == ["classes first100", "classes cmc"]
+    assert len(found.images) == 2 * (100 + 100 - 8)
+
+
+def test_a_broken_image_of_a_variant_that_was_there_already_is_found(
+    tmp_path: Path, imagenet_folders: Path, console: Console
+) -> None:
+    root = tmp_path / "root"
+    prepare("imagenet100", root, console, source=imagenet_folders, classes=["first100"])
+    next((root / "train").rglob("*.JPEG")).write_bytes(b"a text")
+    with pytest.raises(ValueError, match=r"1 of 384 images below .* cannot be decoded"):
+        prepare("imagenet100", root, console, source=imagenet_folders, classes=["cmc"])
+
+
+def test_an_image_too_many_is_noticed(tmp_path: Path, imagenet_folders: Path, console: Console) -> None:
+    prepare("imagenet100", imagenet_folders, console, classes=["cmc"])
+    image = next((imagenet_folders / "val" / imagenet100.wnids("cmc")[0]).iterdir())
+    shutil.copyfile(image, image.with_name("another.JPEG"))
+    assert prepare("imagenet100", imagenet_folders, console, classes=["cmc"])[-1].test_images == 101
 
 
 # A process of its own, to be killed: the recipe comes as JSON, because the real archives are too large.

@@ -13,6 +13,7 @@ from scipy.io import savemat
 
 from cl_bench.prepare import imagenet
 from cl_bench.prepare.imagenet import NotThere, build
+from cl_bench.published import imagenet100
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 TRUTH = [2, 3, 1, 2]
@@ -53,7 +54,9 @@ def devkit() -> bytes:
 
 
 @pytest.fixture
-def source(tmp_path: Path, jpeg: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch) -> Path:
+def source(
+    tmp_path: Path, small_classes: None, jpeg: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """The three original files, with 2 training images of each class and 4 for validation."""
     folder = tmp_path / "originals"
     folder.mkdir()
@@ -111,6 +114,29 @@ def test_folders_do_as_well_and_their_links_are_resolved(source: Path, root: Pat
     assert (tmp_path / "second" / EXPECTED[0]).read_bytes() == (tmp_path / "elsewhere.JPEG").read_bytes()
 
 
+def test_an_incomplete_folder_is_refused_before_anything_is_copied(
+    source: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(source, root, WNIDS, no_progress)
+    monkeypatch.setitem(imagenet100.PER_CLASS, "train", range(2, 3))
+    (root / EXPECTED[3]).unlink()
+    (tmp_path / "second").mkdir()
+    with pytest.raises(ValueError, match=f"train/{WNIDS[1]} holds 1 images"):
+        build(root, tmp_path / "second", WNIDS, no_progress)
+    assert files(tmp_path / "second") == []
+
+
+def test_a_file_that_is_no_image_is_left_behind(source: Path, root: Path, tmp_path: Path) -> None:
+    build(source, root, WNIDS[:2], no_progress)
+    (root / EXPECTED[0]).with_name("Thumbs.db").touch()
+    (root / EXPECTED[0]).with_name("more").mkdir()
+    (tmp_path / "second").mkdir()
+    build(root, tmp_path / "second", WNIDS[:2], no_progress)
+    assert sorted(path.name for path in (tmp_path / "second" / EXPECTED[0]).parent.iterdir()) == [
+        Path(file).name for file in EXPECTED[:2]
+    ]
+
+
 def test_what_is_there_is_left_and_what_is_missing_is_added(source: Path, root: Path) -> None:
     build(source, root, WNIDS[:1], no_progress)
     for path in source.iterdir():
@@ -145,3 +171,19 @@ def test_another_file_than_the_original_is_refused(source: Path, root: Path, nam
     with pytest.raises(ValueError, match="has the md5"):
         build(source, root, WNIDS[:2], no_progress)
     assert not list(root.glob(".unpacking"))
+
+
+@pytest.mark.parametrize(("split", "present"), [("train", []), ("val", ["train"])])
+def test_a_disk_that_is_too_small_is_said_before_a_class_is_unpacked(
+    source: Path, root: Path, split: str, present: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in present:
+        for wnid in WNIDS:
+            (root / part / wnid).mkdir(parents=True)
+    largest = max(path.stat().st_size for path in source.iterdir()) // 3  # enough for each class alone
+    usage = type("usage", (), {"free": largest if split == "train" else 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=rf"are needed to unpack 3 classes of {split}: make room"):
+        build(source, root, WNIDS, no_progress)
+    assert files(root) == []
+    assert [path.name for path in (root / split).iterdir()] == []

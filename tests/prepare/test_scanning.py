@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cl_bench.prepare.scanning import Scanned, scan
+from cl_bench.manifest import Scanned
+from cl_bench.prepare.scanning import scan
 
 
 def noise() -> bytes:

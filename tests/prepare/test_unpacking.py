@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
@@ -120,6 +121,12 @@ def test_a_bomb_is_refused_before_it_grows(root: Path) -> None:
     (root / "a.zip").unlink()
     bomb = tar(root / "a.tar", lambda archive: add(archive, "data/zeros", zeros), mode="w:gz")
     refused(bomb, root, fault)
+    bomb.unlink()
+    with gzip.open(root / "a.tar", "wb") as stream:  # what follows the last entry is read, and counts as well
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            add(archive, "data/1.jpg", b"one")
+        stream.write(zeros)
+    refused(root / "a.tar", root, fault)
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -128,6 +135,17 @@ def test_a_cut_tar_is_refused(root: Path, mode: str, share: float) -> None:
     archive = tar(root / "a.tar", lambda opened: add(opened, "data/c", os.urandom(20_000)), mode=mode)
     with archive.open("r+b") as stream:
         stream.truncate(int(share * archive.stat().st_size))
+    refused(archive, root, "is damaged or cut short")
+
+
+@pytest.mark.parametrize(
+    ("mode", "place"), [("w:gz", -8), ("w:gz", 300), ("w:xz", -30), ("w:xz", 300), ("w:bz2", 300)]
+)
+def test_a_compressed_tar_with_a_flipped_byte_is_refused(root: Path, mode: str, place: int) -> None:
+    archive = tar(root / "a.tar", lambda opened: add(opened, "data/c", os.urandom(2000)), mode=mode)
+    damaged = bytearray(archive.read_bytes())
+    damaged[place] ^= 0xFF
+    archive.write_bytes(damaged)
     refused(archive, root, "is damaged or cut short")
 
 

@@ -22,6 +22,15 @@ def test_the_official_numbering_is_not_alphabetical() -> None:
     assert names != sorted(names)
 
 
+def test_names_in_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = "\n".join(sorted(domainnet.names()))
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: lines)
+    with pytest.raises(
+        ValueError, match=r"of DomainNet's classes has the sha256 .* ba29ce5a210ff5ac… is published"
+    ):
+        domainnet.names()
+
+
 def test_one_variant_lacks_quickdraw() -> None:
     assert len(domainnet.domains("official345")) == 6
     assert set(domainnet.domains("official345")) - set(domainnet.domains("no_quickdraw")) == {"quickdraw"}

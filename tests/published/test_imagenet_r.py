@@ -96,3 +96,15 @@ def test_both_label_orders_number_the_same_classes(order: LabelOrder) -> None:
 
 def test_published_labels_are_not_sorted() -> None:
     assert imagenet_r.wnids("published")[:3] == ["n02165456", "n03594945", "n02325366"]
+
+
+def test_published_labels_in_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    baked = imagenet_r._baked()
+    first, second, *others = baked["published_label_order"]
+    exchanged = baked | {"published_label_order": [second, first, *others]}
+    monkeypatch.setattr(imagenet_r, "_baked", lambda: exchanged)
+    assert imagenet_r.wnids("sorted")[0] == "n01443537"
+    with pytest.raises(
+        ValueError, match=r"of ImageNet-R's published labels has the sha256 .* 4678d02857786285… is"
+    ):
+        imagenet_r.wnids("published")

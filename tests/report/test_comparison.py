@@ -46,6 +46,49 @@ def test_of_copies_the_finished_one_counts(made: Made) -> None:
     assert not entry.unfinished
 
 
+def test_a_cell_whose_finished_files_disagree_enters_no_mean(made: Made) -> None:
+    results = [
+        made(seed=1),
+        made(seed=1, counts=((9,), (9, 9))),
+        made(seed=2),
+        made(seed=2),
+        made("NCM", seed=1),
+    ]
+    (comparison,) = comparisons(results)
+    lora, _ = sorted(comparison.entries, key=lambda entry: entry.label)
+    assert [run.seed for run in lora.runs] == [2]
+    assert lora.statistic("acc/sample").mean == 65.0
+    assert (lora.disagreeing, lora.statuses, lora.unfinished) == ([(1, "identity")], ["disagreeing"], [])
+    assert comparison.copies == 1
+
+
+def test_files_that_all_disagree_leave_an_entry_without_a_mean(made: Made) -> None:
+    (comparison,) = comparisons([made(), made(counts=((9,), (9, 9)))])
+    (entry,) = comparison.entries
+    assert entry.statistic("acc/sample").n == 0
+    assert comparison.finished == []
+    assert comparison.blocks == entry.blocks
+
+
+def test_seconds_and_memory_are_averaged_on_one_device_alone(made: Made) -> None:
+    results = [made(seed=1), made(seed=2), made(seed=3, provenance={"device": "NVIDIA H200"})]
+    for cost in results[2].costs:
+        cost.seconds["training"], cost.peak_memory_bytes = 0.1, 9 * 10**9
+    (entry,) = comparisons(results)[0].entries
+    assert entry.devices == ["cpu (x86_64)", "NVIDIA H200"]
+    found = {
+        name: entry.statistic(name)
+        for name in ("seconds", "peak_megabytes", "stored_megabytes", "acc/sample")
+    }
+    assert {name: value.n for name, value in found.items()} == {
+        "seconds": 2,
+        "peak_megabytes": 2,
+        "stored_megabytes": 3,
+        "acc/sample": 3,
+    }
+    assert (found["seconds"].mean, found["peak_megabytes"].mean) == (5.0, 1000.0)
+
+
 def test_joint_comes_first_and_the_rest_by_falling_accuracy(made: Made) -> None:
     results = [
         made("weak", ((9,), (1, 8))),

@@ -45,6 +45,19 @@ def test_a_format_leaves_a_file_of_its_name(made: Made, tmp_path: Path, format: 
     assert left.text == left.files[0].read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("format", ["json", "csv"])
+def test_what_can_be_computed_with_stands_alone_on_the_output(
+    made: Made,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    format: str,  # noqa: A002
+) -> None:
+    assert main(["report", str(_folder([made()], tmp_path)), "--format", format]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.rstrip() == (tmp_path / "report" / f"table.{format}").read_text().rstrip()
+    assert f"wrote {tmp_path / 'report' / f'table.{format}'}" in printed.err
+
+
 def test_the_command_line_offers_every_format(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["report", "--help"])

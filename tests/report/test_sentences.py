@@ -75,9 +75,9 @@ def test_copies_are_mentioned(made: Made) -> None:
 def test_finished_files_of_one_cell_with_other_counts_are_said_to_disagree(made: Made) -> None:
     found = comparisons([made(), made(counts=((9,), (6, 8))), made(seed=2), made(seed=2)])[0]
     assert absent(found) == [
-        "LoRA (merge), seed 1, class order identity: finished result files of this cell disagree in their "
-        "counts; the first found is the one that counts",
-        "2 result files repeating a cell already counted",
+        "LoRA (merge), seed 1, class order identity: disagreeing: finished result files of this cell have "
+        "unequal counts",
+        "1 result file repeating a cell already counted",
     ]
 
 
@@ -91,6 +91,7 @@ def test_mixed_devices_and_versions_are_counted(made: Made) -> None:
     assert mixed_provenance(comparisons(results)[0]) == [
         "device cpu (x86_64) (2), NVIDIA H200 (1)",
         "versions.torch 2.15.0 (2), 2.6.0 (1)",
+        "LoRA (merge): seconds and memory are those of 2 runs on cpu (x86_64) alone",
     ]
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from cl_bench.report.upload import Uploaded, upload
 from cl_bench.results import Result
 
 Drawn = Callable[..., Result]
+
+OfKind = Callable[[Path, str], list[Any]]
 
 METRICS = ("acc/sample", "bwt/gem")
 
@@ -31,29 +32,15 @@ def uploaded(results: list[Result], tmp_path_factory: pytest.TempPathFactory) ->
     return upload(results, "team/comparison", tmp_path_factory.mktemp("report"), METRICS)
 
 
-def _records(folder: Path) -> Iterator[Any]:
-    """Yield the records of an offline run: after seven bytes, a log in LevelDB's format."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+@pytest.fixture(scope="module")
+def of_kind(wandb_records: Callable[[Path], list[Any]]) -> OfKind:
+    """The records of one kind of the run that was kept in a folder."""
 
-    (path,) = folder.glob("run-*.wandb")
-    content, position, pieces = path.read_bytes(), 7, b""
-    while position < len(content):
-        left_in_block = 32768 - position % 32768
-        if left_in_block < 7:
-            position += left_in_block
-            continue
-        _, length, kind = struct.unpack_from("<IHB", content, position)
-        pieces += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            record = Record()
-            record.ParseFromString(pieces)
-            yield record
-            pieces = b""
+    def found(folder: Path, kind: str) -> list[Any]:
+        records = wandb_records(folder)
+        return [getattr(record, kind) for record in records if record.WhichOneof("record_type") == kind]
 
-
-def _of_kind(folder: Path, kind: str) -> list[Any]:
-    return [getattr(record, kind) for record in _records(folder) if record.WhichOneof("record_type") == kind]
+    return found
 
 
 def _values(items: Any) -> dict[str, Any]:
@@ -71,32 +58,34 @@ def test_every_result_is_a_run_of_its_own(uploaded: Uploaded, results: list[Resu
 
 
 def test_curves_are_those_of_the_file_with_the_experience_as_step(
-    uploaded: Uploaded, results: list[Result]
+    uploaded: Uploaded, results: list[Result], of_kind: OfKind
 ) -> None:
     folder = _folder(uploaded, results[1])
-    history = [_values(row.item) for row in _of_kind(folder, "history")]
+    history = [_values(row.item) for row in of_kind(folder, "history")]
     rows = [row for row in history if "stream/experience" in row]
     assert [row["stream/experience"] for row in rows] == [1, 2, 3]
     for i, row in enumerate(rows):
         assert row["stream/acc/sample"] == pytest.approx(results[1].metrics_after(i)["acc/sample"])
-    steps = {metric.glob_name: metric.step_metric for metric in _of_kind(folder, "metric")}
+    steps = {metric.glob_name: metric.step_metric for metric in of_kind(folder, "metric")}
     assert steps["stream/*"] == "stream/experience"
 
 
-def test_summary_holds_metrics_and_costs(uploaded: Uploaded, results: list[Result]) -> None:
+def test_summary_holds_metrics_and_costs(uploaded: Uploaded, results: list[Result], of_kind: OfKind) -> None:
     summary: dict[str, Any] = {}
-    for update in _of_kind(_folder(uploaded, results[1]), "summary"):
+    for update in of_kind(_folder(uploaded, results[1]), "summary"):
         summary |= _values(update.update)
     assert summary["final/bwt/gem"] == pytest.approx(results[1].metrics()["bwt/gem"])
     assert summary["cost/seconds"] == pytest.approx(results[1].spending()["seconds"])
 
 
-def test_config_says_what_a_run_may_be_compared_with(uploaded: Uploaded, results: list[Result]) -> None:
+def test_config_says_what_a_run_may_be_compared_with(
+    uploaded: Uploaded, results: list[Result], of_kind: OfKind
+) -> None:
     folder = _folder(uploaded, results[1])
-    (start,) = _of_kind(folder, "run")
+    (start,) = of_kind(folder, "run")
     assert (start.entity, start.project, start.run_group) == ("team", "comparison", "imagenet_r-T3")
     config = _values(start.config.update)
-    for update in _of_kind(folder, "config"):
+    for update in of_kind(folder, "config"):
         config |= _values(update.update)
     assert config["label"] == "JANUS-LoRA"
     assert config["fingerprint"] == results[1].protocol.fingerprint

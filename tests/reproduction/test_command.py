@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cl_bench.cli import main
 from cl_bench.grid.cells import Cell
+from cl_bench.published import domainnet
+from cl_bench.published.imagenet_r import SHA256, Split
 from cl_bench.reproduction.command import Wanted
 from cl_bench.results import Cost, Protocol, Result, Row
 
@@ -39,20 +42,26 @@ def _command(wanted: Wanted, *more: str) -> list[str]:
     return [*words, "--results", str(wanted.results), *more]
 
 
-def _leave(cell: Cell, final: float, protocol: str = "one") -> None:
+def _leave(
+    cell: Cell,
+    final: float,
+    protocol: str = "one",
+    dataset: str = "toy",
+    identity: dict[str, Any] | None = None,
+) -> None:
     """Leave a finished result of ``cell`` whose final accuracy is ``final`` percent, of 1,000 images."""
     configuration = cell.configuration()
     correct = [int(10 * final)] * 5
     Result(
         strategy=cell.strategy,
-        dataset="toy",
+        dataset=dataset,
         experiences=[(i, i + 1) for i in range(5)],
         class_names=list("abcde"),
         test_images=[1_000] * 5,
         order="identity",
         seed=configuration.namespace.seed,
         regime="sequential",
-        protocol=Protocol({"data": protocol}, {}, {}),
+        protocol=Protocol({"data": protocol} | (identity or {}), {}, {}),
         config=configuration.cell,
         status="done",
         rows=[Row(correct[: i + 1], correct[: i + 1], correct[: i + 1]) for i in range(5)],
@@ -105,6 +114,38 @@ def test_a_number_that_only_others_print_is_not_the_strategys_own(
     words = ["reproduce", "inflora", str(dataset), "--seeds", "1", "--results", str(wanted.results)]
     main([*words, "--dry-run"])
     assert "o number of its own paper or code is known here" in capsys.readouterr().out
+
+
+def test_domainnets_published_rows_leave_their_variant_unsaid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = tmp_path / "domainnet.yaml"
+    dataset.write_text(TOY)
+    wanted = Wanted("inflora", str(dataset), 5, None, (1,), ("identity",), tmp_path / "results", ())
+    (cell,) = wanted.cells("inflora")
+    words = ["reproduce", "inflora", str(dataset), "--seeds", "1", "--results", str(wanted.results)]
+    main([*words, "--dry-run"])
+    assert f"- {domainnet.UNSAID}" in capsys.readouterr().out
+    _leave(cell, 70.0, dataset="domainnet")
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert f"- {domainnet.UNSAID}" in text
+    assert "which domains it pools is not said): not a reproduction" in text
+    assert "the usual list" not in text
+
+
+@pytest.mark.parametrize("split", ["coda", "inflora"])
+def test_lists_of_equally_many_test_images_are_told_apart(
+    wanted: Wanted, split: Split, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("lora", "inflora"):
+        for cell in wanted.cells(name):
+            _leave(cell, 70.0, dataset="imagenet_r", identity={"test_images": SHA256[split, "test"]})
+    assert main(_command(wanted)) == 0
+    text = capsys.readouterr().out
+    told = {other: f"evaluates on the list {other}, ours on another" in text for other in ("coda", "inflora")}
+    assert told == {"coda": split != "coda", "inflora": split != "inflora"}
+    assert "the usual list" not in text
 
 
 def test_what_is_not_done_is_counted_and_not_run_when_dry(
@@ -172,3 +213,19 @@ def test_cells_differ_in_seed_and_order_alone(wanted: Wanted) -> None:
     cells = replace(wanted, orders=("identity", "numpy:1993")).cells("lora")
     assert len({cell.overrides for cell in cells}) == 6
     assert len(np.unique([len(cell.overrides) for cell in cells])) == 1
+
+
+@pytest.mark.parametrize("length", [[], ["--num_experiences", "10"]])
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (["inflora", "imagenet_t"], "of inflora on 'imagenet_t' is known here. Did you mean imagenet_r?"),
+        (["inflroa", "imagenet_r"], "of 'inflroa' is known here. Did you mean inflora?"),
+        (["inflora", "digits"], "of inflora on 'digits' is known here. Choose among cifar100, domainnet, "),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_nearest(
+    names: list[str], length: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["reproduce", *names, *length]) == 2
+    assert f"error: No published number {sentence}" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def test_a_number_that_nobody_printed_names_what_there_is() -> None:
         ValueError, match=r"on imagenet_r with 7 .*There are: imagenet_r with 5, imagenet_r with 10"
     ):
         rows("janus_lora", "imagenet_r", 7)
-    with pytest.raises(ValueError, match="There are: inflora, janus_lora"):
+    with pytest.raises(ValueError, match="Choose among inflora, janus_lora"):
         rows("ncm", "imagenet_r", 10)
 
 
