@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 import wandb
 from PIL import Image
 
+from cl_bench.callbacks import StreamMetrics
 from cl_bench.cli import main
 from cl_bench.results import FILE_NAME, read
 
@@ -353,3 +355,30 @@ def test_wandb_files_hold_curves_with_the_experience_as_step(
     }
     assert {"label", "benchmark", "fingerprint"} <= config
     assert len([*folder.glob("wandb/offline-run-*/files/media/table/accuracy_matrix*.json")]) == 1
+
+
+def test_a_run_that_goes_on_continues_its_wandb_run(
+    tmp_path: Path, wandb_records: Callable[[Path], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def power_cut(metrics: StreamMetrics, *_: Any) -> None:
+        if len(metrics.result.rows) == 1:
+            raise ArithmeticError("power cut")
+        on_test_start(metrics, *_)
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()
+    on_test_start = StreamMetrics.on_test_start
+    with monkeypatch.context() as patched:
+        patched.setattr(StreamMetrics, "on_test_start", power_cut)
+        assert run(tmp_path, "lora", "toy", "--wandb") == 1
+    assert run(tmp_path, "lora", "toy", "--wandb") == 0
+    wandb.teardown()
+    ids, experiences = [], []
+    for folder in sorted(only_result(tmp_path).parent.glob("wandb/offline-run-*"), key=os.path.getmtime):
+        for record in wandb_records(folder):
+            ids += [record.run.run_id] if record.WhichOneof("record_type") == "run" else []
+            names = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            experiences += [names["stream/experience"]] if "stream/experience" in names else []
+    assert len(ids) == 2
+    assert len(set(ids)) == 1
+    assert [float(value) for value in experiences] == [1, 2, 3]
