@@ -19,7 +19,7 @@ from torch import Tensor
 from cl_bench.backbones import Backbone
 from cl_bench.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.diagnostics import Diagnostics
-from cl_bench.results import Result, read
+from cl_bench.results import Regime, Result, read
 from cl_bench.strategy import Strategy
 from cl_bench.trainer import StreamTrainer
 from datamodules.toy import Toy
@@ -137,14 +137,20 @@ def backbone() -> Backbone:
 
 
 def attempt(
-    folder: Path, method: Callable[[], Strategy], *callbacks: Callback, every: float = 60.0
+    folder: Path,
+    method: Callable[[], Strategy],
+    *callbacks: Callback,
+    regime: Regime = "sequential",
+    num_workers: int = 0,
 ) -> tuple[Strategy, Result]:
     """Run a cell on the toy stream in this process, with checkpoints in ``folder``."""
     strategy = method()
-    stream = Toy(num_classes=6, num_experiences=3, image_size=8, seed=1, batch_size=8, num_workers=0)
+    stream = Toy(
+        num_classes=6, num_experiences=3, image_size=8, seed=1, batch_size=8, num_workers=num_workers
+    )
     trainer = StreamTrainer(max_epochs=2, accelerator="cpu", callbacks=list(callbacks))
-    checkpoints = Checkpoints(folder / FOLDER_NAME, "0" * 8, every)
-    return strategy, trainer.run(strategy, stream, folder=folder, checkpoints=checkpoints)
+    checkpoints = Checkpoints(folder / FOLDER_NAME, "0" * 8)
+    return strategy, trainer.run(strategy, stream, regime=regime, folder=folder, checkpoints=checkpoints)
 
 
 METHODS: dict[str, Callable[[], Strategy]] = {
@@ -179,6 +185,17 @@ def test_a_signal_saves_between_two_steps_and_the_run_goes_on_inside_the_epoch(
     assert differing(strategy.state_dict(), whole.state_dict()) == []
     assert result.rows == expected.rows
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_joint_training_goes_on_inside_its_epoch_with_worker_processes(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        attempt(tmp_path, METHODS["LoRA, shared"], Sends(signal.SIGTERM, 14), regime="joint", num_workers=1)
+    saved = torch.load(max(tmp_path.rglob("*.ckpt")), weights_only=True)
+    assert (saved["experience"], saved["epoch"], saved["batches"]) == (0, 1, 5)
+    strategy, result = attempt(tmp_path, METHODS["LoRA, shared"], regime="joint", num_workers=1)
+    whole, expected = attempt(tmp_path / "whole", METHODS["LoRA, shared"], regime="joint")
+    assert differing(strategy.state_dict(), whole.state_dict()) == []
+    assert result.rows == expected.rows
 
 
 class Crashes(Callback):
