@@ -52,7 +52,7 @@ CLAIMS: dict[str, Callable[[Evidence], str]] = {
     "no task id at test": lambda e: prediction.prediction(e.plain.run),
     "no data of other experiences is seen": lambda e: data.data(e.plain.sightings),
     "the same seed gives the same bits": lambda e: reproduction.seed(e.plain, plain(e.subject)),
-    "a run that is cut off ends in the same bits": lambda e: reproduction.checkpoint(e.subject, e.plain),
+    "a run that is cut off ends in the same bits": lambda e: reproduction.checkpoint(e.subject),
     "memory is bounded as declared": lambda e: cost.memory(*e.long),
     "float32 and bfloat16 both run": lambda e: precision.precision(e.subject),
     f"a step costs in experience {LONG} what it costs in experience 2": lambda e: cost.step(

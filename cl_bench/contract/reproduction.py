@@ -67,19 +67,20 @@ def seed(one: Plain, other: Plain) -> str:
     return f"{tensors} tensors and all logits agree after each of {experiences} experiences"
 
 
-def checkpoint(subject: Subject, original: Plain) -> str:
+def checkpoint(subject: Subject) -> str:
     """Claim: a run that is cut off goes on to the same bits, wherever in an experience that was.
 
     A run writes its checkpoints halfway through the stream: before the pass over the data, the steps, the
     pass after them and the evaluation. From each, a strategy that was built anew goes on to the end.
     """
-    half = len(original.moments) // 2
+    run = subject.run()
+    half = len(run.experiences) // 2
     with TemporaryDirectory() as name:
         kept = _Kept(Path(name), half)
-        run = subject.run()
         run.trainer.run(run.strategy, run.stream, checkpoints=kept)
+        whole = run.moment()
         for phase, path in kept.phases.items():
-            _require_equal(_gone_on(subject, path), original.moments[-1], phase)
+            _require_equal(_gone_on(subject, path), whole, phase)
     return f"cut off before {', '.join(kept.phases)} of experience {half + 1}, and ended in the same bits"
 
 
