@@ -120,8 +120,11 @@ class PhotographFiles(Photographs):
     @property
     def decoding(self) -> str:  # type: ignore[override]
         """How stored images become pixels."""
-        decoded = super().decoding
-        return decoded if self.cache == "none" else f"{decoded}, {description(self.cache, self._preset.test)}"
+        if self.cache == "none":
+            return super().decoding
+        by_torch = self.cache == "pixels" and self.augmentation == "exact"
+        crops = "; training crops resized by torch in uint8" if by_torch else ""
+        return f"{super().decoding}, {description(self.cache, self._preset.test)}{crops}"
 
     @property
     def images_sha256(self) -> str | None:

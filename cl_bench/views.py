@@ -45,7 +45,8 @@ class RandomView:
     """A random crop of random shape, resized to a square and mirrored every second time.
 
     It draws as torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip`` do one after the other: with
-    one state of torch's generator, both give one picture.
+    one state of torch's generator, both give one picture. Of an array torch resizes the crop, a third as long
+    as Pillow; its sums are rounded otherwise, by 2 of 255 levels at most where that was measured.
 
     Attributes:
         size: Height and width of the view, in pixels.
@@ -67,8 +68,7 @@ class RandomView:
     def pixels(self, image: Picture) -> Tensor:
         """Return a view (3, S, S) of ``image``, uint8."""
         box = self.box(image.height, image.width)
-        resized = _resized(cropped(image, box), self.size, self.size, self.interpolation)
-        pixels = pixels_of(resized)
+        pixels = _square(cropped(image, box), self.size, self.interpolation)
         return pixels.flip(2) if box.mirrored else pixels
 
     def __call__(self, image: Picture) -> Tensor:
@@ -205,6 +205,14 @@ def _log(ratio: tuple[float, float]) -> tuple[float, float]:
     """Return the logarithms in the precision in which torchvision takes them."""
     lowest, highest = torch.log(torch.tensor(ratio)).tolist()
     return lowest, highest
+
+
+def _square(image: Picture, size: int, interpolation: str) -> Tensor:
+    """Return ``image`` resized to (3, S, S), uint8."""
+    if isinstance(image, Pixels):
+        whole = pixels_of(image).unsqueeze(0)
+        return torch.nn.functional.interpolate(whole, (size, size), mode=interpolation, antialias=True)[0]
+    return pixels_of(_resized(image, size, size, interpolation))
 
 
 def _resized(image: Picture, height: int, width: int, interpolation: str) -> Picture:

@@ -155,6 +155,11 @@ def test_each_way_is_a_protocol_of_its_own(root: Path) -> None:
     assert len({str(pictures(root, **way).protocol()) for way in WAYS}) == len(WAYS)
 
 
+def test_the_protocol_says_who_resizes_crops(root: Path) -> None:
+    told = ["resized by torch in uint8" in str(pictures(root, **way).protocol()["decoding"]) for way in WAYS]
+    assert told == [way == {"cache": "pixels"} for way in WAYS]
+
+
 def test_batched_augmentation_takes_a_cache(root: Path) -> None:
     with pytest.raises(ValueError, match="set --cache to pixels or jpeg"):
         pictures(root, augmentation="batched")

@@ -24,7 +24,7 @@ from cl_bench.photographs import Augmentation, PhotographFiles
 pytestmark = pytest.mark.soak
 
 IMAGES = 256
-ROUNDS = 3
+ROUNDS = 5
 PROCESSES = 2
 
 TRAIN = transforms.Compose(

@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
+from cl_bench.images import Pixels
 from cl_bench.views import PRESETS, CentreView, PresetName, RandomView, preset
 
 SHAPES = [(375, 500), (500, 375), (224, 224), (40, 300), (31, 33)]
@@ -71,3 +72,21 @@ def test_presets_are_told_apart_by_their_texts() -> None:
     texts = {(repr(found.train), repr(found.test)) for found in (preset(name, 224) for name in PRESETS)}
     assert len(texts) == len(PRESETS)
     assert not any(" at 0x" in text for pair in texts for text in pair)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_of_an_array_are_nearly_those_of_the_same_image(interpolation: str) -> None:
+    generator = np.random.RandomState(0)
+    coarse = Image.fromarray(generator.randint(256, size=(32, 43, 3), dtype=np.uint8))
+    image = coarse.resize((341, 256), Image.Resampling.BICUBIC)
+    view = RandomView(224, (0.08, 1.0), interpolation=interpolation)
+    kept = Pixels(np.array(image))
+    differences = []
+    for seed in range(20):
+        views = []
+        for picture in (image, kept):
+            torch.manual_seed(seed)
+            views.append(view.pixels(picture).to(torch.int16))
+        differences.append((views[0] - views[1]).abs())
+    assert max(int(difference.max()) for difference in differences) <= 2
+    assert np.mean([float((difference > 0).float().mean()) for difference in differences]) < 0.05
