@@ -14,22 +14,26 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from cl_bench.ranks import from_first, gathered
+
 Batch = tuple[Tensor, Tensor]
 
 
 def class_halves(images: Tensor, labels: Tensor) -> tuple[Batch, Batch] | None:
     """Split a batch, images (B, …) and labels (B,), by a random half of its classes.
 
-    Draws from torch's CPU generator. None if the batch has a single class.
+    Draws from torch's CPU generator. None if the batch has a single class. Of several processes all split by
+    the same half of the classes that the batch has on any, so a part may be empty on one.
 
     >>> first, second = class_halves(torch.arange(4.0), torch.tensor([7, 8, 8, 7]))
     >>> sorted((first[1].tolist(), second[1].tolist()))
     [[7, 7], [8, 8]]
     """
-    classes = labels.unique()
+    classes = gathered(labels).unique()
     if len(classes) < 2:
         return None
-    chosen = classes[torch.randperm(len(classes))[: len(classes) // 2].to(classes.device)]
+    places = from_first(torch.randperm(len(classes)), classes.device)
+    chosen = classes[places[: len(classes) // 2].to(classes.device)]
     first = torch.isin(labels, chosen)
     return (images[first], labels[first]), (images[~first], labels[~first])
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from cl_bench.ranks import total
 from cl_bench.results import Result, Row
 
 
@@ -22,7 +23,7 @@ class StreamMetrics(Callback):
     The callback sees logits and labels, never the model. From one confusion matrix come the
     class-incremental count (its diagonal) and the count of images placed in their own experience (its
     diagonal blocks); a second one, of predictions restricted to the true experience, gives the task-masked
-    count.
+    count. Each of several processes counts its own images, and a row holds the counts of all.
 
     Args:
         result: Its ``rows`` are filled; its ``experiences`` say which class belongs where.
@@ -43,7 +44,7 @@ class StreamMetrics(Callback):
         """Start a row."""
         for confusion in (self.confusion, self.confusion_within):
             confusion.to(pl_module.device).reset()
-        self.finite = torch.tensor(True, device=pl_module.device)
+        self.infinite = torch.zeros((), dtype=torch.int64, device=pl_module.device)
         self.correct_by_domain = torch.zeros_like(self.correct_by_domain, device=pl_module.device)
         self.experience_of_class = self.experience_of_class.to(pl_module.device)
 
@@ -58,7 +59,7 @@ class StreamMetrics(Callback):
     ) -> None:
         """Count one batch."""
         logits, labels = outputs, batch[1]
-        self.finite &= logits.isfinite().all()
+        self.infinite += (~logits.isfinite()).sum()
         if self.result.domains:
             self._count_by_domain(logits.argmax(dim=1) == labels, labels, batch[2])
         self.confusion.update(logits.argmax(dim=1), labels)
@@ -73,8 +74,14 @@ class StreamMetrics(Callback):
         """
         seen = trainer.datamodule.experience.num_classes_seen  # type: ignore[attr-defined]
         i = next(i for i, (_, stop) in enumerate(self.result.experiences) if stop == seen)
-        self._require_whole_evaluation(i, seen)
-        row = self._row(seen)
+        infinite, confusion, within, by_domain = map(
+            total,
+            (self.infinite, self.confusion.confmat, self.confusion_within.confmat, self.correct_by_domain),
+        )
+        if infinite:
+            raise Diverged(f"A logit is not finite after experience {i + 1}: lower the learning rate.")
+        self._require_whole_evaluation(i, seen, int(confusion.sum()))
+        row = self._row(confusion[:seen, :seen], within[:seen, :seen], by_domain[:, :seen])
         self.result.rows += [None] * (i - len(self.result.rows))
         self.result.rows.append(row)
         values = {"stream/experience": float(i + 1)} | {
@@ -85,10 +92,8 @@ class StreamMetrics(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
-    def _require_whole_evaluation(self, index: int, num_classes_seen: int) -> None:
-        if not self.finite:
-            raise Diverged(f"A logit is not finite after experience {index + 1}: lower the learning rate.")
-        counted, expected = int(self.confusion.confmat.sum()), sum(self.result.test_images[:num_classes_seen])
+    def _require_whole_evaluation(self, index: int, num_classes_seen: int, counted: int) -> None:
+        expected = sum(self.result.test_images[:num_classes_seen])
         if counted != expected:
             raise ValueError(
                 f"{counted} of {expected} test images were evaluated after experience {index + 1}: "
@@ -103,16 +108,15 @@ class StreamMetrics(Callback):
         """Count images (B,) by their domain and class."""
         self.correct_by_domain.index_put_((domains, labels), correct.to(torch.int64), accumulate=True)
 
-    def _row(self, num_classes_seen: int) -> Row:
-        confusion = self.confusion.compute()[:num_classes_seen, :num_classes_seen]
-        within = self.confusion_within.compute()[:num_classes_seen, :num_classes_seen]
-        seen = self.experience_of_class[:num_classes_seen]
+    def _row(self, confusion: Tensor, within: Tensor, by_domain: Tensor) -> Row:
+        """Return the counts that two matrices (C, C) over the C classes seen, and (domains, C), hold."""
+        seen = self.experience_of_class[: len(confusion)]
         same_experience = seen[:, None] == seen[None, :]
         return Row(
             correct=confusion.diagonal().tolist(),
             correct_within_experience=within.diagonal().tolist(),
             correct_experience=(confusion * same_experience).sum(dim=1).tolist(),
-            correct_by_domain=self.correct_by_domain[:, :num_classes_seen].tolist(),
+            correct_by_domain=by_domain.tolist(),
         )
 
 

@@ -58,6 +58,7 @@ class Checkpoint:
         circumstances: What bit-exactness depends on beside the cell: device, versions, number of processes.
         strategy: What the method holds beyond its pre-trained backbone.
         random: States of the random generators, of each process.
+        shares: What each process but the first has measured so far; the first one's is in ``strategy``.
         loops: Lightning's counters of epochs, batches and steps.
         training: Optimizers and schedules; empty where no step comes next.
         callbacks: State of each callback that has one, by its key.
@@ -74,6 +75,7 @@ class Checkpoint:
     strategy: dict[str, Any]
     random: list[dict[str, Any]]
     loops: dict[str, Any]
+    shares: list[dict[str, torch.Tensor]] = field(default_factory=list)
     epoch: int = 0
     batches: int = 0
     training: dict[str, Any] = field(default_factory=dict)

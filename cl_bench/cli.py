@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from itertools import takewhile
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from cl_bench.configuration import Configuration
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+_FIRST_SPEAKS = 3.0  # seconds
 _CHECK_USAGE = "cl-bench check STRATEGY [--KEY VALUE ...]"
 _RUN_FLAGS = ("-v", "-h", "--help", "--print_config", "--print_protocol")
 _RUN_USAGE = "cl-bench run STRATEGY DATASET [--seed 1] [--order numpy:1993] [--KEY VALUE ...]"
@@ -32,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["run"]:
             return _run(words[1:])
+        if _launched() and os.environ["WORLD_SIZE"] != "1":
+            raise ValueError("Several processes share a run alone: call this verb without a launcher.")
         if words[:1] == ["check"]:
             return _check(words[1:])
         if words[:1] == ["reproduce"]:
@@ -41,11 +46,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if "-v" in words:
             traceback.print_exception(error)
-        _console(stderr=True).print(f"error: {sentence(error)}", markup=False)
+        if _launched() and _rank() > 0:
+            time.sleep(_FIRST_SPEAKS)  # all refuse alike; a launcher ends all when the first of them is gone
+        else:
+            _console(stderr=True).print(f"error: {sentence(error)}", markup=False)
         return REFUSED
     except KeyboardInterrupt:
-        _console(stderr=True).print("Interrupted. The same command goes on where this one stopped.")
+        if _rank() == 0:
+            _console(stderr=True).print("Interrupted. The same command goes on where this one stopped.")
         return INTERRUPTED
+
+
+def _rank() -> int:
+    """Return the rank of this process in its run, by the variables that every launcher sets."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+
+
+def _launched() -> bool:
+    """Whether ``fabric run`` or ``torchrun`` has started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,8 +161,9 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"Name one strategy and one dataset, or one config file: {_RUN_USAGE}")
 
     from cl_bench.configuration import layers, resolve
+    from cl_bench.processes import with_launcher
 
-    configuration = resolve([Path(names[0])] if is_file else layers(*names), overrides)
+    configuration = resolve([Path(names[0])] if is_file else layers(*names), with_launcher(overrides))
     if wants_help:
         sys.stdout.write(configuration.schema.help())
         return DONE
@@ -193,7 +213,7 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
     from cl_bench.console import RunConsole, closing_lines, opening_lines
     from cl_bench.run import RunFailed, finished, quiet, run
 
-    console = _console()
+    console = _console() if _rank() == 0 else Console(quiet=True)
     done = finished(configuration)
     if done is not None:
         console.print(
@@ -210,9 +230,10 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
     except RunFailed as error:
         if verbose:
             traceback.print_exception(error)
-        _console(stderr=True).print(
-            f"error: {error}\nThe traceback is in {configuration.folder}/error.txt", markup=False
-        )
+        if str(error):
+            _console(stderr=True).print(
+                f"error: {error}\nThe traceback is in {configuration.folder}/error.txt", markup=False
+            )
         return FAILED
     console.print(closing_lines(result, configuration.folder), markup=False)
     return DONE

@@ -48,6 +48,7 @@ _DATA_KEYS_OUTSIDE_THE_CELL = {"cache_dir", "name", "num_workers", "root"}  # th
 _TRAINER_KEYS_OUTSIDE_THE_CELL = {
     "accelerator",
     "barebones",
+    "check_agreement",
     "default_root_dir",
     "detect_anomaly",
     "devices",

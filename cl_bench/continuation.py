@@ -16,8 +16,17 @@ from cl_bench.checkpoint import Checkpoint, Checkpoints, Owner, Phase
 from cl_bench.experience import Experience
 from cl_bench.interruption import Interruption
 from cl_bench.provenance import circumstances
+from cl_bench.ranks import anywhere, is_first, of_all, of_first, place
 from cl_bench.results import Cost, Result, Row
-from cl_bench.snapshot import Pretrained, random_states, restore, set_random_states, snapshot
+from cl_bench.snapshot import (
+    Pretrained,
+    own_share,
+    random_states,
+    restore,
+    set_random_states,
+    snapshot,
+    take_share,
+)
 from cl_bench.strategy import Strategy
 
 
@@ -55,14 +64,30 @@ class Continuation:
         )
         self._circumstances = circumstances(trainer.strategy.root_device, trainer.world_size)
         self._pretrained = Pretrained(strategy)
-        self.resumed = checkpoints.latest(self._owner)
+        self.resumed = of_first(lambda: checkpoints.latest(self._owner))
         if self.resumed is not None:
             self._recall(self.resumed)
 
     @property
     def due(self) -> bool:
-        """Whether the end of an epoch should be written down."""
-        return self._checkpoints is not None and (self._checkpoints.due or self.interruption.requested)
+        """Whether the end of an epoch should be written down, on all processes."""
+        return self._checkpoints is not None and anywhere(
+            (is_first() and self._checkpoints.due) or self.interruption.requested
+        )
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run was asked to end, on any of its processes."""
+        return anywhere(self.interruption.requested)
+
+    def heed(self) -> None:
+        """End the run here if that was asked.
+
+        Raises:
+            Interrupted: If so, on all processes.
+        """
+        self.interruption.requested = self.asked
+        self.interruption.heed()
 
     @property
     def phase(self) -> Phase:
@@ -94,6 +119,9 @@ class Continuation:
         if self._checkpoints is None:
             return
         self._require_finite()
+        random, shares = of_all(random_states()), of_all(own_share(self._strategy))
+        if not is_first():
+            return
         trainer, result = self._trainer, self._result
         checkpoint = Checkpoint(
             owner=self._owner,
@@ -103,7 +131,8 @@ class Continuation:
             batches=batches,
             circumstances=self._circumstances,
             strategy=snapshot(self._strategy, self._pretrained),
-            random=[random_states()],
+            random=random,
+            shares=shares[1:],
             loops=progress.loops(trainer),
             training=progress.training(trainer) if phase == "training" else {},
             callbacks={
@@ -133,6 +162,7 @@ class Continuation:
         for experience in experiences:
             self._strategy.expand(experience)
         restore(self._strategy, resumed.strategy)
+        take_share(self._strategy, resumed.shares)
         progress.restore_loops(self._trainer, resumed.loops, inside=bool(resumed.batches))
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
             if callback.state_key in resumed.callbacks:
@@ -145,12 +175,13 @@ class Continuation:
             return
         if self.resumed.phase == "training":
             progress.restore_training(self._trainer, self.resumed.training, self.resumed.batches)
-        set_random_states(self.resumed.random[0])
+        rank, _ = place()
+        set_random_states(self.resumed.random[rank % len(self.resumed.random)])
         self.resumed = None
 
     def clear(self) -> None:
         """Remove the checkpoints of a run that is done."""
-        if self._checkpoints is not None:
+        if self._checkpoints is not None and is_first():
             self._checkpoints.clear()
 
     @property

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cl_bench.experience import Experience
-from cl_bench.loading import StreamLoader, WorkerPool
+from cl_bench.loading import RankBatches, StreamLoader, WorkerPool
+from cl_bench.ranks import place
 from cl_bench.regions import BatchedView, Region, Regions
 from cl_bench.stream import (
     Indices,
@@ -136,10 +137,10 @@ class StreamDataModule(LightningDataModule, ABC):
         order: Class order: identity, numpy:SEED, python:SEED, or a list of labels.
         seed: Seed of the order of the images and of their augmentation; at least 0.
         image_size: Height and width of the images, in pixels.
-        batch_size: Images in a batch of training.
-        test_batch_size: Images in a batch without gradients; twice batch_size if null.
+        batch_size: Images in a batch of training, over all processes of a run together.
+        test_batch_size: Images in a batch without gradients, likewise; twice batch_size if null.
         num_workers: Processes that load images; they change the speed, never a batch. They live as long as
-            the stream is served.
+            the stream is served, and each process of a run has its own.
         held_out_classes: How many classes, the last by original label, are no part of the stream; diagnostics
             measure on them what the backbone still knows of the rest of the world.
         val_fraction: Share of each class's training images to hold out and evaluate on, to choose settings
@@ -352,7 +353,7 @@ class StreamDataModule(LightningDataModule, ABC):
         """Serve the training images of the experience, augmented, in an order that changes with the epoch."""
         train = self._dealt.train
         sampler = self._sampler(self._current(train), _TRAINING, shuffle=True)
-        return self._loader(train, sampler, self.batch_size)
+        return self._loader(train, RankBatches(sampler, self.batch_size, *place()))
 
     def test_dataloader(self) -> DataLoader[Batch]:
         """Serve the test images of all classes seen, mixed as the dataset holds them.
@@ -361,7 +362,7 @@ class StreamDataModule(LightningDataModule, ABC):
         """
         test = self._dealt.test
         seen = np.flatnonzero(test.positions < self.experience.classes.stop)
-        return self._loader(test, self._sampler(seen, _TEST), self.test_batch_size)
+        return self._loader(test, self._batches(self._sampler(seen, _TEST)))
 
     def augmented_dataloader(self, pass_index: int) -> DataLoader[Batch]:
         """Serve every training image of the experience once, drawn as in training and anew for each pass.
@@ -371,12 +372,12 @@ class StreamDataModule(LightningDataModule, ABC):
         """
         train = self._dealt.train
         sampler = self._sampler(self._current(train), _AUGMENTED, pass_index)
-        return self._loader(train, sampler, self.test_batch_size)
+        return self._loader(train, self._batches(sampler))
 
     def plain_dataloader(self) -> DataLoader[Batch]:
         """Serve every training image of the experience once, transformed as at test time."""
         plain = self._dealt.plain
-        return self._loader(plain, self._sampler(self._current(plain), _PLAIN), self.test_batch_size)
+        return self._loader(plain, self._batches(self._sampler(self._current(plain), _PLAIN)))
 
     def held_out_dataloaders(self) -> tuple[DataLoader[Batch], DataLoader[Batch]] | None:
         """Serve images to train and to evaluate on, of the classes that are held out; None if none are.
@@ -417,7 +418,9 @@ class StreamDataModule(LightningDataModule, ABC):
         first = [np.flatnonzero(images.positions == label) for label in range(self.held_out_classes)]
         indices = np.concatenate([of_class[:_HELD_OUT_IMAGES] for of_class in first])
         sampler = DrawSampler(indices, (self.seed, _OUTSIDE), shuffle=False)
-        return self._loader(images, sampler, self.test_batch_size)
+        return self._loader(
+            images, RankBatches(sampler, self.test_batch_size)
+        )  # all of them on every process
 
     @property
     def _dealt(self) -> _Served:
@@ -494,15 +497,18 @@ class StreamDataModule(LightningDataModule, ABC):
     def _sampler(self, indices: Indices, *what: int, shuffle: bool = False) -> DrawSampler:
         return DrawSampler(indices, (self.seed, self.experience.index, *what), shuffle=shuffle)
 
-    def _loader(self, images: DrawnImages, sampler: DrawSampler, batch_size: int) -> DataLoader[Batch]:
+    def _batches(self, sampler: DrawSampler) -> RankBatches:
+        """Return the batches of a pass without gradients."""
+        return RankBatches(sampler, self.test_batch_size, *place())
+
+    def _loader(self, images: DrawnImages, batches: RankBatches) -> DataLoader[Batch]:
         outside = self._held_out if self.held_out_classes else ()
         datasets = (self._dealt.train, self._dealt.plain, self._dealt.test, *outside)
         if self.num_workers and self._pool is None:
             self._pool = WorkerPool(datasets, self.num_workers)
         return StreamLoader(
             dataset=images,
-            batch_size=batch_size,
-            sampler=sampler,
+            batches=batches,
             num_workers=self.num_workers,
             # Lightning finishes a batch after its transfer; whoever else asks for one gets it finished.
             finish=partial(self.on_after_batch_transfer, dataloader_idx=0) if self._serving is None else None,

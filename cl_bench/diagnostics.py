@@ -38,6 +38,7 @@ from cl_bench.datamodule import StreamDataModule
 from cl_bench.heads import Prototypes
 from cl_bench.losses import cosine_similarities, danger_score
 from cl_bench.measurements import ClassMeans, SecondMoments, Statistic, class_means, measure
+from cl_bench.ranks import of_all, total
 from cl_bench.rectification import null_space_violation, scale_free_violation
 from cl_bench.strategy import Strategy
 from cl_bench.trainer import StreamTrainer
@@ -117,6 +118,7 @@ class Diagnostics(Callback):
         for index, past in enumerate(known.past):
             past.add(*_of_layer(moments, self._layers, index))
         centres = means.mean()
+        angles.gather()
         danger, angular = angles.mean(), angles.points(centres, stream.experience.classes.start)
         known.prototypes = torch.cat([known.prototypes, centres])
         before, known.outside = known.outside, _held_out_accuracy(trainer, strategy, stream)
@@ -221,13 +223,23 @@ class _Angles(Statistic):
         self._kept: list[tuple[Tensor, int]] = []
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        if not len(self._prototypes):
+        if not len(self._prototypes) or not len(features):
             return
         self._sum += float(danger_score(features, self._prototypes)) * len(features)
         for feature, label in zip(features, labels.tolist(), strict=True):
             if self._count % self._stride == 0:
                 self._kept.append((feature.clone(), label))
             self._count += 1
+        self._thin()
+
+    def gather(self) -> None:
+        """Take in what the other processes have seen."""
+        seen = of_all((self._sum, self._count, [(kept.cpu(), label) for kept, label in self._kept]))
+        self._sum, self._count = sum(one[0] for one in seen), sum(one[1] for one in seen)
+        self._kept = [(kept.to(self._prototypes), label) for one in seen for kept, label in one[2]]
+        self._thin()
+
+    def _thin(self) -> None:
         while len(self._kept) > POINTS:
             self._kept, self._stride = self._kept[::2], 2 * self._stride
 
@@ -281,7 +293,7 @@ def _of_layer(moments: dict[int, SecondMoments], layers: list[_Adapted], index: 
     """Return ``XᵀX`` and the number of tokens that the layer at ``index`` has seen."""
     width = layers[index].layer.weight.shape[1]
     place = sum(1 for one in layers[:index] if one.layer.weight.shape[1] == width)
-    return moments[width].sums[place], int(moments[width].tokens[place])
+    return total(moments[width].sums[place]), int(total(moments[width].tokens[place]))
 
 
 def _held_out_accuracy(trainer: StreamTrainer, strategy: Strategy, stream: StreamDataModule) -> float | None:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
 
-from cl_bench.regions import Region, batched
+from cl_bench.ranks import slice_of
+from cl_bench.regions import Region, Regions, batched
 
 
 def collate(samples: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -79,10 +80,47 @@ class WorkerPool:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
+class RankBatches(BatchSampler):
+    """This process's part of every batch: that of its rank, in the order of the whole.
+
+    All processes together see the batches that one alone would. A last batch of fewer images than processes
+    leaves some without any; there the first image of the batch stands in, to be left out once it is loaded.
+
+    Args:
+        sampler: Draws of all images, the same on every process.
+        batch_size: Images of a batch over all processes.
+        rank: Which process this is.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, sampler: Sampler[Any], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(sampler, batch_size, drop_last=False)
+        self.rank = rank
+        self.world_size = world_size
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of this process's images in each batch."""
+        return [len(range(count)[self._own(count)]) for count in self._counts()]
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Yield the draws of one batch after the other."""
+        for batch in super().__iter__():
+            yield batch[self._own(len(batch))] or batch[:1]
+
+    def _counts(self) -> list[int]:
+        whole, left = divmod(len(self.sampler), self.batch_size)  # type: ignore[arg-type]
+        return [self.batch_size] * whole + [left] * bool(left)
+
+    def _own(self, count: int) -> slice:
+        return slice_of(count, self.rank, self.world_size)
+
+
 class StreamLoader(DataLoader[Any]):
     """A loader of one pass; where there is a pool it starts no process, and Lightning has none to stop.
 
     Args:
+        batches: Which images a batch is of.
         finish: Applied to every batch that leaves the loader; nothing if None.
         pool: Who loads, if not this process.
         place: Place of the dataset among those of the pool.
@@ -92,12 +130,14 @@ class StreamLoader(DataLoader[Any]):
     def __init__(
         self,
         *,
+        batches: RankBatches,
         finish: Callable[[Any], Any] | None = None,
         pool: WorkerPool | None = None,
         place: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(batch_sampler=batches, **kwargs)
+        self.batches = batches
         self.finish = finish
         self.pool = pool
         self.place = place
@@ -106,13 +146,14 @@ class StreamLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of one pass; nothing is loaded before the first is asked for."""
         done, self._done = self._done, 0
-        batches = list(BatchSampler(self.sampler, self.batch_size or 1, drop_last=False))[done:]
+        batches = list(self.batches)[done:]
         if self.pool is None:
             loaded: Iterable[Any] = _loader(self.dataset, _Batches(batches))
         else:
             loaded = self.pool.load(self.place, batches)
-        for batch in loaded:
-            yield batch if self.finish is None else self.finish(batch)
+        for batch, size in zip(loaded, self.batches.sizes[done:], strict=True):
+            own = batch if size else _emptied(batch)
+            yield own if self.finish is None else self.finish(own)
 
     def state_dict(self) -> dict[str, int]:
         """Return how many batches the next pass leaves out."""
@@ -121,6 +162,11 @@ class StreamLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Let the next pass go on after some batches, as if it had begun with them."""
         self._done = state["batches"]
+
+
+def _emptied(batch: Sequence[Any]) -> list[Any]:
+    """Return a batch of the same form without an image."""
+    return [Regions(*_emptied(part)) if isinstance(part, Regions) else part[:0] for part in batch]
 
 
 class _Batches(Sampler[list[Any]]):

@@ -12,6 +12,7 @@ from cl_bench.experience import Experience
 from cl_bench.heads import Prototypes
 from cl_bench.losses import augmented_triplet, decoupled_margin
 from cl_bench.measurements import class_means
+from cl_bench.ranks import gathered
 from cl_bench.strategy import Strategy, TrainingData
 
 MarginLoss = Literal["nearest", "all", "triplet"]
@@ -75,7 +76,8 @@ class DecoupledMargin(Strategy):
             return loss
         old = self.prototypes.means[: self.experience.classes.start]
         if self.margin_loss == "triplet":
-            return loss + self.margin_weight * augmented_triplet(features, labels, old, self.margin)
+            batch = gathered(features), gathered(labels)  # positives and negatives may be on any process
+            return loss + self.margin_weight * augmented_triplet(*batch, old, self.margin)
         return loss + self.margin_weight * decoupled_margin(features, old, self.margin, self.margin_loss)
 
     def after_training(self, data: TrainingData) -> None:

@@ -1,13 +1,14 @@
 """What one pass over the training images of an experience can measure.
 
 A pass is expensive and its statistics are cheap, so :func:`measure` serves any number of them with one pass.
-Before a mean is taken, sums go over all processes of a run, so each may see a part of the images.
+Before a mean is taken, sums go over all processes of a run, so each may see a part of the images, of a batch
+even none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_bench.adapters import AdaptedLinear
+from cl_bench.ranks import OfThisRank, total
 from cl_bench.subspace import GPM
 
 _NOTHING_HEARD = "A layer has seen no token: run images through the backbone while the statistic listens."
@@ -60,7 +62,7 @@ class ClassMeans(Statistic):
             ValueError: If a class has no image.
         """
         if self._sums is not None and self._counts is not None:
-            sums, counts = _over_processes(self._sums), _over_processes(self._counts)
+            sums, counts = total(self._sums), total(self._counts)
             if bool(counts.all()):
                 return (sums / counts[:, None]).float()
         raise ValueError(
@@ -69,7 +71,7 @@ class ClassMeans(Statistic):
         )
 
 
-class InputStatistic(nn.Module, Statistic):
+class InputStatistic(nn.Module, Statistic, OfThisRank):
     """What is added up of the inputs of layers of one width, over all tokens.
 
     Within :func:`measure` it listens by itself, and around a training step within :meth:`listening`. As an
@@ -111,6 +113,18 @@ class InputStatistic(nn.Module, Statistic):
     def set_extra_state(self, state: dict[str, list[int]]) -> None:
         """Go on counting passes from ``state``."""
         self._passes = list(state["passes"])
+
+    def hold(self, shares: Sequence[Mapping[str, Tensor]]) -> None:
+        """Hold what processes had heard of which these are the ``shares``, as many passes as before."""
+        passes = self._passes
+        self.clear()
+        self._passes = passes
+        for share in shares:
+            self.include(share)
+
+    def include(self, share: Mapping[str, Tensor]) -> None:
+        """Add the buffers of another statistic of this kind; to nothing heard yet, they are added bit for bit."""
+        raise NotImplementedError
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -197,7 +211,7 @@ class SecondMoments(InputStatistic):
             ValueError: If no token has been heard.
         """
         tokens = _heard(self.tokens)
-        return _over_processes(self.sums) / tokens[:, None, None]
+        return total(self.sums) / tokens[:, None, None]
 
     def take(self, index: int, tokens: Tensor) -> None:
         """Add the product of tokens (N, d) with themselves."""
@@ -208,6 +222,14 @@ class SecondMoments(InputStatistic):
         tokens = tokens.to(self.dtype)
         self.sums[index] += tokens.T @ tokens
         self.tokens[index] += len(tokens)
+
+    def include(self, share: Mapping[str, Tensor]) -> None:
+        """Add sums and numbers of tokens."""
+        known = bool(self.sums.numel() and share["sums"].numel())
+        self.sums = (
+            self.sums + share["sums"] if known else share["sums"] if share["sums"].numel() else self.sums
+        )
+        self.tokens = self.tokens + share["tokens"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         # Sums are saved as empty or as full; what is here may be the other.
@@ -224,6 +246,8 @@ class InputSketch(InputStatistic):
     stacked below the sketch, and the singular values of both together are shrunk until no more than ``rows``
     are left. What shrinking took away is known as a whole, and put back evenly: energies inside and outside
     of the memory are exact, directions beyond those of the sketch are not. A memory takes no more than these.
+    Of several processes each keeps a sketch of its own images, and what stands for all is their sum: energies
+    are those of one process, directions need not be.
 
     Source: frequent directions, https://arxiv.org/abs/1501.01711.
 
@@ -296,8 +320,8 @@ class InputSketch(InputStatistic):
         """
         tokens = _heard(self.tokens)
         kept = self.sketch.double()
-        found = _over_processes(kept.mT @ kept)
-        inside, outside = _over_processes(self.inside), _over_processes(self.outside)
+        found = total(kept.mT @ kept)
+        inside, outside = total(self.inside), total(self.outside)
         missing = (outside - found.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=0)
         for index, moment in enumerate(found):
             basis = self._memory[0].basis(index).double()
@@ -308,14 +332,28 @@ class InputSketch(InputStatistic):
         return found / tokens[:, None, None]
 
     def take(self, index: int, tokens: Tensor) -> None:
-        """Stack tokens (N, d) below the sketch and shrink both together."""
+        """Take their energies, and stack what is outside of the memory below the sketch."""
         tokens = tokens[_spread(len(tokens), self.most_tokens)].float()
         rest = self._memory[0].right_residual(tokens, index)
         energy = rest.double().square().sum()
         self.inside[index] += (tokens.double().square().sum() - energy).clamp(min=0)
         self.outside[index] += energy
         self.tokens[index] += len(tokens)
-        stacked = torch.cat([self.sketch[index], rest]).double()
+        self._stack(index, rest)
+
+    def include(self, share: Mapping[str, Tensor]) -> None:
+        """Add energies, and stack the sketches."""
+        if bool(self.tokens.any()):
+            for index, rows in enumerate(share["sketch"]):
+                self._stack(index, rows)
+        else:
+            self.sketch = share["sketch"].clone()
+        for name in ("inside", "outside", "tokens"):
+            setattr(self, name, getattr(self, name) + share[name])
+
+    def _stack(self, index: int, rows: Tensor) -> None:
+        """Stack rows (N, d) below the sketch of a layer and shrink both together."""
+        stacked = torch.cat([self.sketch[index], rows]).double()
         values, vectors = torch.linalg.eigh(stacked @ stacked.mT)  # weakest first
         beyond = values[-self.rows - 1].clamp(min=0) if len(values) > self.rows else values.new_zeros(())
         values, vectors = values[-self.rows :], vectors[:, -self.rows :]
@@ -346,21 +384,26 @@ class TokenAverages(InputStatistic):
         """Forget every token."""
         super().clear()
         self._sums: dict[int, Tensor] = {}
-        self._batches = 0
+        self._batches = self._places = 0  # of the first batch, on all processes
+        self._whole = True  # whether the batch at hand has as many
 
     def take(self, index: int, tokens: Tensor) -> None:
         """Add the tokens (N, d) of a batch to those of the others, place by place."""
-        total = self._sums.setdefault(index, torch.zeros_like(tokens, dtype=torch.float64))
-        if total.shape == tokens.shape:
-            total += tokens
-            self._batches += index == 0
+        if index == 0:
+            places = int(total(torch.tensor(len(tokens), device=tokens.device)))
+            self._places = self._places or places
+            self._whole = places == self._places
+            self._batches += self._whole
+        if self._whole:
+            summed = self._sums.setdefault(index, torch.zeros_like(tokens, dtype=torch.float64))
+            summed += tokens
 
     def second_moments(self) -> Tensor:
         """Return the uncentred second moment of the averages, (L, d, d) in float64."""
         if not self._batches:
             raise ValueError(_NOTHING_HEARD)
         averages = torch.stack([self._sums[index] / self._batches for index in range(len(self.layers))])
-        return averages.mT @ averages / averages.shape[1]
+        return total(averages.mT @ averages) / self._places
 
 
 @torch.no_grad()
@@ -470,15 +513,15 @@ def full_weight_gradients(
             # Until its context ends, autocast keeps a rounded copy of each weight that requires a gradient;
             # this pass may be the second in that context, with other values in the weights.
             torch.clear_autocast_cache()
-            for total, gradient in zip(
+            for summed, gradient in zip(
                 sums, torch.autograd.grad(loss(images, labels) * len(labels), weights), strict=True
             ):
-                total += gradient
+                summed += gradient
             count += len(labels)
-    count = _over_processes(count)
+    count = total(count)
     if not count:
         raise ValueError("There is no batch to take a gradient of: give at least one.")
-    return [_over_processes(total) / count for total in sums]
+    return [total(summed) / count for summed in sums]
 
 
 @contextmanager
@@ -511,16 +554,7 @@ def _spread(count: int, most: int) -> list[int]:
 
 def _heard(tokens: Tensor) -> Tensor:
     """Return the numbers of tokens (L,) over all processes."""
-    counts = _over_processes(tokens)
+    counts = total(tokens)
     if not bool(counts.all()):
         raise ValueError(_NOTHING_HEARD)
     return counts
-
-
-def _over_processes(sums: Tensor) -> Tensor:
-    """Return ``sums`` of this process and of all others that run with it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return sums
-    total = sums.detach().clone()
-    torch.distributed.all_reduce(total)
-    return total

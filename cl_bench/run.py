@@ -16,6 +16,7 @@ from cl_bench.checkpoint import Refused
 from cl_bench.configuration import Configuration
 from cl_bench.diagnostics import Diagnostics
 from cl_bench.errors import sentence
+from cl_bench.ranks import failed_first, first_hears, is_first
 from cl_bench.results import FILE_NAME, Result, read
 from cl_bench.tracking import loggers, record
 
@@ -36,21 +37,20 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
     Raises:
         ValueError: If configuration, data, backbone or device cannot be used; nothing has been trained then.
         OSError: If data or weights are missing.
-        RunFailed: If training or evaluation failed.
+        RunFailed: If training or evaluation failed; with no word where another process says why.
     """
     folder, values = configuration.folder, configuration.namespace
     with _refusing():
         configuration.datamodule.setup("fit")
-        _require_writable(folder)
-    (folder / ERROR_NAME).unlink(missing_ok=True)
-    (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
+    if is_first():
+        _prepare(folder, configuration)
     torch.set_num_threads(values.threads)
     checkpoints = configuration.checkpoints
-    if not values.resume:
+    if is_first() and not values.resume:
         checkpoints.clear()
-    with _refusing(), loggers(configuration) as (opened, curves):
+    with _refusing(), loggers(configuration) as (opened, watching):
         watchers = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
-        strategy, trainer = configuration.build([curves, *watchers], opened)
+        strategy, trainer = configuration.build([*watching, *watchers], opened)
         trainer.require_fit(strategy, configuration.datamodule)
         try:
             result = trainer.run(
@@ -65,9 +65,8 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
         except Refused:
             raise
         except Exception as error:
-            with suppress(OSError):  # on a full disk, the error itself matters more
-                (folder / ERROR_NAME).write_text(traceback.format_exc(), encoding="utf-8")
-            raise RunFailed(trainer.result.error or sentence(error)) from error
+            said = trainer.result.error or sentence(error)
+            raise RunFailed(_reported(error, said, folder)) from error
         record(result, opened)
         return result
 
@@ -109,6 +108,22 @@ def _refusing() -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(sentence(error)) from error
+
+
+def _reported(error: Exception, said: str, folder: Path) -> str:
+    """Leave the traceback where the failure began, and return what of ``said`` this process has to say."""
+    before, file = failed_first(sentence(error)), folder / ERROR_NAME
+    if before is None or (is_first() and not file.exists()):
+        with suppress(OSError):  # on a full disk, the error itself matters more
+            file.write_text(traceback.format_exc(), encoding="utf-8")
+    return said if is_first() or not (before or first_hears()) else ""
+
+
+def _prepare(folder: Path, configuration: Configuration) -> None:
+    with _refusing():
+        _require_writable(folder)
+    (folder / ERROR_NAME).unlink(missing_ok=True)
+    (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
 
 
 def _require_writable(folder: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cl_bench.ranks import OfThisRank, place
 from cl_bench.strategy import Strategy
 
 Snapshot = dict[str, Any]
@@ -85,6 +86,36 @@ def restore(strategy: Strategy, saved: Snapshot) -> None:
     for name, parameter in strategy.named_parameters():
         parameter.requires_grad_(name in trained)
     strategy.on_load_checkpoint({})
+
+
+def own_share(strategy: Strategy) -> dict[str, Tensor]:
+    """Return what this process has measured of a sum over all, by name, in main memory."""
+    return {
+        f"{path}.{name}": _copied(buffer)
+        for path, module in strategy.named_modules()
+        if isinstance(module, OfThisRank)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def take_share(strategy: Strategy, of_others: Sequence[Mapping[str, Tensor]]) -> None:
+    """Take up what this process, or those in whose place it is, had measured.
+
+    Args:
+        strategy: Restored from what the first process had.
+        of_others: Shares of the processes after it. There may be more or fewer of them now.
+    """
+    rank, world_size = place()
+    if world_size == 1 and not of_others:
+        return
+    shares = [own_share(strategy), *of_others][rank::world_size]
+    for path, module in strategy.named_modules():
+        if isinstance(module, OfThisRank):
+            module.hold([_below(share, f"{path}.") for share in shares])
+
+
+def _below(share: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in share.items() if name.startswith(prefix)}
 
 
 def random_states() -> Snapshot:

@@ -24,6 +24,7 @@ from cl_bench.experience import Experience
 from cl_bench.heads import GrowingLinear, Prototypes
 from cl_bench.losses import local_cross_entropy
 from cl_bench.measurements import class_means
+from cl_bench.ranks import connected, part, totals
 from cl_bench.schedules import QuarterCosine
 from cl_bench.subspace import GPM
 
@@ -238,8 +239,15 @@ class Strategy(LightningModule):
         """Return the loss of one batch."""
         images, labels = batch
         loss = self.loss(self.features(images), labels)
-        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(labels))
+        self.log_loss(part(loss.detach(), len(labels)), len(labels))
         return loss
+
+    def log_loss(self, loss: Tensor, count: int) -> None:
+        """Draw the curve of the loss of a batch, of which this is the share of ``count`` images."""
+        images: Any = count
+        if connected():  # a tensor, so that no step waits for it
+            loss, images = totals([loss, loss.new_tensor(count)])
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=images)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the logits (B, classes seen) of one batch; the labels stay outside."""

@@ -15,23 +15,28 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from cl_bench import dashboard
 from cl_bench.configuration import Configuration
+from cl_bench.ranks import is_first
 from cl_bench.results import Result
 
 CURVES_NAME = "curves"
 
 
 @contextmanager
-def loggers(configuration: Configuration) -> Iterator[tuple[list[Logger], Curves]]:
+def loggers(configuration: Configuration) -> Iterator[tuple[list[Logger], list[Callback]]]:
     """Open the loggers of a cell in its folder, and close them when the run ends, however it ends.
 
-    Beside them comes the callback that lets the CSV file go on where an earlier attempt was cut off.
+    Beside them comes the callback that lets the CSV file go on where an earlier attempt was cut off. Of
+    several processes the first alone has any.
     """
+    if not is_first():
+        yield [], []
+        return
     curves = Curves(configuration.folder)
     if not configuration.namespace.wandb:
-        yield [curves.logger], curves
+        yield [curves.logger], [curves]
         return
     with wandb_run(configuration) as run:
-        yield [curves.logger, WandbLogger(experiment=run)], curves
+        yield [curves.logger, WandbLogger(experiment=run)], [curves]
 
 
 class Curves(Callback):

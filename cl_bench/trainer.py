@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy as Distribution
 from torch.utils.data import DataLoader
 
 from cl_bench import progress
@@ -26,7 +28,9 @@ from cl_bench.datamodule import StreamDataModule
 from cl_bench.errors import is_of_memory, sentence
 from cl_bench.experience import Experience
 from cl_bench.interruption import Interrupted
+from cl_bench.processes import Agreement, distribution, launch, require_one_command
 from cl_bench.provenance import provenance
+from cl_bench.ranks import agree, failed_first, is_first
 from cl_bench.results import Cost, Protocol, Regime, Result
 from cl_bench.strategy import Batch, Strategy
 
@@ -49,6 +53,8 @@ class StreamTrainer(Trainer):
         use_distributed_sampler: Off: it repeats samples to even out the ranks, and counts would be wrong.
         num_sanity_val_steps: None: nothing is validated.
         devices: One, unless more are asked for.
+        strategy: As in Lightning, where several processes are ``ddp``.
+        check_agreement: Whether every step checks that all processes hold the same parameters, for debugging.
         gradient_clip_val: As in Lightning.
         limit_train_batches: As in Lightning.
         limit_test_batches: Whatever cuts test images is refused.
@@ -70,6 +76,8 @@ class StreamTrainer(Trainer):
         use_distributed_sampler: bool = False,
         num_sanity_val_steps: int | None = 0,
         devices: list[int] | str | int = 1,
+        strategy: str | Distribution = "auto",
+        check_agreement: bool = False,
         gradient_clip_val: float | None = None,
         limit_train_batches: int | float | None = None,
         limit_test_batches: int | float | None = None,
@@ -77,8 +85,9 @@ class StreamTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+        checks = [Agreement()] if check_agreement else []
         super().__init__(
-            callbacks=[_Lifecycle(), DivergenceGuard(), *given],
+            callbacks=[_Lifecycle(), DivergenceGuard(), *checks, *given],
             logger=logger,
             enable_checkpointing=enable_checkpointing,
             enable_progress_bar=enable_progress_bar,
@@ -86,6 +95,7 @@ class StreamTrainer(Trainer):
             use_distributed_sampler=use_distributed_sampler,
             num_sanity_val_steps=num_sanity_val_steps,
             devices=devices,
+            strategy=distribution(strategy),
             gradient_clip_val=gradient_clip_val,
             limit_train_batches=limit_train_batches,
             limit_test_batches=limit_test_batches,
@@ -119,6 +129,8 @@ class StreamTrainer(Trainer):
     ) -> Result:
         """Train and evaluate ``strategy`` on the whole stream of ``datamodule``.
 
+        Of several processes each returns the result, and the first alone writes it.
+
         Args:
             strategy: The method; it is changed in place.
             datamodule: The stream, with its seed and class order.
@@ -142,6 +154,19 @@ class StreamTrainer(Trainer):
         """
         self.require_fit(strategy, datamodule)
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
+        written = folder if is_first() else None
+        launch(self.strategy, lambda: self._run_stream(strategy, datamodule, result, written, checkpoints))
+        return result
+
+    def _run_stream(
+        self,
+        strategy: Strategy,
+        datamodule: StreamDataModule,
+        result: Result,
+        folder: Path | None,
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        """Fill ``result``, once all processes of the run are there."""
         counting = StreamMetrics(result)
         self.callbacks.insert(0, counting)  # type: ignore[attr-defined]
         on_cpu = self.strategy.root_device.type == "cpu"
@@ -157,7 +182,8 @@ class StreamTrainer(Trainer):
         except BaseException as error:
             asked = isinstance(error, Interrupted | KeyboardInterrupt) or continuation.interruption.requested
             result.status = "diverged" if isinstance(error, Diverged) else "failed"
-            result.error = "Interrupted." if asked else sentence(error) + continuation.last_good
+            own = "Interrupted." if asked else sentence(error)
+            result.error = failed_first(own) or own + ("" if asked else continuation.last_good)
             if asked:
                 raise KeyboardInterrupt from error
             raise
@@ -167,7 +193,6 @@ class StreamTrainer(Trainer):
             self._continuation = None
             _save(result, folder)
         continuation.clear()
-        return result
 
     def _walk(
         self, strategy: Strategy, datamodule: StreamDataModule, result: Result, folder: Path | None
@@ -195,10 +220,7 @@ class StreamTrainer(Trainer):
                 f"This strategy has learnt {strategy.head.num_classes} classes already: "
                 "build a new one for a new stream."
             )
-        if self.world_size > 1:
-            raise ValueError(
-                f"A stream runs in one process so far, not in {self.world_size}: set devices to 1."
-            )
+        require_one_command(self.strategy, self.world_size)
         self._require_whole_epochs()
 
     def protocol(self, strategy: Strategy, datamodule: StreamDataModule) -> Protocol:
@@ -274,6 +296,8 @@ class StreamTrainer(Trainer):
         # gives all strategies the same head to start from.
         entropy = np.random.SeedSequence([datamodule.seed, experience.index])
         seed_everything(int(entropy.generate_state(1)[0]), verbose=False)
+        # Where there are several processes, Lightning would seed again by this, after the strategy has drawn.
+        del os.environ["PL_GLOBAL_SEED"]
         strategy.expand(experience)
         datamodule.enter(experience)
         self.fit_loop.epoch_progress.reset()
@@ -330,7 +354,7 @@ class StreamTrainer(Trainer):
         with self.phase("checkpoints"):
             epoch = self.current_epoch if phase == "training" else 0
             continuation.write(phase, self._seconds, self._trainable, epoch=epoch, batches=batches)
-        continuation.interruption.heed()
+        continuation.heed()
 
     def _evaluate(self, strategy: Strategy, datamodule: StreamDataModule, result: Result) -> None:
         with self.phase("evaluation"):
@@ -365,7 +389,8 @@ class StreamTrainer(Trainer):
             protocol=self.protocol(strategy, datamodule),
             config=config,
             setting=setting,
-            provenance=provenance(self.strategy.root_device) | {"images_sha256": datamodule.images_sha256},
+            provenance=provenance(self.strategy.root_device)
+            | {"images_sha256": datamodule.images_sha256, "processes": self.world_size},
             domains=datamodule.domains,
             domain_images=datamodule.domain_images,
         )
@@ -385,9 +410,11 @@ class _Lifecycle(Callback):
         assert isinstance(trainer, StreamTrainer)
         if trainer._next_phase == "expanded":
             with _measuring(trainer, strategy):
+                agree(strategy)
                 data = _DataPasses(trainer, before=True)
                 strategy.start_head(data)
                 strategy.before_training(data)
+                agree(strategy)
             trainer._trainable = strategy.trainable_parameters
             trainer._reached("training")
         elif trainer._next_phase == "training":
@@ -405,7 +432,7 @@ class _Lifecycle(Callback):
     ) -> None:
         assert isinstance(trainer, StreamTrainer)
         continuation, loop = trainer._continuation, trainer.fit_loop.epoch_loop
-        asked = continuation is not None and continuation.interruption.requested
+        asked = continuation is not None and continuation.asked
         # At the end of an epoch it waits for the next, or for the pass after training.
         if asked and not (loop.batch_progress.is_last_batch or loop._should_accumulate()):
             self._pause(trainer, batch_idx + 1)
@@ -421,6 +448,7 @@ class _Lifecycle(Callback):
             trainer._reached("merging")
         with _measuring(trainer, strategy):
             strategy.after_training(_DataPasses(trainer, before=False))
+            agree(strategy)
 
     def _pause(self, trainer: StreamTrainer, batches: int) -> None:
         """Write a checkpoint between two steps."""

@@ -40,6 +40,7 @@ from cl_bench.heads import GrowingCosine
 from cl_bench.losses import cosface
 from cl_bench.low_rank import LowRankStrategy
 from cl_bench.measurements import second_moments
+from cl_bench.ranks import from_first, part, totals
 from cl_bench.recalibration import Recalibration, recalibration
 from cl_bench.strategy import Batch, Promises, TrainingData
 from cl_bench.subspace import generalised_directions, leading_directions
@@ -135,10 +136,10 @@ class LoDA(LowRankStrategy):
         if halves is None:
             loss = self._step(batch)
         else:
-            share = torch.rand(()).item()
+            share = from_first(torch.rand(()), self.device).item()
             one, other = halves
             loss = (self._step(other, one, share) + self._step(one, other, share)) / 2
-        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(batch[1]))
+        self.log_loss(loss, len(batch[1]))
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -182,7 +183,8 @@ class LoDA(LowRankStrategy):
 
     def _looking_ahead(self, batch: Batch, length: float) -> Any:
         tensors = [p for layer in self.layers for p in layer.adapters.parameters() if p.requires_grad]
-        return looking_ahead(tensors, torch.autograd.grad(self._loss_of(batch), tensors), length)
+        gradients = totals(torch.autograd.grad(self._loss_of(batch), tensors))
+        return looking_ahead(tensors, gradients, length)
 
     def _loss_of(self, batch: Batch) -> Tensor:
-        return self.loss(self.features(batch[0]), batch[1])
+        return part(self.loss(self.features(batch[0]), batch[1]), len(batch[1]))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from cl_bench.datamodule import ArraySource, Batch, Draw, DrawnImages, DrawSampler, Sources
 from cl_bench.experience import Experience
+from cl_bench.loading import StreamLoader
 from cl_bench.stream import Transform
 from datamodules.toy import Toy
 
@@ -30,11 +31,17 @@ def toy(index: int | None = None, **arguments: Any) -> Toy:
     return data
 
 
+def sampler(loader: Iterable[Batch]) -> DrawSampler:
+    assert isinstance(loader, StreamLoader)
+    found = loader.batches.sampler
+    assert isinstance(found, DrawSampler)
+    return found
+
+
 def served(loader: Iterable[Batch], epoch: int = 0) -> Batch:
     """Everything a loader yields in one epoch."""
     assert isinstance(loader, DataLoader)
-    assert isinstance(loader.sampler, DrawSampler)
-    loader.sampler.set_epoch(epoch)
+    sampler(loader).set_epoch(epoch)
     images, labels = zip(*loader, strict=True)
     return torch.cat(images), torch.cat(labels)
 
@@ -73,13 +80,11 @@ def test_images_carry_the_position_of_their_class(index: int) -> None:
 def test_loaders_serve_the_images_that_were_dealt(index: int) -> None:
     data = toy(index)
     for loader in (data.train_dataloader(), data.plain_dataloader(), data.augmented_dataloader(0)):
-        assert isinstance(loader.sampler, DrawSampler)
-        assert set(loader.sampler.indices) == set(data.stream.train_indices[index])
+        assert set(sampler(loader).indices) == set(data.stream.train_indices[index])
         assert len(served(loader)[1]) == len(data.stream.train_indices[index])
     seen = np.concatenate(data.stream.test_indices[: index + 1])
     test = data.test_dataloader()
-    assert isinstance(test.sampler, DrawSampler)
-    assert set(test.sampler.indices) == set(seen)
+    assert set(sampler(test).indices) == set(seen)
     assert len(served(test)[1]) == len(seen)
 
 
@@ -175,14 +180,13 @@ def test_no_two_passes_share_a_draw() -> None:
     passes: list[list[Draw]] = []
     for experience in data.experiences:
         data.enter(experience)
-        train = data.train_dataloader().sampler
-        assert isinstance(train, DrawSampler)
+        train = sampler(data.train_dataloader())
         for epoch in range(3):
             train.set_epoch(epoch)
             passes.append(list(train))
         others = [data.augmented_dataloader(index) for index in range(3)]
         passes += [
-            list(loader.sampler) for loader in (*others, data.plain_dataloader(), data.test_dataloader())
+            list(sampler(loader)) for loader in (*others, data.plain_dataloader(), data.test_dataloader())
         ]
     seeds = [draw.seed for draws in passes for draw in draws]
     assert len(passes) == 3 * 8
