@@ -418,9 +418,8 @@ class StreamDataModule(LightningDataModule, ABC):
         first = [np.flatnonzero(images.positions == label) for label in range(self.held_out_classes)]
         indices = np.concatenate([of_class[:_HELD_OUT_IMAGES] for of_class in first])
         sampler = DrawSampler(indices, (self.seed, _OUTSIDE), shuffle=False)
-        return self._loader(
-            images, RankBatches(sampler, self.test_batch_size)
-        )  # all of them on every process
+        everything = RankBatches(sampler, self.test_batch_size)  # on every process: there are few
+        return self._loader(images, everything)
 
     @property
     def _dealt(self) -> _Served:

@@ -71,7 +71,7 @@ class ClassMeans(Statistic):
         )
 
 
-class InputStatistic(nn.Module, Statistic, OfThisRank):
+class InputStatistic(OfThisRank, Statistic):
     """What is added up of the inputs of layers of one width, over all tokens.
 
     Within :func:`measure` it listens by itself, and around a training step within :meth:`listening`. As an
@@ -123,7 +123,7 @@ class InputStatistic(nn.Module, Statistic, OfThisRank):
             self.include(share)
 
     def include(self, share: Mapping[str, Tensor]) -> None:
-        """Add the buffers of another statistic of this kind; to nothing heard yet, they are added bit for bit."""
+        """Add the buffers of another statistic of this kind; where nothing was heard, they are its own."""
         raise NotImplementedError
 
     @contextmanager
@@ -225,10 +225,7 @@ class SecondMoments(InputStatistic):
 
     def include(self, share: Mapping[str, Tensor]) -> None:
         """Add sums and numbers of tokens."""
-        known = bool(self.sums.numel() and share["sums"].numel())
-        self.sums = (
-            self.sums + share["sums"] if known else share["sums"] if share["sums"].numel() else self.sums
-        )
+        self.sums = self.sums + share["sums"] if bool(self.tokens.any()) else share["sums"]
         self.tokens = self.tokens + share["tokens"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:

@@ -29,11 +29,11 @@ _Value = TypeVar("_Value")
 _hosts: dist.ProcessGroup | None = None  # the default one, where that is of hosts already
 
 
-class OfThisRank:
+class OfThisRank(nn.Module):
     """A module whose buffers are this process's share of a sum, and differ from those of the others."""
 
     def hold(self, shares: Sequence[Mapping[str, Tensor]]) -> None:
-        """Let the own share be the sum of ``shares``, buffers by name, that processes had before a resumption."""
+        """Let the own share be the sum of ``shares``, buffers by name, of processes before a resumption."""
         raise NotImplementedError
 
 
@@ -96,7 +96,9 @@ def meet() -> None:
     """Let connected processes exchange plain values from host to host, for which no device has to wait."""
     global _hosts
     if _hosts is None and "gloo" not in dist.get_backend():
-        _hosts = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        _hosts = group
 
 
 def of_all(value: _Value) -> list[_Value]:
@@ -198,8 +200,8 @@ def require_agreement(module: nn.Module) -> None:
     _, differing = _compared(module)
     if differing:
         raise RuntimeError(
-            f"The processes of this run no longer hold the same {', '.join(differing[:3])}: let a step depend "
-            "on nothing but sums over all processes, see cl_bench/ranks.py."
+            f"The processes of this run no longer hold the same {', '.join(differing[:3])}: let a step "
+            "depend on nothing but sums over all processes, see cl_bench/ranks.py."
         )
 
 
