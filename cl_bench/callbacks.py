@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from cl_bench.ranks import total
+from cl_bench.ranks import of_all, total
 from cl_bench.results import Result, Row
 
 
@@ -146,11 +146,11 @@ class DivergenceGuard(Callback):
         Raises:
             Diverged: If a loss was not finite.
         """
-        step = int(self._first)
-        if step:
+        steps = [step for step in of_all(int(self._first)) if step]
+        if steps:
             experience = trainer.datamodule.experience  # type: ignore[attr-defined]
             raise Diverged(
-                f"The loss is not finite at step {step}, in epoch {trainer.current_epoch + 1} of experience "
-                f"{experience.index + 1}: lower the learning rate, or clip gradients with "
+                f"The loss is not finite at step {min(steps)}, in epoch {trainer.current_epoch + 1} of "
+                f"experience {experience.index + 1}: lower the learning rate, or clip gradients with "
                 "--trainer.gradient_clip_val."
             )

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies import Strategy as Distribution
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -64,7 +65,9 @@ class SummedGradients(DDPStrategy):
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Take a step on ``batch``, images and labels, and keep in mind how many there are."""
         self._images = len(batch[1])
-        return super().training_step(batch, *args, **kwargs)
+        loss = super().training_step(batch, *args, **kwargs)
+        # The mean over no image is NaN, and no sign of divergence.
+        return loss if self._images or not isinstance(loss, Tensor) else loss.nan_to_num()
 
     def backward(
         self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
@@ -89,6 +92,17 @@ class SummedGradients(DDPStrategy):
             yield
         finally:
             self._more_to_come = False
+
+
+class OwnSignals(_SignalConnector):
+    """Leaves signals to the run, which hears them between two steps.
+
+    Lightning's handler of SIGTERM broadcasts from wherever the signal hits, into the midst of another sum;
+    from then on the processes wait for each other forever.
+    """
+
+    def register_signal_handlers(self) -> None:
+        """Register none."""
 
 
 def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:

@@ -28,7 +28,7 @@ from cl_bench.datamodule import StreamDataModule
 from cl_bench.errors import is_of_memory, sentence
 from cl_bench.experience import Experience
 from cl_bench.interruption import Interrupted
-from cl_bench.processes import Agreement, distribution, launch, require_one_command
+from cl_bench.processes import Agreement, OwnSignals, distribution, launch, require_one_command
 from cl_bench.provenance import provenance
 from cl_bench.ranks import agree, failed_first, is_first
 from cl_bench.results import Cost, Protocol, Regime, Result
@@ -102,6 +102,7 @@ class StreamTrainer(Trainer):
             overfit_batches=overfit_batches,
             **kwargs,
         )
+        self._signal_connector = OwnSignals(self)
         self._epochs = self.fit_loop.max_epochs
         self._seconds: dict[str, float] = {}
         self._trainable = 0
