@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,12 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 
+from cl_bench import cli
 from cl_bench.backbones import Backbone
 from cl_bench.diagnostics import Diagnostics
-from cl_bench.ranks import is_first
+from cl_bench.loading import RankBatches
+from cl_bench.measurements import InputSketch, SecondMoments
+from cl_bench.processes import with_launcher
+from cl_bench.ranks import _prints, is_first
+from cl_bench.results import FILE_NAME, read
 from cl_bench.strategy import Strategy
+from cl_bench.subspace import GPM
 from cl_bench.trainer import StreamTrainer
 from datamodules.toy import Toy
 from strategies.inflora import InfLoRA
@@ -112,6 +122,132 @@ def numbers(entry: Any) -> list[float]:
     if isinstance(entry, list):
         return sorted(number for value in entry for number in numbers(value))
     return [] if entry is None else [float(entry)]
+
+
+def command(*words: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    started = [*(launcher or (sys.executable,)), str(Path(sys.executable).with_name("cl-bench")), *words]
+    return subprocess.run(started, capture_output=True, text=True, check=False, timeout=300)
+
+
+def losses(result: Path) -> list[float]:
+    with (result.parent / "curves" / "metrics.csv").open() as lines:
+        return [float(line["train/loss_epoch"]) for line in csv.DictReader(lines) if line["train/loss_epoch"]]
+
+
+def test_fabric_run_is_one_run_of_the_same_cell(tmp_path: Path) -> None:
+    words = ["run", "janus_lora", "toy", "--batch_size", "23", "--seed", "1", "--results"]
+    fabric = (str(Path(sys.executable).with_name("fabric")), "run", "--devices", "2", "--accelerator", "cpu")
+    done = command(*words, str(tmp_path / "two"), launcher=fabric)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("accuracy over") == 3
+    assert cli.main([*words, str(tmp_path / "one")]) == 0
+    (two,), (one,) = ([*(tmp_path / name).rglob(FILE_NAME)] for name in ("two", "one"))
+    assert two.parent.name == one.parent.name
+    assert read(two).rows == read(one).rows
+    assert [read(file).provenance["processes"] for file in (two, one)] == [2, 1]
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+BROKEN = """
+import torch
+from strategies.lora import LoRA
+
+class Broken(LoRA):
+    def loss(self, features, labels):
+        if torch.distributed.get_rank() == 1 and not self.experience.is_first:
+            raise ArithmeticError("no basis left")
+        return super().loss(features, labels)
+"""
+
+
+def test_a_process_that_fails_ends_the_run_with_its_sentence(tmp_path: Path) -> None:
+    (tmp_path / "broken_in_one.py").write_text(BROKEN)
+    config = tmp_path / "broken.yaml"
+    config.write_text("model: {class_path: broken_in_one.Broken}")
+    several = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = command("run", str(config), "toy", "--results", str(tmp_path / "results"), *several)
+    said = "Process 1: ArithmeticError: no basis left"
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0].startswith(f"error: {said}")
+    assert "Traceback" not in done.stderr
+    (file,) = tmp_path.rglob(FILE_NAME)
+    result = read(file)
+    assert (result.status, len(result.rows), result.error) == ("failed", 1, said)
+    assert "no basis left" in (file.parent / "error.txt").read_text()
+
+
+@pytest.mark.parametrize("strategy", ("auto", "ddp_spawn"))
+def test_other_ways_to_start_processes_are_refused(strategy: str) -> None:
+    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    backbone = Backbone("vision_transformer", "random", options, "half")
+    trainer = StreamTrainer(max_epochs=1, accelerator="cpu", devices=2, strategy=strategy)
+    with pytest.raises(ValueError, match=r"by --trainer\.strategy ddp alone"):
+        trainer.run(LoRA(backbone), Toy(num_experiences=3, image_size=8))
+
+
+@settings(max_examples=50, deadline=None)
+@given(count=st.integers(0, 60), world_size=st.integers(1, 9), batch_size=st.integers(1, 20))
+def test_the_parts_of_all_processes_are_the_batches_of_one(
+    count: int, world_size: int, batch_size: int
+) -> None:
+    sampler = SequentialSampler(range(count))
+    parts = [RankBatches(sampler, batch_size, rank, world_size) for rank in range(world_size)]
+    whole = [*RankBatches(sampler, batch_size)]
+    assert {len([*part]) for part in parts} == {len(whole)}
+    for number, batch in enumerate(whole):
+        own = [[*part][number][: part.sizes[number]] for part in parts]
+        assert [item for part in own for item in part] == batch
+        assert max(map(len, own)) - min(map(len, own)) <= 1
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool))
+def test_one_changed_number_is_another_print(dtype: torch.dtype) -> None:
+    def printed(value: Tensor) -> object:
+        module = nn.Module()
+        module.register_buffer("value", value)
+        return _prints(module)
+
+    value = torch.arange(7).to(dtype)
+    for place in range(7):
+        changed = value.clone()
+        changed[place] = ~changed[place] if dtype == torch.bool else -changed[place] - 1
+        assert printed(changed) != printed(value)
+    assert printed(value.clone()) == printed(value)
+    assert printed(value[:6]) != printed(value)
+
+
+def test_a_launcher_and_a_command_do_not_contradict_each_other() -> None:
+    two = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    assert "--trainer.num_nodes=2" in with_launcher([], two)
+    fabric = two | {"LT_CLI_USED": "1", "LT_PRECISION": "bf16-mixed"}
+    assert "--trainer.precision=bf16-mixed" in with_launcher([], fabric)
+    with pytest.raises(ValueError, match=r"started 4 processes, and --devices is its to say: leave it out"):
+        with_launcher(["--rank", "4", "--trainer.devices=1"], two)
+
+
+@pytest.mark.parametrize(("before", "now"), ((2, 1), (1, 2), (3, 2)))
+@pytest.mark.parametrize("kind", ("moments", "sketch"))
+def test_shares_of_a_sum_go_on_in_more_or_fewer_processes(kind: str, before: int, now: int) -> None:
+    layer = nn.Linear(4, 2)
+
+    def blank() -> SecondMoments | InputSketch:
+        # A sketch of as many rows as there are dimensions loses nothing.
+        return SecondMoments([layer]) if kind == "moments" else InputSketch([layer], GPM(1, 4), rows=4)
+
+    def heard(seeds: range) -> SecondMoments | InputSketch:
+        found = blank()
+        with found.listening():
+            for seed in seeds:
+                layer(torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)))
+        return found
+
+    shares = [dict(heard(range(rank, 6, before)).named_buffers()) for rank in range(before)]
+    held = [blank() for _ in range(now)]
+    for rank, one in enumerate(held):
+        one.hold(shares[rank::now])
+    together = blank()
+    together.hold([dict(one.named_buffers()) for one in held if one.tokens.any()])
+    assert torch.allclose(together.mean(), heard(range(6)).mean(), atol=1e-6)
 
 
 if __name__ == "__main__":
