@@ -66,7 +66,7 @@ def outcome(name: str, **arguments: Any) -> tuple[dict[str, Tensor], list[Any], 
     how: dict[str, Any] = {"callbacks": [Diagnostics()]} if name == WATCHED else {"precision": "64-true"}
     trainer = StreamTrainer(max_epochs=2, accelerator="cpu", **how, **arguments)
     strategy = STRATEGIES[name](backbone)
-    data = Toy(num_classes=8, held_out_classes=2, num_experiences=3, image_size=8, seed=1, batch_size=23)
+    data = Toy(num_classes=8, held_out_classes=2, num_experiences=2, image_size=8, seed=1, batch_size=7)
     result = trainer.run(strategy, data)
     state = {name: value for name, value in strategy.state_dict().items() if isinstance(value, Tensor)}
     return state, result.rows, result.diagnostics
