@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from cl_bench.checkpoint import Refused
 from cl_bench.configuration import Configuration
 from cl_bench.diagnostics import Diagnostics
-from cl_bench.errors import sentence
+from cl_bench.errors import refusing, sentence
 from cl_bench.results import FILE_NAME, Result, read
 from cl_bench.tracking import loggers, record
 
@@ -39,7 +39,7 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
         RunFailed: If training or evaluation failed.
     """
     folder, values = configuration.folder, configuration.namespace
-    with _refusing():
+    with refusing():
         configuration.datamodule.setup("fit")
         _require_writable(folder)
     (folder / ERROR_NAME).unlink(missing_ok=True)
@@ -48,7 +48,7 @@ def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Res
     checkpoints = configuration.checkpoints
     if not values.resume:
         checkpoints.clear()
-    with _refusing(), loggers(configuration) as (opened, curves):
+    with refusing(RunFailed), loggers(configuration) as (opened, curves):
         watchers = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
         strategy, trainer = configuration.build([curves, *watchers], opened)
         trainer.require_fit(strategy, configuration.datamodule)
@@ -98,17 +98,6 @@ def quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(lightning, levels, strict=True):
                 logger.setLevel(level)
-
-
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """Make one kind of error of all that a library may raise before anything is trained."""
-    try:
-        yield
-    except (ValueError, OSError, RunFailed):
-        raise
-    except Exception as error:
-        raise ValueError(sentence(error)) from error
 
 
 def _require_writable(folder: Path) -> None:
