@@ -101,6 +101,7 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
             raise ValueError(f"{path} has no use for {key!r}. {suggestion(key, _KEYS)}")
         if not isinstance(value, _KEYS[key]):
             raise ValueError(f"In {path}, {key} must be a {_KEYS[key].__name__}, not {value!r}.")
+    _require_names(content, path)
     for strategy in content.get("settings", {}):
         if strategy not in content["strategies"]:
             raise ValueError(f"{path} has settings for {strategy}, which is not among its strategies.")
@@ -113,6 +114,13 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
     if results is not None:
         content["results"] = str(results)
     return Grid(**content)
+
+
+def _require_names(content: dict[str, Any], path: Path) -> None:
+    for key in ("strategies", "datasets"):
+        for name in content[key]:
+            if not isinstance(name, str):
+                raise ValueError(f"In {path}, {key} cannot hold {name!r}: write names of configs.")
 
 
 def _word(value: Any) -> str:
