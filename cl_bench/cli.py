@@ -204,9 +204,13 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
     if verbose:
         console.print(configuration.yaml, markup=False)
     console.print(opening_lines(configuration), markup=False)
+
+    def waiting(sentence: str) -> None:
+        console.print(f"{sentence} Waiting for its result.", markup=False)
+
     try:
         with nullcontext() if verbose else quiet():
-            result = run(configuration, [RunConsole(console)])
+            result = run(configuration, [RunConsole(console)], wait=waiting)
     except RunFailed as error:
         if verbose:
             traceback.print_exception(error)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
 from cl_bench.checkpoint import Refused
+from cl_bench.claim import claim
 from cl_bench.configuration import Configuration
 from cl_bench.diagnostics import Diagnostics
 from cl_bench.errors import refusing, sentence
@@ -26,22 +28,44 @@ class RunFailed(RuntimeError):
     """A run did not finish; its result file says why, and ``error.txt`` beside it holds the traceback."""
 
 
-def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Result:
-    """Run one cell to its end and return its result; the folder is ``configuration.folder``.
+def run(
+    configuration: Configuration,
+    callbacks: Sequence[Callback] = (),
+    wait: Callable[[str], None] | None = None,
+) -> Result:
+    """Run one cell to its end, unless it is done, and return its result.
+
+    At most one process runs a cell. Of those that wait for it, none runs it again once it is done.
 
     Args:
         configuration: The cell.
         callbacks: Watchers of this run, such as a progress display.
+        wait: Told in one sentence which process runs the cell before waiting for it; None does not wait.
 
     Raises:
         ValueError: If configuration, data, backbone or device cannot be used; nothing has been trained then.
         OSError: If data or weights are missing.
+        Held: If another process runs the cell and ``wait`` is None.
         RunFailed: If training or evaluation failed.
     """
-    folder, values = configuration.folder, configuration.namespace
     with refusing():
         configuration.datamodule.setup("fit")
-        _require_writable(folder)
+        _require_writable(configuration.folder)
+    # Of several ranks, the first speaks for all.
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    with claim(_claim_path(configuration), wait) if first else nullcontext():
+        done = finished(configuration)
+        return _run(configuration, callbacks) if done is None else read(done)
+
+
+def _claim_path(configuration: Configuration) -> Path:
+    """Return the file of the claim; the name of a setting does not make another cell."""
+    return configuration.results / configuration.benchmark / ".claims" / configuration.hash
+
+
+def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
+    """Run one cell that this process has claimed."""
+    folder, values = configuration.folder, configuration.namespace
     (folder / ERROR_NAME).unlink(missing_ok=True)
     (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
     torch.set_num_threads(values.threads)
