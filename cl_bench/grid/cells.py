@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cl_bench.configuration import Configuration, config_file, layers, load, resolve
+from cl_bench.configuration import config_file, load
+from cl_bench.grid.cell import Cell
 from cl_bench.spelling import suggestion
 
 _KEYS = {
@@ -22,30 +22,6 @@ _KEYS = {
     "results": str,
     "common": dict,
 }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell by the words of its command, small enough to hand to another process.
-
-    Attributes:
-        strategy: Config stem or path.
-        dataset: Config stem or path.
-        overrides: Command-line words.
-    """
-
-    strategy: str
-    dataset: str
-    overrides: tuple[str, ...]
-
-    def configuration(self) -> Configuration:
-        """Resolve the cell."""
-        return resolve(layers(self.strategy, self.dataset), self.overrides)
-
-    @property
-    def command(self) -> str:
-        """The command that runs this cell alone."""
-        return shlex.join(("cl-bench", "run", self.strategy, self.dataset, *self.overrides))
 
 
 @dataclass(frozen=True)
