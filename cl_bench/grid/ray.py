@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -68,10 +69,10 @@ class RayEngine(Engine):
 
     def ask(self, question: Callable[[], Answer]) -> list[Answer]:
         """Return what ``question`` answers on each machine of the cluster."""
-        remote: Any = ray.remote(num_cpus=0)(question_here)
+        remote: Any = ray.remote(num_cpus=0)(_answer)
         pinned = (NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in _nodes())
         answers: list[Answer] = ray.get(
-            [remote.options(scheduling_strategy=where).remote(question, Path.cwd()) for where in pinned]
+            [remote.options(scheduling_strategy=where).remote(question) for where in pinned]
         )
         return answers
 
@@ -90,7 +91,7 @@ class RayEngine(Engine):
         for job in jobs:
             _require_room(job.threads, gpus)
         environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-        remote: Any = ray.remote(max_retries=_ATTEMPTS_AFTER_A_LOSS)(job_here)
+        remote: Any = ray.remote(max_retries=_ATTEMPTS_AFTER_A_LOSS)(_run)
         waiting, running = list(jobs), dict[Any, Job]()
         logs = {job: _written(job) for job in jobs}
         while waiting or running:
@@ -111,16 +112,20 @@ class RayEngine(Engine):
         return 1.0 if any(node["Resources"].get("GPU") for node in _nodes()) else 0.0
 
 
-def job_here(job: Job, folder: Path, environment: Mapping[str, str]) -> Ending:
+def _run(job: Job, folder: Path, environment: Mapping[str, str]) -> Ending:
     """Run ``job`` on this machine, as if the grid had been started here in ``folder``."""
-    os.chdir(folder)
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        return Ending(
+            f"{platform.node()} cannot enter {folder} ({error.strerror}): start the grid in a folder that "
+            "every machine has."
+        )
     os.environ.update(environment)
     return in_new_process(job)
 
 
-def question_here(question: Callable[[], Answer], folder: Path) -> Answer:
-    """Return what ``question`` answers on this machine."""
-    os.chdir(folder)
+def _answer(question: Callable[[], Answer]) -> Answer:
     return question()
 
 
@@ -167,8 +172,6 @@ def _written(job: Job) -> int | None:
 def _ending(reference: Any) -> Ending:
     try:
         ending: Ending = ray.get(reference)
-    except ray.exceptions.RayTaskError as error:  # such as a folder that a machine does not have
-        return Ending(sentence(error.cause or error))
     except ray.exceptions.RayError as error:
         return Ending(f"Ray could not run the cell: {sentence(error)}")
     return ending

@@ -52,6 +52,9 @@ class SlurmEngine(Engine):
             raise ValueError(
                 f"SLURM gives whole GPUs to a job, not {gpus:g}: choose another --gpus-per-cell."
             )
+        self._minutes = parameters.get("time", _MINUTES)
+        if not isinstance(self._minutes, int) or self._minutes < 1:
+            raise ValueError(f"The time of a job cannot be {self._minutes}: write minutes, as in time=240.")
         self._submitted: list[submitit.Job[Any]] = []
         try:
             self._executor = submitit.AutoExecutor(
@@ -63,11 +66,10 @@ class SlurmEngine(Engine):
                 "--engine."
             ) from error
         parallel = {} if workers is None else {"slurm_array_parallelism": workers}
-        named = {f"slurm_{name}": value for name, value in parameters.items()}
+        named = {f"slurm_{name}": value for name, value in parameters.items() if name != "time"}
+        always = {"name": "cl-bench", "timeout_min": self._minutes, "gpus_per_node": int(gpus) or None}
         try:
-            self._executor.update_parameters(
-                **{"name": "cl-bench", "timeout_min": _MINUTES, "gpus_per_node": int(gpus)} | parallel | named
-            )
+            self._executor.update_parameters(**always | parallel | named)
         except (NameError, ValueError, TypeError, AssertionError) as error:
             raise ValueError(f"--slurm cannot be used as it is: {str(error).splitlines()[0]}") from error
 
@@ -84,12 +86,12 @@ class SlurmEngine(Engine):
 
     def ask(self, question: Callable[[], Answer]) -> list[Answer]:
         """Return what ``question`` answers in a short job; it waits in the queue as any other."""
-        minutes = self._executor.parameters.get("time", _MINUTES)
-        self._executor.update_parameters(timeout_min=min(_MINUTES_OF_A_QUESTION, minutes), cpus_per_task=1)
+        minutes = min(_MINUTES_OF_A_QUESTION, self._minutes)
+        self._executor.update_parameters(timeout_min=minutes, cpus_per_task=1)
         with _refusing():
             job = self._executor.submit(question)
         self._submitted.append(job)
-        self._executor.update_parameters(timeout_min=minutes)
+        self._executor.update_parameters(timeout_min=self._minutes)
         try:
             return [job.result()]
         except UncompletedJobError as error:

@@ -110,6 +110,8 @@ def in_this_process(job: Job) -> Ending:
 def _answer(job: Job, environment: Mapping[str, str], sender: Connection) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    # Ctrl-C in a terminal reaches every process; whoever supervises this one hears it, and asks it to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sender.send(in_this_process(job))
 

@@ -49,6 +49,13 @@ def test_slurm_where_there_is_none_is_one_sentence(tmp_path: Path) -> None:
         SlurmEngine(tmp_path, workers=None, gpus_per_cell=1, parameters={})
 
 
+def test_a_time_that_is_no_number_of_minutes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="The time of a job cannot be 1-00:00: write minutes, as in time=240"
+    ):
+        SlurmEngine(tmp_path, None, None, {"time": "1-00:00"}, cluster="local")
+
+
 def test_half_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"SLURM gives whole GPUs to a job, not 0\.5"):
         SlurmEngine(tmp_path, workers=None, gpus_per_cell=0.5, parameters={}, cluster="local")
