@@ -88,7 +88,7 @@ VALUES: list[Any] = [
         [0, 0],
         [-1],
         [5, 4, 3, 2, 1, 0],
-        list(range(100)),
+        list(range(8)),
         ["q", "k"],
         ["blocks.0"],
     ),
