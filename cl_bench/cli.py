@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from cl_bench.errors import sentence
 
 if TYPE_CHECKING:
     from cl_bench.configuration import Configuration
+    from cl_bench.grid.engine import Engine
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 _FIRST_SPEAKS = 3.0  # seconds
@@ -77,9 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("check", help="hold a strategy to its contract, in seconds", usage=_CHECK_USAGE)
     grid = verbs.add_parser("grid", help="run every cell of a grid; finished cells are skipped")
     grid.add_argument("grid", type=str, metavar="GRID", help="config stem or path of a grid")
-    grid.add_argument(
-        "--workers", type=int, default=None, help="cells at a time (default: CPUs over threads)"
-    )
+    _add_engine(grid)
     grid.add_argument(
         "--results", type=Path, default=None, help="folder of all results (default: the grid's)"
     )
@@ -123,9 +122,63 @@ def _add_reproduce(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -
     verb.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
     verb.add_argument("--orders", nargs="+", default=["identity"], help="class orders (default: identity)")
     verb.add_argument("--results", type=Path, default=Path("results/reproduce"), help="folder of all results")
-    verb.add_argument("--workers", type=int, default=None, help="cells at a time, as in a grid")
+    _add_engine(verb)
     verb.add_argument("--dry-run", action="store_true", help="run nothing; compare what there is")
     verb.add_argument("-v", action="store_true", help="show tracebacks")
+
+
+def _add_engine(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--engine",
+        choices=("local", "ray", "slurm"),
+        default="local",
+        help="where cells run: processes of this machine, a Ray cluster, SLURM (default: local)",
+    )
+    verb.add_argument(
+        "--workers", type=int, default=None, help="cells at a time (default: as many as there is room for)"
+    )
+    verb.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        default=None,
+        help="ray: of the cluster; auto is the one that this machine is part of (default: auto)",
+    )
+    verb.add_argument(
+        "--gpus-per-cell", type=float, default=None, help="ray, slurm: GPUs of a cell; on Ray also 0.5"
+    )
+    verb.add_argument(
+        "--slurm",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=None,
+        help="slurm: what sbatch is given, such as partition=gpu time=240, in minutes (default: a day)",
+    )
+
+
+def _engine(options: argparse.Namespace) -> Callable[[Path], Engine]:
+    """Return what makes the engine that the options name, once the results folder is known."""
+    from cl_bench.grid.engine import engine
+
+    slurm = None if options.slurm is None else dict(map(_parameter, options.slurm))
+
+    def chosen(results: Path) -> Engine:
+        return engine(
+            options.engine,
+            results,
+            workers=options.workers,
+            address=options.address,
+            gpus_per_cell=options.gpus_per_cell,
+            slurm=slurm,
+        )
+
+    return chosen
+
+
+def _parameter(word: str) -> tuple[str, str | int]:
+    name, equals, value = word.partition("=")
+    if not (name and equals and value):
+        raise ValueError(f"{word!r} is no parameter of sbatch: write KEY=VALUE, such as partition=gpu.")
+    return name, int(value) if value.isdecimal() else value
 
 
 def _add_prepare(prepare: argparse.ArgumentParser) -> None:
@@ -224,9 +277,13 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
     if verbose:
         console.print(configuration.yaml, markup=False)
     console.print(opening_lines(configuration), markup=False)
+
+    def waiting(sentence: str) -> None:
+        console.print(f"{sentence} Waiting for its result.", markup=False)
+
     try:
         with nullcontext() if verbose else quiet():
-            result = run(configuration, [RunConsole(console)])
+            result = run(configuration, [RunConsole(console)], wait=waiting)
     except RunFailed as error:
         if verbose:
             traceback.print_exception(error)
@@ -269,9 +326,8 @@ def _check_help() -> int:
 def _grid(options: argparse.Namespace) -> int:
     from cl_bench.grid.command import run_grid
 
-    return (
-        DONE if run_grid(options.grid, options.results, options.workers, dry_run=options.dry_run) else FAILED
-    )
+    done = run_grid(options.grid, options.results, _engine(options), dry_run=options.dry_run)
+    return DONE if done else FAILED
 
 
 def _reproduce(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -291,7 +347,7 @@ def _reproduce(options: argparse.Namespace, overrides: list[str]) -> int:
         results=options.results,
         overrides=overrides,
     )
-    return DONE if reproduce(wanted, options.workers, dry_run=options.dry_run) else FAILED
+    return DONE if reproduce(wanted, _engine(options), dry_run=options.dry_run) else FAILED
 
 
 def _prepare(options: argparse.Namespace) -> int:

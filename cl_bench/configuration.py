@@ -238,7 +238,7 @@ def load(path: Path) -> Config:
     """Return the content of a config file.
 
     Raises:
-        ValueError: If it is not a mapping in YAML.
+        ValueError: If it is not a mapping in YAML, of names to plain values.
         FileNotFoundError: If there is no such file.
     """
     if not path.is_file():
@@ -251,6 +251,7 @@ def load(path: Path) -> Config:
         raise ValueError(
             f"{path} is not a config: its top level must be a mapping of groups such as model and data."
         )
+    _require_plain(config, path)
     return config
 
 
@@ -278,9 +279,6 @@ def _code(layer: Config, path: Path) -> list[Path]:
 
 def _require_groups(layer: Config, path: Path) -> None:
     """Check the shape of a layer, and let an empty group stand for no settings."""
-    for key in _keys_at_any_depth(layer):
-        if not isinstance(key, str):
-            raise ValueError(f"The key {key!r} in {path} is not text: put it in quotes.")
     for group in GROUPS:
         if group not in layer:
             continue
@@ -302,11 +300,16 @@ def _mapping(value: Any, key: str, path: Path) -> Config:
     return value or {}
 
 
-def _keys_at_any_depth(value: Any) -> Iterator[Any]:
+def _require_plain(value: Any, path: Path) -> None:
+    """Refuse keys that are not text, and values that no command could hold, such as dates."""
     if isinstance(value, dict):
-        yield from value
+        for key in value:
+            if not isinstance(key, str):
+                raise ValueError(f"The key {key!r} in {path} is not text: put it in quotes.")
+    elif not (value is None or isinstance(value, str | int | float | list)):
+        raise ValueError(f"The value {value!r} in {path} is neither text nor number: put it in quotes.")
     for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _keys_at_any_depth(item)
+        _require_plain(item, path)
 
 
 def _arguments(config: Config) -> Config:

@@ -38,6 +38,7 @@ Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
 _HELD_OUT_IMAGES = 32  # of each class for its mean, and as many for the accuracy
+_MOST_WORKERS = 256
 _TRAINING, _TEST, _PLAIN, _AUGMENTED, _OUTSIDE = range(5)
 
 
@@ -436,6 +437,10 @@ class StreamDataModule(LightningDataModule, ABC):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"{name} is {value} and cannot be negative: choose 0 or more.")
+        if self.num_workers > _MOST_WORKERS:
+            raise ValueError(
+                f"num_workers is {self.num_workers}, a process each: choose {_MOST_WORKERS} or fewer."
+            )
         if not 0 <= self.val_fraction < 1:
             raise ValueError(
                 f"val_fraction is {self.val_fraction} and must be a share of the training images: give 0 for "

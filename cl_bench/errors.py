@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def sentence(error: BaseException) -> str:
     r"""Return what ``error`` says, in one line; its kind comes first where the words alone would not tell.
@@ -29,3 +32,22 @@ def is_of_memory(error: BaseException) -> bool:
     # torch has a class of its own for accelerators, and raises a RuntimeError like any other for main memory.
     full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return full or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+@contextmanager
+def refusing(*passed: type[Exception]) -> Iterator[None]:
+    """Make one kind of error of all that a library may raise before anything is trained.
+
+    Args:
+        passed: Kinds that are raised as they are, beside ValueError and OSError.
+
+    Raises:
+        ValueError: If anything else is raised inside.
+    """
+    usable: tuple[type[Exception], ...] = (ValueError, OSError, *passed)
+    try:
+        yield
+    except usable:
+        raise
+    except Exception as error:
+        raise ValueError(sentence(error)) from error

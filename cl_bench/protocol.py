@@ -7,6 +7,7 @@ from typing import Any
 
 from cl_bench.configuration import Configuration
 from cl_bench.datamodule import StreamDataModule
+from cl_bench.errors import refusing
 from cl_bench.photographs import PhotographFiles, Photographs
 from cl_bench.published import domainnet
 from cl_bench.results import Protocol
@@ -21,11 +22,12 @@ def in_words(configuration: Configuration) -> str:
         ValueError: If data, backbone or settings cannot be used.
         OSError: If data or weights are missing.
     """
-    data = configuration.datamodule
-    data.setup("fit")  # before weights are fetched for data that are not there
-    strategy, trainer = configuration.build([], [])
-    trainer.require_fit(strategy, data)
-    protocol = trainer.protocol(strategy, data)
+    with refusing():
+        data = configuration.datamodule
+        data.setup("fit")  # before weights are fetched for data that are not there
+        strategy, trainer = configuration.build([], [])
+        trainer.require_fit(strategy, data)
+        protocol = trainer.protocol(strategy, data)
     sizes = protocol.identity["experience_sizes"]
     lines = [
         ("protocol", protocol.fingerprint),

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback
 
 from cl_bench.checkpoint import Refused
+from cl_bench.claim import claim
 from cl_bench.configuration import Configuration
 from cl_bench.diagnostics import Diagnostics
-from cl_bench.errors import sentence
+from cl_bench.errors import refusing, sentence
 from cl_bench.ranks import failed_first, first_hears, is_first
 from cl_bench.results import FILE_NAME, Result, read
 from cl_bench.tracking import loggers, record
@@ -27,28 +28,52 @@ class RunFailed(RuntimeError):
     """A run did not finish; its result file says why, and ``error.txt`` beside it holds the traceback."""
 
 
-def run(configuration: Configuration, callbacks: Sequence[Callback] = ()) -> Result:
-    """Run one cell to its end and return its result; the folder is ``configuration.folder``.
+def run(
+    configuration: Configuration,
+    callbacks: Sequence[Callback] = (),
+    wait: Callable[[str], None] | None = None,
+) -> Result:
+    """Run one cell to its end, unless it is done, and return its result.
+
+    At most one process runs a cell. Of those that wait for it, none runs it again once it is done.
 
     Args:
         configuration: The cell.
         callbacks: Watchers of this run, such as a progress display.
+        wait: Told in one sentence which process runs the cell before waiting for it; None does not wait.
 
     Raises:
         ValueError: If configuration, data, backbone or device cannot be used; nothing has been trained then.
         OSError: If data or weights are missing.
+        Held: If another process runs the cell and ``wait`` is None.
         RunFailed: If training or evaluation failed; with no word where another process says why.
     """
-    folder, values = configuration.folder, configuration.namespace
-    with _refusing():
+    with refusing():
         configuration.datamodule.setup("fit")
+        if is_first():
+            _require_writable(configuration.folder)
+    # Of the processes of one run, the first speaks for all.
+    with claim(_claim_path(configuration), wait) if is_first() else nullcontext():
+        done = finished(configuration)
+        return _run(configuration, callbacks) if done is None else read(done)
+
+
+def _claim_path(configuration: Configuration) -> Path:
+    """Return the file of the claim; the name of a setting does not make another cell."""
+    return configuration.results / configuration.benchmark / ".claims" / configuration.hash
+
+
+def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
+    """Run one cell that this process has claimed."""
+    folder, values = configuration.folder, configuration.namespace
     if is_first():
-        _prepare(folder, configuration)
+        (folder / ERROR_NAME).unlink(missing_ok=True)
+        (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
     torch.set_num_threads(values.threads)
     checkpoints = configuration.checkpoints
     if is_first() and not values.resume:
         checkpoints.clear()
-    with _refusing(), loggers(configuration) as (opened, watching):
+    with refusing(RunFailed), loggers(configuration) as (opened, watching):
         watchers = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
         strategy, trainer = configuration.build([*watching, *watchers], opened)
         trainer.require_fit(strategy, configuration.datamodule)
@@ -99,17 +124,6 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-@contextmanager
-def _refusing() -> Iterator[None]:
-    """Make one kind of error of all that a library may raise before anything is trained."""
-    try:
-        yield
-    except (ValueError, OSError, RunFailed):
-        raise
-    except Exception as error:
-        raise ValueError(sentence(error)) from error
-
-
 def _reported(error: Exception, said: str, folder: Path) -> str:
     """Leave the traceback where the failure began, and return what of ``said`` this process has to say."""
     before, file = failed_first(sentence(error)), folder / ERROR_NAME
@@ -117,13 +131,6 @@ def _reported(error: Exception, said: str, folder: Path) -> str:
         with suppress(OSError):  # on a full disk, the error itself matters more
             file.write_text(traceback.format_exc(), encoding="utf-8")
     return said if is_first() or not (before or first_hears()) else ""
-
-
-def _prepare(folder: Path, configuration: Configuration) -> None:
-    with _refusing():
-        _require_writable(folder)
-    (folder / ERROR_NAME).unlink(missing_ok=True)
-    (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
 
 
 def _require_writable(folder: Path) -> None:

@@ -29,6 +29,8 @@ Config = dict[str, Any]
 
 GROUPS = ("model", "data", "backbone", "trainer")
 
+_MOST_THREADS = 256  # beyond what a machine has room for, OpenMP ends the process without a word
+
 _SWITCHES = ("wandb", "diagnostics", "resume")  # may stand without a value
 
 # Arguments that are set under another key.
@@ -290,8 +292,8 @@ def _parsed(parse: Callable[[], Namespace], named: Callable[[str], str]) -> Name
         values = parse()
     except ArgumentError as error:
         raise ValueError(_one_sentence(str(error), named)) from error
-    if values.threads < 1:
-        raise ValueError(f"{named('threads')} cannot be {values.threads}: expected 1 or more.")
+    if not 1 <= values.threads <= _MOST_THREADS:
+        raise ValueError(f"{named('threads')} cannot be {values.threads}: expected 1 to {_MOST_THREADS}.")
     for key in ("setting", "data.name"):
         name = values.get(key)
         if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):

@@ -14,8 +14,15 @@ import torch
 # Two processes of one thread each outrun one process whose threads wait for each other on a busy machine.
 torch.set_num_threads(1)
 
-# Read when matplotlib, wandb and huggingface_hub are first imported, so set before any test module is.
-os.environ |= {"MPLBACKEND": "Agg", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+# Read when matplotlib, wandb, huggingface_hub and ray are first imported, so set before any test module is.
+# Ray's word for a cluster on loopback, all nodes at 127.0.0.1, is the one for systems that have no clusters.
+os.environ |= {
+    "MPLBACKEND": "Agg",
+    "WANDB_MODE": "offline",
+    "HF_HUB_OFFLINE": "1",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -257,6 +257,7 @@ def test_the_constructor_leaves_errors_to_setup() -> None:
         ({"test_batch_size": 0}, "test_batch_size is 0"),
         ({"image_size": 0}, "image_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
+        ({"num_workers": 10**6}, "num_workers is 1000000, a process each: choose 256 or fewer"),
         ({"seed": -1}, "seed is -1"),
         ({"held_out_classes": -1}, "held_out_classes is -1"),
         ({"held_out_classes": 6}, "6 of 6 classes cannot be held out"),

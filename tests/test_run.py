@@ -33,6 +33,8 @@ def test_only_a_finished_cell_counts_as_done_under_whatever_setting_name(tmp_pat
 def test_a_second_attempt_replaces_what_the_first_left(tmp_path: Path) -> None:
     configuration = toy(tmp_path)
     first = run(configuration)
+    first.status = "failed"
+    first.write(configuration.folder)
     (configuration.folder / "error.txt").write_text("of an earlier attempt")
     second = run(toy(tmp_path))
     assert first.rows == second.rows

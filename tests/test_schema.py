@@ -109,7 +109,7 @@ def test_a_flag_may_be_negated(schema: Schema, words: list[str]) -> None:
         (["--data.seed=3"], "There is no key data.seed. Did you mean seed?"),
         (["stray"], "Nothing takes the value 'stray': write every setting as --KEY VALUE."),
         (["--wandb=maybe"], "--wandb cannot be 'maybe': expected bool."),
-        (["--threads=0"], "--threads cannot be 0: expected 1 or more."),
+        (["--threads=0"], "--threads cannot be 0: expected 1 to 256."),
         (
             ["--setting=a/b"],
             "--setting cannot be 'a/b': it names a folder, so write a word without slashes.",
@@ -142,7 +142,7 @@ def test_a_wrong_value_in_a_config_is_one_sentence_that_names_its_file(schema: S
     nested = refusal({"model": {"optimizer": rate}}, "model.optimizer")
     assert nested == "model.optimizer.lr in mine.yaml cannot be 'x': expected float."
     threads = refusal({"threads": 0}, "threads")
-    assert threads == "threads in mine.yaml cannot be 0: expected 1 or more."
+    assert threads == "threads in mine.yaml cannot be 0: expected 1 to 256."
     order = refusal({"order": ["a"]}, "order")
     assert order == "order in mine.yaml cannot be 'a': expected str or int."
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cl_bench.configuration import Configuration, config_file, layers, load, resolve
+from cl_bench.configuration import config_file, load
+from cl_bench.grid.cell import Cell
 from cl_bench.spelling import suggestion
 
 _KEYS = {
@@ -22,30 +22,6 @@ _KEYS = {
     "results": str,
     "common": dict,
 }
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell by the words of its command, small enough to hand to another process.
-
-    Attributes:
-        strategy: Config stem or path.
-        dataset: Config stem or path.
-        overrides: Command-line words.
-    """
-
-    strategy: str
-    dataset: str
-    overrides: tuple[str, ...]
-
-    def configuration(self) -> Configuration:
-        """Resolve the cell."""
-        return resolve(layers(self.strategy, self.dataset), self.overrides)
-
-    @property
-    def command(self) -> str:
-        """The command that runs this cell alone."""
-        return shlex.join(("cl-bench", "run", self.strategy, self.dataset, *self.overrides))
 
 
 @dataclass(frozen=True)
@@ -101,6 +77,7 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
             raise ValueError(f"{path} has no use for {key!r}. {suggestion(key, _KEYS)}")
         if not isinstance(value, _KEYS[key]):
             raise ValueError(f"In {path}, {key} must be a {_KEYS[key].__name__}, not {value!r}.")
+    _require_names(content, path)
     for strategy in content.get("settings", {}):
         if strategy not in content["strategies"]:
             raise ValueError(f"{path} has settings for {strategy}, which is not among its strategies.")
@@ -113,6 +90,13 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
     if results is not None:
         content["results"] = str(results)
     return Grid(**content)
+
+
+def _require_names(content: dict[str, Any], path: Path) -> None:
+    for key in ("strategies", "datasets"):
+        for name in content[key]:
+            if not isinstance(name, str):
+                raise ValueError(f"In {path}, {key} cannot hold {name!r}: write names of configs.")
 
 
 def _word(value: Any) -> str:

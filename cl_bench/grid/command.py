@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from cl_bench.configuration import Configuration
-from cl_bench.grid.cells import Cell, read_grid
-from cl_bench.grid.local import run_local
+from cl_bench.grid.cell import Cell
+from cl_bench.grid.cells import read_grid
+from cl_bench.grid.engine import Engine
+from cl_bench.grid.sharing import require_shared
+from cl_bench.grid.work import Ending, Job
 from cl_bench.results import FILE_NAME, read
 from cl_bench.run import finished
 
@@ -41,21 +43,25 @@ class Entry:
         folder = self.configuration.folder
         return f"{folder.parent.name} on {self.configuration.benchmark}, {folder.name}"
 
+    def job(self, *, patient: bool) -> Job:
+        """The cell as an engine takes it."""
+        configuration = self.configuration
+        return Job(self.cell, configuration.folder, configuration.namespace.threads, patient)
 
-def run_grid(name: str, results: Path | None, workers: int | None, *, dry_run: bool) -> bool:
+
+def run_grid(name: str, results: Path | None, engine: Callable[[Path], Engine], *, dry_run: bool) -> bool:
     """Run the unfinished cells of grid ``name`` and return whether none of them failed.
 
     Args:
         name: Config stem or path.
         results: Folder of all results, if not the grid's own.
-        workers: Cells at a time; None fills the CPUs with the threads of a cell.
+        engine: What runs cells, given the folder of all results.
         dry_run: List the cells and run nothing.
 
     Raises:
-        ValueError: If the grid or any of its cells is not valid; nothing has run then.
+        ValueError: If the grid or any of its cells is not valid, or the engine cannot be used.
+            No cell has run then.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"A grid cannot run with {workers} workers: give at least one.")
     console = Console(highlight=False, soft_wrap=True)
     grid = read_grid(name, results)
     entries = known([*grid.cells()])
@@ -68,18 +74,26 @@ def run_grid(name: str, results: Path | None, workers: int | None, *, dry_run: b
             state = "done  " if entry.done else "to run"
             console.print(f"  {state}  {entry.configuration.hash}  {entry.cell.command}", markup=False)
         return True
-    return run_waiting(entries, workers, console)
+    return run_waiting(entries, engine(Path(grid.results)), console)
 
 
-def run_waiting(entries: Sequence[Entry], workers: int | None, console: Console) -> bool:
-    """Run those of ``entries`` that are not done, say what failed, and return whether all are done."""
+def run_waiting(entries: Sequence[Entry], engine: Engine, console: Console) -> bool:
+    """Run those of ``entries`` that are not done, say what failed, and return whether all are done.
+
+    Cells that another process runs come last; by then they are done, or run here if that process is dead.
+
+    Raises:
+        ValueError: If the engine cannot be used; no cell has run then.
+    """
     waiting = [entry for entry in entries if entry.done is None]
     if not waiting:
         return True
     # A grid that is told to end must end its cells, as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        errors = _run(waiting, workers or _default_workers(waiting), console)
+        with engine:
+            require_shared(waiting[0].configuration.results, engine)
+            errors = _run(waiting, engine, console)
     finally:
         signal.signal(signal.SIGTERM, before)
     for entry, error in errors:
@@ -102,35 +116,39 @@ def known(cells: Sequence[Cell]) -> list[Entry]:
     return entries
 
 
-def _default_workers(entries: list[Entry]) -> int:
-    """Return one where cells would share an accelerator; else the CPUs over the threads of a cell."""
-    if torch.cuda.is_available():
-        return 1
-    threads: int = max(entry.configuration.namespace.threads for entry in entries)
-    return max(1, len(os.sched_getaffinity(0)) // threads)
-
-
-def _run(entries: list[Entry], workers: int, console: Console) -> list[tuple[Entry, str]]:
-    by_cell = {entry.cell: entry for entry in entries}
-    errors: list[tuple[Entry, str]] = []
+def _run(entries: list[Entry], engine: Engine, console: Console) -> list[tuple[Entry, str]]:
     display = _Display(len(entries), console)
+    with display.live:
+        errors, held = _pass_over(entries, engine, display, patient=False)
+        if held:
+            display.say(f"  {len(held)} cells are being run by another process: waiting for their results")
+            errors += _pass_over(held, engine, display, patient=True)[0]
+    return errors
 
-    def ended(cell: Cell, error: str | None) -> None:
-        entry = by_cell[cell]
+
+def _pass_over(
+    entries: list[Entry], engine: Engine, display: _Display, *, patient: bool
+) -> tuple[list[tuple[Entry, str]], list[Entry]]:
+    """Run ``entries`` and return those that failed, with the reason, and those that another process runs."""
+    by_job = {entry.job(patient=patient): entry for entry in entries}
+    errors: list[tuple[Entry, str]] = []
+    held: list[Entry] = []
+
+    def ended(job: Job, ending: Ending) -> None:
+        entry = by_job[job]
+        if ending.held:
+            display.put_back(entry)
+            held.append(entry)
+            return
+        error = ending.error
         if error is None and finished(entry.configuration) is None:
             error = f"The cell left no finished result in {entry.configuration.folder}."
         display.ended(entry, error)
         if error is not None:
             errors.append((entry, error))
 
-    with display.live:
-        run_local(
-            [(entry.cell, entry.configuration.folder) for entry in entries],
-            workers,
-            lambda cell: display.began(by_cell[cell]),
-            ended,
-        )
-    return errors
+    engine.run(list(by_job), lambda job: display.began(by_job[job]), ended)
+    return errors, held
 
 
 class _Display:
@@ -142,21 +160,31 @@ class _Display:
         )
         self._cells = self._progress.add_task("cells", total=cells)
         self._running: dict[Entry, TaskID] = {}
+        self._changing = threading.Lock()  # cells begin and the picture is drawn in other threads
         self.live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=True)
 
     def began(self, entry: Entry) -> None:
         length = entry.configuration.datamodule.stream_length
-        self._running[entry] = self._progress.add_task(f"  {entry.title}", total=length)
+        with self._changing:
+            self._running[entry] = self._progress.add_task(f"  {entry.title}", total=length)
+
+    def put_back(self, entry: Entry) -> None:
+        with self._changing:
+            if entry in self._running:  # an engine may see a short job only when it has ended
+                self._progress.remove_task(self._running.pop(entry))
 
     def ended(self, entry: Entry, error: str | None) -> None:
-        self._progress.remove_task(self._running.pop(entry))
+        self.put_back(entry)
         self._progress.advance(self._cells)
-        outcome = "failed" if error else _outcome(entry)
-        self.live.console.print(f"  {entry.title}: {outcome}", markup=False)
+        self.say(f"  {entry.title}: {'failed' if error else _outcome(entry)}")
+
+    def say(self, line: str) -> None:
+        self.live.console.print(line, markup=False)
 
     def _render(self) -> Progress:
-        for entry, task in list(self._running.items()):
-            self._progress.update(task, completed=_experiences_done(entry))
+        with self._changing:
+            for entry, task in self._running.items():
+                self._progress.update(task, completed=_experiences_done(entry))
         return self._progress
 
 
@@ -168,5 +196,7 @@ def _experiences_done(entry: Entry) -> int:
 
 
 def _outcome(entry: Entry) -> str:
-    result = read(entry.configuration.folder / FILE_NAME)
+    path = finished(entry.configuration)
+    assert path is not None
+    result = read(path)
     return f"ACC {result.metrics()['acc/sample']:.2f} % in {sum(result.seconds().values()):.0f} s"

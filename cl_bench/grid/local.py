@@ -1,82 +1,71 @@
-"""The local engine: one process for each cell, forked from a parent that has imported the stack already."""
+"""The local engine: cells on this machine, each in a process of its own."""
 
 from __future__ import annotations
 
 import multiprocessing
-import sys
-import traceback
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from multiprocessing.connection import Connection
-from pathlib import Path
+from types import TracebackType
 
-from cl_bench.errors import sentence
-from cl_bench.grid.cells import Cell
-from cl_bench.run import RunFailed, quiet, run
+import torch
 
-LOG_NAME = "log.txt"
-
-# Importing the stack takes seconds; a cell forked from this parent starts in milliseconds.
-_PRELOAD = ["cl_bench.run", "cl_bench.grid.local", "avalanche.benchmarks", "sklearn.datasets", "timm"]
+from cl_bench.grid.engine import Answer, Engine
+from cl_bench.grid.work import Ending, Job, in_new_process
 
 
-def run_local(
-    cells: Sequence[tuple[Cell, Path]],
-    workers: int,
-    began: Callable[[Cell], None],
-    ended: Callable[[Cell, str | None], None],
-) -> None:
-    """Run ``cells`` in processes of their own, ``workers`` at a time; one that fails does not stop the rest.
+class LocalEngine(Engine):
+    """Cells on this machine.
 
     Args:
-        cells: Each with its folder, where its output goes to ``log.txt``.
-        workers: Cells at a time.
-        began: Called from a worker thread when a cell starts.
-        ended: Called in the calling thread with the error of a cell in one sentence, or None.
+        workers: Cells at a time; None is one where they would share an accelerator, and else fills the CPUs
+            with the threads of a cell.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
 
-    def supervise(cell: Cell, folder: Path) -> str | None:
-        began(cell)
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(cell, folder, sender), daemon=False)
-        process.start()
-        sender.close()
-        try:
-            error: str | None = receiver.recv()
-        except EOFError:  # the process died without a word
-            process.join()
-            return (
-                f"The process of the cell ended with exit code {process.exitcode}; see {folder / LOG_NAME}."
-            )
-        process.join()
-        return error
+    def __init__(self, workers: int | None = None) -> None:
+        self._workers = workers
 
-    with ThreadPoolExecutor(workers) as pool:
-        futures: dict[Future[str | None], Cell] = {pool.submit(supervise, *pair): pair[0] for pair in cells}
-        try:
-            for future in as_completed(futures):
-                ended(futures[future], future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave nothing: the cells have ended with :meth:`run`."""
+
+    def ask(self, question: Callable[[], Answer]) -> list[Answer]:
+        """Return what ``question`` answers here."""
+        return [question()]
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        began: Callable[[Job], None],
+        ended: Callable[[Job, Ending], None],
+    ) -> None:
+        """Run ``jobs``, some at a time."""
+
+        def supervise(job: Job) -> Ending:
+            began(job)
+            return in_new_process(job)
+
+        with ThreadPoolExecutor(self._workers or _room(jobs)) as pool:
+            futures: dict[Future[Ending], Job] = {pool.submit(supervise, job): job for job in jobs}
+            try:
+                for future in as_completed(futures):
+                    ended(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                _end_cells()
+                raise
 
 
-def _work(cell: Cell, folder: Path, sender: Connection) -> None:
-    """Run one cell in this process and send its error, or None."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG_NAME).open("w", encoding="utf-8", buffering=1) as log:
-        sys.stdout = sys.stderr = log
-        try:
-            with quiet():
-                run(cell.configuration())
-            sender.send(None)
-        except BaseException as error:  # whatever it is, the grid goes on and says it
-            traceback.print_exception(error)
-            words = str(error) if isinstance(error, RunFailed) else sentence(error)
-            sender.send(f"{words} The traceback is in {folder / LOG_NAME}")
-        finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+def _end_cells() -> None:
+    for process in multiprocessing.active_children():
+        process.terminate()
+
+
+def _room(jobs: Sequence[Job]) -> int:
+    if torch.cuda.is_available():
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // max(job.threads for job in jobs))

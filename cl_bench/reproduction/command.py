@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from rich.console import Console
 from cl_bench.backbones import Backbone
 from cl_bench.configuration import CONFIGS, config_file, load
 from cl_bench.errors import sentence
-from cl_bench.grid.cells import Cell
+from cl_bench.grid.cell import Cell
 from cl_bench.grid.command import Entry as CellEntry
 from cl_bench.grid.command import known, run_waiting
+from cl_bench.grid.engine import Engine
 from cl_bench.published import domainnet, imagenet_r
 from cl_bench.report.comparison import Comparison, Entry, comparisons
 from cl_bench.report.contrasts import contrast
@@ -95,14 +96,14 @@ class Wanted:
         ]
 
 
-def reproduce(wanted: Wanted, workers: int | None, *, dry_run: bool) -> bool:
+def reproduce(wanted: Wanted, engine: Callable[[Path], Engine], *, dry_run: bool) -> bool:
     """Find or run the cells behind a published number, print ours beside it, and return whether all are done.
 
     Where the data are missing nothing runs: what is missing is said, and what the cells would take.
 
     Args:
         wanted: The number.
-        workers: Cells at a time; None as in a grid.
+        engine: What runs cells, given the folder of all results.
         dry_run: Run nothing; compare what there is.
 
     Raises:
@@ -121,7 +122,9 @@ def reproduce(wanted: Wanted, workers: int | None, *, dry_run: bool) -> bool:
         console.print(_progress(found, wanted), markup=False)
         complete = not waiting or (
             not dry_run
-            and run_waiting([one for entries in found.values() for one in entries], workers, console)
+            and run_waiting(
+                [one for entries in found.values() for one in entries], engine(wanted.results), console
+            )
         )
         if waiting and not dry_run:
             found, _ = _found(wanted, rows)

@@ -2,16 +2,24 @@
 
 import contextlib
 import io
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from cl_bench.cli import main
+from cl_bench.grid.cells import read_grid
+from cl_bench.grid.command import known
+from cl_bench.grid.local import LocalEngine
+from cl_bench.grid.work import Ending
 from cl_bench.results import FILE_NAME, read
 
 STRATEGIES = """
 import os
+import time
+from pathlib import Path
 
 from strategies.linear_probe import LinearProbe
 
@@ -21,6 +29,19 @@ class Failing(LinearProbe):
 
     def after_training(self, data):
         raise ArithmeticError("no basis left")
+
+
+class Recorded(LinearProbe):
+    name = "recorded"
+
+    def before_training(self, data):
+        super().before_training(data)
+        here = Path(__file__).parent
+        if self.experience.index == 0:
+            with (here / "begun").open("a") as begun:
+                begun.write(f"{self.trainer.datamodule.seed}\\n")
+        while not (here / "go").exists():
+            time.sleep(0.05)
 
 
 class Dying(LinearProbe):
@@ -118,3 +139,37 @@ def test_the_same_cell_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     path.write_text("{strategies: [lora], datasets: [toy], settings: {lora: {a: {rank: 10}, b: {}}}}")
     assert main(["grid", str(path), "--results", str(tmp_path / "results"), "--dry-run"]) == 2
     assert "holds the same cell twice" in capsys.readouterr().err
+
+
+def test_two_grids_on_one_folder_share_its_cells_and_run_none_twice(tmp_path: Path) -> None:
+    (tmp_path / "recorded_strategies.py").write_text(STRATEGIES)
+    (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategies.Recorded}")
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        f"strategies: [{tmp_path}/recorded.yaml]\n"
+        "datasets: [toy]\nseeds: [1, 2, 3, 4]\ncommon: {trainer.accelerator: cpu}\n"
+    )
+    begun, results = tmp_path / "begun", tmp_path / "results"
+    jobs = [entry.job(patient=False) for entry in known([*read_grid(str(path), results).cells()])]
+    endings: list[Ending] = []
+    other = threading.Thread(
+        target=LocalEngine(workers=1).run,
+        args=(jobs, lambda job: None, lambda job, ending: endings.append(ending)),
+    )
+    other.start()
+    while not begun.exists():  # the other grid holds the first cell, and waits within it
+        time.sleep(0.05)
+    threading.Thread(target=let_go_at, args=(2, begun)).start()
+    status, output = grid(path, results, "--workers", "1")
+    other.join()
+    assert (status, output.count("ACC")) == (0, 4)
+    assert "4 of 4 cells done" in output
+    assert sorted(begun.read_text().split()) == ["1", "2", "3", "4"]
+    assert {ending.error for ending in endings if not ending.held} == {None}
+
+
+def let_go_at(number: int, begun: Path) -> None:
+    """Let the cells go on once so many have begun."""
+    while len(begun.read_text().split()) < number:
+        time.sleep(0.05)
+    (begun.parent / "go").touch()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cl_bench.cli import main
-from cl_bench.grid.cells import Cell
+from cl_bench.grid.cell import Cell
 from cl_bench.published import domainnet
 from cl_bench.published.imagenet_r import SHA256, Split
 from cl_bench.reproduction.command import Wanted

@@ -1,0 +1,177 @@
+"""The engine on Ray: cells on every machine of a cluster that is running already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cl_bench.errors import sentence
+from cl_bench.grid.engine import Answer, Engine
+from cl_bench.grid.work import Ending, Job, in_new_process
+
+_ATTEMPTS_AFTER_A_LOSS = 3
+_CONNECT_SECONDS = 5.0
+_LOOK_SECONDS = 1.0
+_PASSED_ON = ("WANDB_", "HF_")  # what a cell reads from the environment of whoever started the grid
+
+
+class RayEngine(Engine):
+    """Cells on a Ray cluster. Where a machine is lost, those that it ran run again on another.
+
+    Args:
+        address: HOST:PORT of the cluster; None is RAY_ADDRESS, or the cluster that this machine is part of.
+        workers: Cells at a time; None leaves it to Ray.
+        gpus_per_cell: GPUs of a cell; None is one where the cluster has any.
+    """
+
+    def __init__(self, address: str | None, workers: int | None, gpus_per_cell: float | None) -> None:
+        self._address = address or os.environ.get("RAY_ADDRESS") or "auto"
+        self._workers = workers
+        self._gpus = gpus_per_cell
+
+    def __enter__(self) -> Self:
+        """Connect.
+
+        Raises:
+            ValueError: If there is no such cluster.
+        """
+        _require_listener(self._address)
+        before = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place
+        try:
+            ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"No Ray cluster answers at {self._address} ({sentence(error)}): start one with "
+                "ray start --head, or give --address HOST:PORT."
+            ) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Disconnect; Ray ends the workers of this grid, and each ends its cell."""
+        ray.shutdown()
+
+    def ask(self, question: Callable[[], Answer]) -> list[Answer]:
+        """Return what ``question`` answers on each machine of the cluster."""
+        remote: Any = ray.remote(num_cpus=0)(_answer)
+        pinned = (NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in _nodes())
+        answers: list[Answer] = ray.get(
+            [remote.options(scheduling_strategy=where).remote(question) for where in pinned]
+        )
+        return answers
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        began: Callable[[Job], None],
+        ended: Callable[[Job, Ending], None],
+    ) -> None:
+        """Run ``jobs`` wherever there is room.
+
+        Raises:
+            ValueError: If no machine of the cluster has room for one of them.
+        """
+        gpus = self._gpus_of_a_cell()
+        for job in jobs:
+            _require_room(job.threads, gpus)
+        environment = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        remote: Any = ray.remote(max_retries=_ATTEMPTS_AFTER_A_LOSS)(_run)
+        waiting, running = list(jobs), dict[Any, Job]()
+        logs = {job: _written(job) for job in jobs}
+        while waiting or running:
+            while waiting and len(running) < (self._workers or len(jobs)):
+                job = waiting.pop(0)
+                placed = remote.options(num_cpus=job.threads, num_gpus=gpus)
+                running[placed.remote(job, Path.cwd(), environment)] = job
+            done, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
+            for job in [job for job in running.values() if job in logs and _written(job) != logs[job]]:
+                del logs[job]
+                began(job)
+            for reference in done:
+                ended(running.pop(reference), _ending(reference))
+
+    def _gpus_of_a_cell(self) -> float:
+        if self._gpus is not None:
+            return self._gpus
+        return 1.0 if any(node["Resources"].get("GPU") for node in _nodes()) else 0.0
+
+
+def _run(job: Job, folder: Path, environment: Mapping[str, str]) -> Ending:
+    """Run ``job`` on this machine, as if the grid had been started here in ``folder``."""
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        return Ending(
+            f"{platform.node()} cannot enter {folder} ({error.strerror}): start the grid in a folder that "
+            "every machine has."
+        )
+    os.environ.update(environment)
+    return in_new_process(job)
+
+
+def _answer(question: Callable[[], Answer]) -> Answer:
+    return question()
+
+
+def _require_listener(address: str) -> None:
+    """Find out in seconds that nobody listens at an address; Ray would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"The address of a Ray cluster cannot be {address!r}: write HOST:PORT, or auto.")
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"No Ray cluster answers at {address} ({sentence(error)}): start one with ray start --head, or "
+            "give --address HOST:PORT."
+        ) from error
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _require_room(cpus: int, gpus: float) -> None:
+    """Refuse what Ray would wait for without end."""
+    for node in _nodes():
+        resources = node["Resources"]
+        if resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus:
+            return
+    raise ValueError(
+        f"No machine of the Ray cluster has {cpus} CPUs and {gpus:g} GPUs, which a cell takes: add one with "
+        "ray start --address, or choose fewer --threads or --gpus-per-cell."
+    )
+
+
+def _written(job: Job) -> int | None:
+    """Return when the log of a job was last opened or written, in nanoseconds; None if there is none."""
+    try:
+        return job.log.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _ending(reference: Any) -> Ending:
+    try:
+        ending: Ending = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return Ending(f"Ray could not run the cell: {sentence(error)}")
+    return ending

@@ -1,0 +1,185 @@
+"""Cells on a real cluster of two nodes on loopback, one of which dies mid-way."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from cl_bench.cli import main
+from cl_bench.grid.cell import Cell
+from cl_bench.grid.ray import RayEngine
+from cl_bench.grid.work import Job
+from cl_bench.results import FILE_NAME, Result, read
+
+# On the node whose raylet the file `doomed` names, the third cell to start never ends.
+STRATEGY = """
+import os
+import time
+from pathlib import Path
+
+from strategies.linear_probe import LinearProbe
+
+HERE = Path(__file__).parent
+
+
+class Recorded(LinearProbe):
+    name = "recorded"
+
+    def before_training(self, data):
+        super().before_training(data)
+        if self.experience.index > 0:
+            return
+        node = os.environ.get("RAY_RAYLET_PID", "none")
+        seed = self.trainer.datamodule.seed
+        with (HERE / "begun").open("a") as begun:
+            begun.write(f"{node} {seed}\\n")
+        doomed = HERE / "doomed"
+        if doomed.exists() and doomed.read_text() == node:
+            lines = (HERE / "begun").read_text().splitlines()
+            while sum(line.startswith(f"{node} ") for line in lines) > 2:
+                time.sleep(1)
+"""
+
+GRID = """
+strategies: [{folder}/recorded.yaml]
+datasets: [toy]
+seeds: [1, 2, 3, 4, 5, 6, 7, 8]
+common: {{trainer.accelerator: cpu}}
+"""
+
+TIMES = ("seconds", "provenance", "peak_memory_bytes")
+
+
+@dataclass
+class Nodes:
+    """A cluster of two nodes, of one CPU each."""
+
+    cluster: Cluster
+    second: Any
+
+    @property
+    def second_raylet(self) -> int:
+        pid: int = self.second.all_processes["raylet"][0].process.pid
+        return pid
+
+    def kill_second(self) -> None:
+        """Kill everything on the second node, as a power cut does."""
+        for pid in [self.second_raylet, *descendants(self.second_raylet)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    parents = {int(child): int(parent) for child, parent in map(str.split, listed.splitlines()[1:])}
+    found = [pid]
+    for process in found:
+        found += [child for child, parent in parents.items() if parent == process]
+    return found[1:]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    cluster = Cluster()
+    settings: dict[str, Any] = {
+        "node_ip_address": "127.0.0.1",
+        "num_cpus": 1,
+        "object_store_memory": 80 * 2**20,
+    }
+    try:
+        cluster.add_node(**settings, include_dashboard=False)
+        yield Nodes(cluster, cluster.add_node(**settings))
+    finally:
+        cluster.shutdown()
+
+
+def grid(*words: object) -> tuple[int, str]:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = main(["grid", *map(str, words)])
+    return status, output.getvalue()
+
+
+def results(folder: Path) -> dict[int, Result]:
+    return {result.seed: result for path in folder.rglob(FILE_NAME) if (result := read(path))}
+
+
+def timeless(value: Any) -> Any:
+    """Return a result without what no two runs share."""
+    if isinstance(value, dict):
+        return {key: timeless(item) for key, item in value.items() if key not in TIMES}
+    return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def test_a_node_that_dies_costs_the_cell_in_flight_which_runs_again(nodes: Nodes, tmp_path: Path) -> None:
+    (tmp_path / "recorded_strategy.py").write_text(STRATEGY)
+    (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategy.Recorded}")
+    path = tmp_path / "grid.yaml"
+    path.write_text(GRID.format(folder=tmp_path))
+    begun = tmp_path / "begun"
+    (tmp_path / "doomed").write_text(doomed := str(nodes.second_raylet))
+    killed = []
+
+    def kill_mid_way() -> None:
+        while not begun.exists():
+            time.sleep(0.1)
+        while sum(line.startswith(f"{doomed} ") for line in begun.read_text().splitlines()) < 3:
+            time.sleep(0.1)
+        killed.append(begun.read_text().splitlines())
+        nodes.kill_second()
+
+    killer = threading.Thread(target=kill_mid_way, daemon=True)
+    killer.start()
+    status, output = grid(
+        path, "--engine", "ray", "--address", nodes.cluster.address, "--results", tmp_path / "ray"
+    )
+    assert status == 0, output
+    assert "8 of 8 cells done" in output
+    (at_death,) = killed
+    assert len({line.split()[0] for line in at_death}) == 2  # both nodes had been at work
+
+    seeds = Counter(line.split()[1] for line in begun.read_text().splitlines())
+    in_flight = [line for line in at_death if line.startswith(f"{doomed} ")][-1].split()[1]
+    assert seeds == Counter("12345678") + Counter(in_flight)  # one cell ran twice, the others once
+
+    status, output = grid(path, "--results", tmp_path / "local", "--workers", "1")
+    assert status == 0, output
+    on_ray, local = results(tmp_path / "ray"), results(tmp_path / "local")
+    assert on_ray.keys() == local.keys() == set(range(1, 9))
+    for seed, result in local.items():
+        assert timeless(asdict(on_ray[seed])) == timeless(asdict(result))
+    assert len({tuple(result.rows[-1].correct) for result in local.values() if result.rows[-1]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("address", "sentence"),
+    [
+        ("127.0.0.1:1", "No Ray cluster answers at 127.0.0.1:1 ("),
+        ("nonsense", "The address of a Ray cluster cannot be 'nonsense': write HOST:PORT, or auto."),
+    ],
+)
+def test_an_address_without_a_cluster_is_one_sentence(address: str, sentence: str) -> None:
+    engine = RayEngine(address, workers=None, gpus_per_cell=None)
+    with pytest.raises(ValueError, match=re.escape(sentence)), engine:
+        pass
+
+
+def test_a_gpu_that_no_machine_has_is_one_sentence_and_no_endless_wait(nodes: Nodes, tmp_path: Path) -> None:
+    job = Job(Cell("ncm", "toy", ()), tmp_path, threads=1)
+    with (
+        RayEngine(nodes.cluster.address, workers=None, gpus_per_cell=0.5) as engine,
+        pytest.raises(ValueError, match=r"No machine of the Ray cluster has 1 CPUs and 0\.5 GPUs"),
+    ):
+        engine.run([job], lambda job: None, lambda job, ending: None)
