@@ -50,4 +50,7 @@ def refusing(*passed: type[Exception]) -> Iterator[None]:
     except usable:
         raise
     except Exception as error:
-        raise ValueError(sentence(error)) from error
+        words = sentence(error)
+        if is_of_memory(error):
+            words = f"Memory does not suffice for sizes as these: choose smaller ones. ({words})"
+        raise ValueError(words) from error
