@@ -127,6 +127,9 @@ ONE_BATCH = (
     "--results=results",
     "--wandb=false",
     "--num_workers=0",
+    "--trainer.devices=1",  # more are more processes, of which this one would be the first
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
     "--trainer.max_epochs=1",
     "--trainer.limit_train_batches=1",
 )
