@@ -26,6 +26,7 @@ from timm.models import get_deprecated_models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from cl_bench.frozen import freeze_layers, refresh
 from cl_bench.spelling import by_likeness, nearest
 
 Normalisation = Literal["unit", "half", "imagenet", "clip"]
@@ -101,6 +102,7 @@ class Backbone(nn.Module):
             _load(self.vit, file, model)
         # Taken now: merged adapters will change the tensors.
         self.weights_sha256 = _sha256_of_tensors(self.vit) if file is None else _sha256_of_file(file)
+        freeze_layers(self.vit)
         mean, std = _MEAN_AND_STD[normalisation]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -150,6 +152,7 @@ class Backbone(nn.Module):
                 f"Images of shape {tuple(images.shape)} do not fit a backbone of {self.image_size} pixels: "
                 f"set the image_size of the data to {self.image_size}, or img_size in the backbone's options."
             )
+        refresh(self.vit)
         if self.normalisation != "unit":
             images = (images - self.mean) / self.std
         features: Tensor = self.vit(images)
