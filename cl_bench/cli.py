@@ -213,7 +213,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         "--precision", nargs="+", default=["32-true", "bf16-mixed"], help="(default: 32-true bf16-mixed)"
     )
     bench.add_argument("--batch", nargs="+", type=int, default=[], help="images (default: by the device)")
-    bench.add_argument("--rounds", type=int, default=7, help="how often each call is timed (default: 7)")
+    bench.add_argument("--rounds", type=int, default=6, help="how often each call is timed (default: 6)")
     bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: as PyTorch chooses)")
     bench.add_argument("--compile", action="store_true", help="compile the backbone, not the floor")
     bench.add_argument("--json", action="store_true", help="print JSON; the table goes to standard error")

@@ -54,7 +54,7 @@ class Wanted:
     device: str | None = None
     precisions: Sequence[str] = tuple(_TYPES)
     batches: Sequence[int] = ()
-    rounds: int = 7
+    rounds: int = 6
     compiled: bool = False
 
 
@@ -98,27 +98,31 @@ def _settings(wanted: Wanted, device: torch.device, rates: dict[str, float], fol
 
 
 def _findings(group: Group) -> Iterator[str]:
-    """Yield what follows from the steps of one strategy, in each batch size."""
-    for size in group.settings.batches:
+    """Yield what follows from the steps of one strategy."""
+    for precision in group.settings.precisions:
+        yield _growth(group, precision)
+    for size, timed in group.timed.items():
         for precision in group.settings.precisions:
-            early, late = Timed("step", EARLY, precision), Timed("step", LATE, precision)
-            of = f"{group.stem}, {precision}, batch {size}"
-            peaks = {row.experience: row.peak_bytes for row in group.rows if _is_step(row, precision, size)}
-            stored = group.stored_bytes(precision)
-            yield (
-                f"{of}: a step in experience {LATE} over one in experience {EARLY}: "
-                f"{_words(group.ratio(size, late, early))}, peak memory "
-                f"{(peaks[LATE] or 0) / (peaks[EARLY] or 1):.3f}; the method itself stores "
-                f"{stored[EARLY] / 1e6:.1f} and {stored[LATE] / 1e6:.1f} MB"
-            )
             moments = Timed("second moments", EARLY, precision)
-            if moments in group.timed[size]:
+            if moments in timed:
                 over = group.ratio(size, moments, Timed("forward", EARLY, precision))
-                yield f"{of}: a second-moment pass over a forward pass: {_words(over)}"
+                yield f"{precision}, batch {size}: a second-moment pass over a forward pass: {_words(over)}"
         if {"32-true", "bf16-mixed"} <= set(group.settings.precisions):
             full, half = Timed("step", EARLY, "32-true"), Timed("step", EARLY, "bf16-mixed")
             faster = _words(group.ratio(size, full, half))
             yield f"{group.stem}, batch {size}: a step in fp32 over one in bf16: {faster}"
+
+
+def _growth(group: Group, precision: str) -> str:
+    size = group.settings.batches[0]
+    early, late = Timed("step", EARLY, precision), Timed("step", LATE, precision)
+    peaks = {row.experience: row.peak_bytes or 1 for row in group.rows if _is_step(row, precision, size)}
+    stored = group.stored_bytes(precision)
+    return (
+        f"{group.stem}, {precision}, batch {size}: a step in experience {LATE} over one in {EARLY}: "
+        f"{_words(group.ratio(size, late, early))}, peak memory {peaks[LATE] / peaks[EARLY]:.3f}; the method "
+        f"itself keeps {stored[EARLY] / 1e6:.1f} and {stored[LATE] / 1e6:.1f} MB"
+    )
 
 
 def _is_step(row: Row, precision: str, size: int) -> bool:
