@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,21 +96,21 @@ class Subject:
         experience = self.stream.experiences[self.number - 1]
         return self.stream.batch(size, experience, self.trainer.strategy.root_device)
 
-    def step(self, batch: Batch) -> None:
-        """Take one training step on ``batch``, as Lightning does with all hooks."""
-        self._training.step(batch)
+    def step(self, batch: Batch, around: AbstractContextManager[object] | None = None) -> None:
+        """Take one training step on ``batch``, as Lightning does with all hooks, inside of ``around``."""
+        self._training.step(batch, around)
 
     def peak_bytes(self, batch: Batch) -> int:
         """Take one step, and return the most memory that strategy and step need together."""
         peak = Peak(self.trainer.strategy.root_device)
         held = held_bytes(self.strategy, self.trainer.optimizers[0])
-        self._training.step(batch, peak.watching())
+        self.step(batch, peak.watching())
         return held + peak.bytes
 
     def flops(self, batch: Batch) -> int:
         """Take one step, and return how many floating-point operations its products have."""
         counter = FlopCounterMode(display=False)
-        self._training.step(batch, counter)
+        self.step(batch, counter)
         return int(counter.get_total_flops())
 
     @torch.no_grad()

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cl_bench.bench.subject import Subject, fill
 from cl_bench.subspace import GPM, DualGPM
@@ -32,6 +34,41 @@ def test_a_step_late_in_the_stream_takes_the_operations_of_an_early_one(
 ) -> None:
     early, late = subject("inflora", number=2), subject("inflora", number=20)
     assert early.flops(early.batch(4)) == late.flops(late.batch(4))
+
+
+class Waits(TorchDispatchMode):
+    """Remembers what would make the host wait for an accelerator: values and shapes that depend on values."""
+
+    WAITING = (
+        "_local_scalar_dense",
+        "nonzero",
+        "_unique2",
+        "unique_dim",
+        "is_nonzero",
+        "equal",
+        "masked_select",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.WAITING:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stem", ["lora", "inflora", "keeplora", "janus_lora", "lora_gpm_gr"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_no_step_waits_for_the_device(subject: Callable[..., Subject], stem: str, precision: str) -> None:
+    stepping, waits = subject(stem, precision=precision), Waits()
+    for _ in range(3):  # fewer than the logger waits for
+        stepping.step(stepping.batch(4), waits)
+    assert waits.found == []
 
 
 def test_what_trains_nothing_has_no_step(subject: Callable[..., Subject]) -> None:
