@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test lint types tests browser notebooks soak clean
+.PHONY: help quickstart test lint types tests browser notebooks soak bench clean
 
 help:
 	@echo "make quickstart   install, run the grid configs/grids/quickstart.yaml, print its table"
@@ -12,6 +12,7 @@ help:
 	@echo "make tests        pytest, doctests included"
 	@echo "make notebooks    execute every notebook"
 	@echo "make soak         the long versions of the tests"
+	@echo "make bench        training steps beside a hand-written loop, on ViT-B/16 and a small ViT"
 	@echo "make clean        remove caches and build output; .venv and results stay"
 
 quickstart: .venv/installed
@@ -47,6 +48,11 @@ notebooks: .venv/installed-dev
 
 soak: .venv/installed-dev
 	$(BIN)/pytest -m soak
+
+bench: .venv/installed
+	mkdir -p results/bench
+	$(BIN)/cl-bench bench --json > results/bench/vit_base_patch16_224.json
+	$(BIN)/cl-bench bench --backbone small --json > results/bench/small.json
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info

@@ -11,8 +11,8 @@ Source: LoRA, https://arxiv.org/abs/2106.09685.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from cl_bench.backbones import Backbone
+from cl_bench.frozen import Frozen
 from cl_bench.spelling import suggestion
 
 _LAYER_OF_TARGET = {
@@ -99,12 +100,13 @@ class LowRank(nn.Module):
         return f"{self.A.shape[1]} to {self.B.shape[0]}, rank={self.A.shape[0]}, scale={self.scale}"
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(Frozen):
     """A frozen linear layer with adapters on some of its rows.
 
     It takes over the tensors of ``linear`` under their names, so checkpoints of the backbone keep their keys.
     The backward pass computes no gradient that nobody asked for: none of the weight, none of a frozen factor
-    alone, and none of the input where nothing before it is trained.
+    alone, and none of the input where nothing before it is trained. It keeps no tensor that only such a
+    gradient would need.
 
     Args:
         linear: The layer to adapt; its weight and bias are frozen and shared, not copied.
@@ -132,8 +134,7 @@ class AdaptedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rows: Mapping[str, slice], rank: int, scale: float = 1.0) -> None:
         super().__init__()
-        self.weight = linear.weight.requires_grad_(False)
-        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self._take_over(linear)
         self.rows = dict(rows)
         self.adapters = nn.ModuleDict(
             {
@@ -181,9 +182,10 @@ class AdaptedLinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """Return the weight with every adapter in it, W + sum of s B A, (m, n), in full precision."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            down, up = self._factors()
-            return self.weight + up @ down
+        whole = self.weight.clone()
+        for name, rows in self.rows.items():
+            whole[rows] += self.adapter(name).delta()
+        return whole
 
     def shield(self, basis: Tensor | None) -> None:
         """Keep what inputs have in the span of ``basis`` (n, k) out of the gradient of every ``B``.
@@ -221,55 +223,115 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs (…, n) to outputs (…, m)."""
-        down, up = self._factors()
-        frozen, hidden = F.linear(x, self.weight, self.bias), F.linear(x, down)
-        if self.shielded is None or not (torch.is_grad_enabled() and up.requires_grad):
-            return frozen + F.linear(hidden, up)
-        with torch.no_grad():
-            outside = F.linear(x, self._outside(down, self.shielded))
-        product: Tensor = _ShieldedProduct.apply(hidden, outside, up)
-        return frozen + product
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """Return all adapters as one: ``A`` stacked (R, n), and ``s B`` (m, R) on its rows, zero elsewhere.
-
-        One wide product each way costs a quarter of adding the adapters' outputs to their rows one by one.
-        """
-        adapters = {name: self.adapter(name) for name in self.rows}
-        down = torch.cat([adapter.A for adapter in adapters.values()])
-        up = self.weight.new_zeros(self.weight.shape[0], down.shape[0])
-        start = 0
-        for name, adapter in adapters.items():
-            stop = start + adapter.A.shape[0]
-            up[self.rows[name], start:stop] = adapter.scale * adapter.B
-            start = stop
-        return down, up
+        weight, bias = self.in_precision()
+        adapters = [self.adapter(name) for name in self.rows]
+        safe = None
+        if self.shielded is not None and torch.is_grad_enabled() and any(a.B.requires_grad for a in adapters):
+            safe = self._outside([adapter.A for adapter in adapters], self.shielded)
+        places = _Places(tuple(self.rows.values()), tuple(adapter.scale for adapter in adapters))
+        factors = [*(adapter.A for adapter in adapters), *(adapter.B for adapter in adapters)]
+        y: Tensor = _AdaptedProduct.apply(x.to(_type_of_products(x)), weight, bias, safe, places, *factors)
+        return y
 
     @staticmethod
-    def _outside(down: Tensor, basis: Tensor) -> Tensor:
-        """Return the rows of ``down`` (R, n) without their parts in the span of ``basis`` (n, k)."""
+    @torch.no_grad()
+    def _outside(rows: Sequence[Tensor], basis: Tensor) -> Tensor:
+        """Return all ``rows`` (R, n) without their parts in the span of ``basis`` (n, k)."""
         # Where a row lies almost in the span, half precision would lose the little that is outside.
-        with torch.autocast(down.device.type, enabled=False):
+        with torch.autocast(basis.device.type, enabled=False):
+            down = torch.cat(list(rows))
             return down - (down @ basis) @ basis.T
 
 
-class _ShieldedProduct(torch.autograd.Function):
-    """``hidden @ up.T`` (…, m), but the gradient of ``up`` (m, R) is that of ``outside @ up.T``."""
+class _Places(NamedTuple):
+    """Where the adapters of a layer add their products, and the scale of each."""
+
+    rows: tuple[slice, ...]
+    scales: tuple[float, ...]
+
+    def blocks(self, up: Tensor, ranks: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the part of ``up`` (m, R) that belongs to each adapter, given its rank."""
+        start = 0
+        for rows, rank in zip(self.rows, ranks, strict=True):
+            yield up[rows, start : start + rank]
+            start += rank
+
+
+class _AdaptedProduct(torch.autograd.Function):
+    """``W x + b + U (D x)``: ``D`` (R, n) stacks every ``A``, ``U`` (m, R) holds every ``s B`` on its rows.
+
+    One wide product each way costs a quarter of adding the outputs of the adapters to their rows one by one,
+    and what it gives is added in place, forward and backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, outside: Tensor, up: Tensor) -> Tensor:
-        """Multiply, under autocast in its type."""
-        ctx.save_for_backward(outside, up)
-        return F.linear(hidden, up)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        safe: Tensor | None,
+        places: _Places,
+        *factors: Tensor,
+    ) -> Tensor:
+        """Return outputs (…, m) of inputs ``x`` (…, n), all in the type of ``x``.
+
+        ``factors`` are every ``A``, then every ``B``; ``safe`` (R, n), if given, stands for ``D`` in the
+        gradient of ``U``.
+        """
+        count = len(places.rows)
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        needs_A, needs_B = any(ctx.needs_input_grad[5 : 5 + count]), any(ctx.needs_input_grad[5 + count :])
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        ranks = [len(A) for A in factors[:count]]
+        down = torch.cat(factors[:count]).to(x.dtype)
+        up = x.new_zeros(len(weight), len(down))
+        for block, B, scale in zip(places.blocks(up, ranks), factors[count:], places.scales, strict=True):
+            block.copy_(B if scale == 1 else scale * B)
+        tokens = x.reshape(-1, x.shape[-1])
+        hidden, y = F.linear(tokens, down), F.linear(tokens, weight, bias)
+        torch.addmm(y, hidden, up.T, out=y)
+        if needs_B and safe is not None:
+            hidden = F.linear(tokens, safe.to(x.dtype))
+        ctx.save_for_backward(
+            tokens if needs_A or needs_weight else None,
+            hidden if needs_B else None,
+            weight if needs_x else None,
+            down if needs_x else None,
+            up if needs_x or needs_A else None,
+        )
+        ctx.places, ctx.ranks, ctx.shape = places, ranks, x.shape
+        ctx.dtype = factors[0].dtype
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor]:
-        """Return the gradients of ``hidden`` and ``up``."""
-        outside, up = ctx.saved_tensors
-        of_hidden = gradient @ up.to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        of_up = gradient.flatten(0, -2).T @ outside.flatten(0, -2)
-        return of_hidden, None, of_up.to(up.dtype)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients that somebody asked for."""
+        tokens, hidden, weight, down, up = ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        count, dtype = len(ctx.ranks), ctx.dtype
+        of_y = gradient.reshape(-1, gradient.shape[-1])
+        of_hidden: Any = None if up is None else of_y @ up
+        of_x: Any = None
+        if needs_x:
+            of_x = of_y @ weight
+            of_x = torch.addmm(of_x, of_hidden, down, out=of_x).view(ctx.shape)
+        of_weight = of_y.T @ tokens if needs_weight else None
+        of_A: Sequence[Tensor | None] = [None] * count
+        of_B: Sequence[Tensor | None] = [None] * count
+        if any(ctx.needs_input_grad[5 : 5 + count]):
+            of_A = (of_hidden.T @ tokens).to(dtype).split(ctx.ranks)
+        if hidden is not None:
+            blocks = ctx.places.blocks((of_y.T @ hidden).to(dtype), ctx.ranks)
+            of_B = [scale * block for scale, block in zip(ctx.places.scales, blocks, strict=True)]
+        return of_x, of_weight, None, None, None, *of_A, *of_B
+
+
+def _type_of_products(x: Tensor) -> torch.dtype:
+    """Return the type of autocast where it is on, and that of ``x`` elsewhere."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def inject(

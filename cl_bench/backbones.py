@@ -26,7 +26,8 @@ from timm.models import get_deprecated_models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cl_bench.spelling import by_likeness, nearest
+from cl_bench.frozen import freeze_layers, refresh
+from cl_bench.spelling import by_likeness, nearest, suggestion
 
 Normalisation = Literal["unit", "half", "imagenet", "clip"]
 
@@ -56,6 +57,9 @@ class Backbone(nn.Module):
         normalisation: What becomes of images in [0, 1]. unit: they stay; half: they are mapped to [-1, 1];
             imagenet and clip: the mean and deviation of those data are taken out.
         seed: Seed of random weights.
+        compiler: Backend of torch.compile, such as inductor; null to run the model as it is written. What is
+            compiled serves every experience of a stream. As long as somebody listens to a layer, as online
+            estimation does in training, the model runs as it is written.
 
     Attributes:
         image_size: Height and width of an image in pixels.
@@ -85,8 +89,10 @@ class Backbone(nn.Module):
         options: dict[str, Any] | None = None,
         normalisation: Normalisation = "unit",
         seed: int = 0,
+        compiler: str | None = None,
     ) -> None:
         super().__init__()
+        _require_compiler(compiler)
         self.model = model
         self.weights = weights if weights in _WORDS else "file"
         self.options = dict(options or {})
@@ -101,6 +107,9 @@ class Backbone(nn.Module):
             _load(self.vit, file, model)
         # Taken now: merged adapters will change the tensors.
         self.weights_sha256 = _sha256_of_tensors(self.vit) if file is None else _sha256_of_file(file)
+        freeze_layers(self.vit)
+        # Heads stay outside: they grow with every experience, and a compiled one would be compiled anew.
+        self._compiled = None if compiler is None else torch.compile(self._run, backend=compiler)
         mean, std = _MEAN_AND_STD[normalisation]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -150,10 +159,20 @@ class Backbone(nn.Module):
                 f"Images of shape {tuple(images.shape)} do not fit a backbone of {self.image_size} pixels: "
                 f"set the image_size of the data to {self.image_size}, or img_size in the backbone's options."
             )
+        refresh(self.vit)
         if self.normalisation != "unit":
             images = (images - self.mean) / self.std
+        if self._compiled is None or self._is_listened_to():
+            return self._run(images)
+        return self._compiled(images)
+
+    def _run(self, images: Tensor) -> Tensor:
         features: Tensor = self.vit(images)
         return features
+
+    def _is_listened_to(self) -> bool:
+        """Whether a layer has a hook, which compiled code would not call."""
+        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.vit.modules())
 
 
 def weights_identity(weights: str) -> str:
@@ -208,6 +227,12 @@ def _require_name(model: str, *, tagged: bool) -> None:
         raise ValueError(f"timm has no weights {model}: {choice}.")
     if tagged and not tag:
         raise ValueError(f"{model} names no weights, and timm's versions differ in what they add: {choice}.")
+
+
+def _require_compiler(compiler: str | None) -> None:
+    known = torch.compiler.list_backends(exclude_tags=())
+    if compiler is not None and compiler not in known:
+        raise ValueError(f"torch.compile has no backend {compiler!r}. {suggestion(compiler, known)}")
 
 
 # Building

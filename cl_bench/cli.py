@@ -1,4 +1,4 @@
-"""The verbs of the command line: run, check, grid, report, prepare. Each imports what it needs by itself."""
+"""The verbs of the command line, from run to bench. Each imports what it needs by itself."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["reproduce"]:
             return _reproduce(*_parser().parse_known_args(words))
         options = _parser().parse_args(words)
-        return {"grid": _grid, "report": _report, "prepare": _prepare}[options.verb](options)
+        verbs = {"grid": _grid, "report": _report, "prepare": _prepare, "bench": _bench}
+        return verbs[options.verb](options)
     except (ValueError, OSError) as error:
         if "-v" in words:
             traceback.print_exception(error)
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("-v", action="store_true", help="show tracebacks")
     _add_reproduce(verbs)
     _add_prepare(verbs.add_parser("prepare", help="fetch, check and scan a dataset"))
+    _add_bench(verbs.add_parser("bench", help="measure training steps beside a hand-written loop"))
     return parser
 
 
@@ -196,6 +198,26 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> None:
         help="imagenet100: the class lists to build (default: all)",
     )
     prepare.add_argument("-v", action="store_true", help="show tracebacks")
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    default = "lora inflora keeplora janus_lora loda"
+    bench.add_argument("--strategy", nargs="+", default=default.split(), help=f"(default: {default})")
+    bench.add_argument(
+        "--backbone",
+        default="vit_base_patch16_224",
+        help="a timm model, or small, 2.7 million parameters; its weights are random (default: %(default)s)",
+    )
+    bench.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
+    bench.add_argument(
+        "--precision", nargs="+", default=["32-true", "bf16-mixed"], help="(default: 32-true bf16-mixed)"
+    )
+    bench.add_argument("--batch", nargs="+", type=int, default=[], help="images (default: by the device)")
+    bench.add_argument("--rounds", type=int, default=6, help="how often each call is timed (default: 6)")
+    bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: as PyTorch chooses)")
+    bench.add_argument("--compile", action="store_true", help="compile the backbone, not the floor")
+    bench.add_argument("--json", action="store_true", help="print JSON; the table goes to standard error")
+    bench.add_argument("-v", action="store_true", help="show tracebacks")
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -361,6 +383,33 @@ def _prepare(options: argparse.Namespace) -> int:
         source=options.source,
         classes=options.classes,
     )
+    return DONE
+
+
+def _bench(options: argparse.Namespace) -> int:
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # its profiler's notices; read when torch is imported
+    import torch
+
+    from cl_bench.bench.command import Wanted, bench
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    beside = _console(stderr=True)
+    wanted = Wanted(
+        strategies=options.strategy,
+        backbone=options.backbone,
+        device=options.device,
+        precisions=options.precision,
+        batches=options.batch,
+        rounds=options.rounds,
+        compiled=options.compile,
+    )
+    found = bench(wanted, beside.print)
+    (beside if options.json else _console()).print(found.text(), markup=False)
+    if options.json:
+        sys.stdout.write(found.json() + "\n")
     return DONE
 
 

@@ -461,19 +461,22 @@ class StreamDataModule(LightningDataModule, ABC):
         divided = self._divided(self._opened)
         train, test = divided.train, divided.test
         augmented, plain = self.train_transform(), self.test_transform()
-        stream = deal(
-            train,
-            test,
-            class_order(self.order, len(divided.class_names)),
-            self._sizes(),
-            train_transform=augmented,
-            test_transform=plain,
-        )
+        stream = self._dealt_stream(divided)
         return _Served(
             stream=stream,
             train=DrawnImages(train, stream.order, augmented),
             plain=DrawnImages(train, stream.order, plain),
             test=DrawnImages(test, stream.order, plain, divided.test_domains),
+        )
+
+    def _dealt_stream(self, sources: Sources) -> Stream:
+        return deal(
+            sources.train,
+            sources.test,
+            class_order(self.order, len(sources.class_names)),
+            self._sizes(),
+            train_transform=self.train_transform(),
+            test_transform=self.test_transform(),
         )
 
     def _divided(self, sources: Sources) -> Sources:

@@ -293,7 +293,7 @@ def _of_layer(moments: dict[int, SecondMoments], layers: list[_Adapted], index: 
     """Return ``XᵀX`` and the number of tokens that the layer at ``index`` has seen."""
     width = layers[index].layer.weight.shape[1]
     place = sum(1 for one in layers[:index] if one.layer.weight.shape[1] == width)
-    return total(moments[width].sums[place]), int(total(moments[width].tokens[place]))
+    return total(moments[width].products()[place]), int(total(moments[width].tokens[place]))
 
 
 def _held_out_accuracy(trainer: StreamTrainer, strategy: Strategy, stream: StreamDataModule) -> float | None:

@@ -20,6 +20,7 @@ from cl_bench.adapters import AdaptedLinear
 from cl_bench.ranks import OfThisRank, total
 from cl_bench.subspace import GPM
 
+_STRIPS = 4  # of a symmetric product; more leave out little else, and each would be narrow
 _NOTHING_HEARD = "A layer has seen no token: run images through the backbone while the statistic listens."
 
 
@@ -153,7 +154,7 @@ class SecondMoments(InputStatistic):
     """The uncentred second moment ``X^T X / N`` (d, d) of the inputs of each layer, over all N tokens.
 
     Queries, keys and values share one fused layer, hence one statistic. A batch costs one product of its
-    flattened tokens with themselves for each layer, on the device.
+    flattened tokens with themselves for each layer, on the device, less most of what symmetry gives.
 
     Products are taken in float64 unless told otherwise, and always summed in float64, because eigenvalues are
     the squares of what the tokens hold: in a small ViT trained on natural images those of one block spread
@@ -169,7 +170,8 @@ class SecondMoments(InputStatistic):
         dtype: Type of the product of one batch.
 
     Attributes:
-        sums: ``X^T X`` of each layer so far, (L, d, d) in float64, empty before the first token.
+        sums: ``X^T X`` of each layer so far, (L, d, d) in float64, empty before the first token. Only what is
+            on or above the diagonal counts.
         tokens: Number of tokens that each layer has seen, (L,).
 
     Raises:
@@ -211,16 +213,23 @@ class SecondMoments(InputStatistic):
             ValueError: If no token has been heard.
         """
         tokens = _heard(self.tokens)
-        return total(self.sums) / tokens[:, None, None]
+        return total(self.products()) / tokens[:, None, None]
+
+    def products(self) -> Tensor:
+        """Return ``X^T X`` of each layer so far, (L, d, d) in float64, of this process alone."""
+        return self.sums.triu() + self.sums.triu(1).mT
 
     def take(self, index: int, tokens: Tensor) -> None:
-        """Add the product of tokens (N, d) with themselves."""
+        """Add the product of tokens (N, d) with themselves, strip by strip from the diagonal on."""
         if not self.sums.numel():
             shape = (len(self.layers), self.width, self.width)
             self.sums = tokens.new_zeros(shape, dtype=torch.float64)
             self.tokens = self.tokens.to(tokens.device)
         tokens = tokens.to(self.dtype)
-        self.sums[index] += tokens.T @ tokens
+        strip = math.ceil(self.width / _STRIPS)
+        for start in range(0, self.width, strip):
+            rows = slice(start, start + strip)
+            self.sums[index, rows, start:] += tokens[:, rows].T @ tokens[:, start:]
         self.tokens[index] += len(tokens)
 
     def include(self, share: Mapping[str, Tensor]) -> None:
@@ -459,6 +468,7 @@ def second_moments(
     features: Callable[[Tensor], Tensor],
     layers: Sequence[AdaptedLinear | nn.Linear],
     batches: Iterable[tuple[Tensor, Tensor]],
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """Return the uncentred second moment of the inputs of each layer, (L, d, d) in float64.
 
@@ -468,11 +478,12 @@ def second_moments(
         features: Maps images (B, 3, H, W) to features (B, d), by way of ``layers``.
         layers: Layers with one number of inputs, ``d``.
         batches: Images and labels (B,).
+        dtype: Type of the product of one batch.
 
     Raises:
         ValueError: If the layers differ in their number of inputs or no image reaches them.
     """
-    moments = SecondMoments(layers)
+    moments = SecondMoments(layers, dtype=dtype)
     measure(features, batches, moments)
     return moments.mean()
 

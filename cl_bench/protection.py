@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -109,8 +110,7 @@ class ProtectedStrategy(LowRankStrategy):
     @torch.no_grad()
     def rectify_gradients(self) -> None:
         """Project the gradient of every A, and if asked to rectify, replace both by their closed form."""
-        for index, adapter in self._trained():
-            _gradient(adapter.A).copy_(self.memory.right_residual(_gradient(adapter.A), index))
+        self._clear((index, _gradient(adapter.A)) for index, adapter in self._trained())
         if self.rectification:
             for alike in self._trained_alike():
                 self._rectify(alike)
@@ -141,8 +141,15 @@ class ProtectedStrategy(LowRankStrategy):
                 layer.shield(self.memory.basis(index))
 
     def _clear_rows(self) -> None:
-        for index, adapter in self.adapters():
-            adapter.A.copy_(self.memory.right_residual(adapter.A, index))
+        self._clear((index, adapter.A) for index, adapter in self.adapters())
+
+    def _clear(self, rows: Iterable[tuple[int, Tensor]]) -> None:
+        """Clear rows (r, n) of what their layer protects, in place; each basis is read once."""
+        for index, of_layer in groupby(rows, key=itemgetter(0)):
+            parts = [part for _, part in of_layer]
+            cleared = self.memory.right_residual(torch.cat(parts), index)
+            for part, own in zip(parts, cleared.split([len(part) for part in parts]), strict=True):
+                part.copy_(own)
 
     def _trained(self) -> Iterator[tuple[int, LowRank]]:
         return ((index, one) for index, one in self.adapters() if one.A.grad is not None)

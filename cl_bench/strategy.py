@@ -227,7 +227,7 @@ class Strategy(LightningModule):
         groups = self.parameter_groups()
         if not groups:
             return None
-        optimizer = self._optimizer(groups)
+        optimizer = in_one_kernel(self._optimizer(groups))
         if self._scheduler is None:
             return optimizer
         scheduler = self._scheduler(optimizer)
@@ -263,6 +263,22 @@ class Strategy(LightningModule):
         super().optimizer_step(*args, **kwargs)
         with torch.no_grad():
             self.after_step()
+
+
+def in_one_kernel(optimizer: Optimizer) -> Optimizer:
+    """Let ``optimizer`` move all parameters at once where PyTorch can, unless it was told how to.
+
+    Each by itself, the many small factors of the adapters would take longer to move than the arithmetic does.
+
+    >>> optimizer = in_one_kernel(torch.optim.Adam([torch.zeros(1, requires_grad=True)]))
+    >>> optimizer.param_groups[0]["fused"]
+    True
+    """
+    if isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)):  # AdamW is an Adam
+        for group in optimizer.param_groups:
+            if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
+                group["fused"] = True
+    return optimizer
 
 
 def _state_bytes(module: nn.Module) -> int:

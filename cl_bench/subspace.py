@@ -184,6 +184,7 @@ def directions_needed(shares: Tensor, threshold: float) -> Tensor:
         )
     # Summed from the weak end, so that small sums keep their digits.
     left = shares.flip(-1).cumsum(-1).flip(-1)  # what is not held before each direction is taken
+    left = left.clamp(max=1)  # rounding may give some directions less than none
     return (left > 1 - threshold + _ROUNDING).sum(-1)
 
 

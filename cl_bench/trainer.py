@@ -170,8 +170,6 @@ class StreamTrainer(Trainer):
         """Fill ``result``, once all processes of the run are there."""
         counting = StreamMetrics(result)
         self.callbacks.insert(0, counting)  # type: ignore[attr-defined]
-        on_cpu = self.strategy.root_device.type == "cpu"
-        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
         if self.strategy.root_device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
         continuation = self._continuation = Continuation(self, strategy, result, checkpoints)
@@ -281,6 +279,8 @@ class StreamTrainer(Trainer):
             datamodule: The stream, set up; afterwards it serves this experience.
             experience: The next one.
         """
+        on_cpu = self.strategy.root_device.type == "cpu"
+        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
         next_phase = self._next_phase
         if self._continuation is None or self._continuation.resumed is None:
             self._begin(strategy, datamodule, experience)

@@ -81,4 +81,4 @@ class InfLoRA(LowRankStrategy):
         super().after_training(data)
 
     def _moments(self, data: TrainingData) -> Tensor:
-        return second_moments(self.features, self.layers, data.augmented())
+        return second_moments(self.features, self.layers, data.augmented(), torch.float32)

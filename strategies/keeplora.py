@@ -133,7 +133,7 @@ class KeepLoRA(LowRankStrategy):
 
     def _input_moments(self, data: TrainingData) -> Tensor:
         if self.input_statistic == "second_moment":
-            return second_moments(self.features, self.layers, data.plain())
+            return second_moments(self.features, self.layers, data.plain(), torch.float32)
         averages = TokenAverages(self.layers)
         measure(self.features, data.plain(), averages)
         return averages.second_moments()

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from cl_bench.backbones import Backbone
 from cl_bench.margin import DecoupledMargin
 from cl_bench.measurements import second_moments
@@ -45,5 +47,5 @@ class LoRAGPM(DecoupledMargin, ProtectedStrategy):
 
     def after_training(self, data: TrainingData) -> None:
         """Protect what the images of this experience use, then finish as every adapter does."""
-        self.protect(second_moments(self.features, self.layers, data.plain()))
+        self.protect(second_moments(self.features, self.layers, data.plain(), torch.float32))
         super().after_training(data)

@@ -124,6 +124,60 @@ def test_the_backward_pass_of_a_frozen_down_projection_is_one_product() -> None:
     assert flops.get_total_flops() == 2 * tokens * (2 * rank) * outputs
 
 
+@pytest.mark.parametrize("trained", ["A B", "B", "A", "A B weight"])
+def test_gradients_are_those_of_the_formula(trained: str) -> None:
+    torch.manual_seed(0)
+    layer = AdaptedLinear(
+        torch.nn.Linear(5, 6).double(),
+        {"q": slice(0, 3), "k": slice(3, 6), "v": slice(0, 6)},
+        rank=2,
+        scale=0.5,
+    )
+    fill([layer], ["q", "k", "v"])
+    parts = {"A": [], "B": [], "weight": [layer.weight]}
+    for name in layer.rows:
+        parts["A"].append(layer.adapter(name).A)
+        parts["B"].append(layer.adapter(name).B)
+    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+    asked = [x]
+    for name, tensors in parts.items():
+        for tensor in tensors:
+            tensor.requires_grad_(name in trained.split())
+        asked += tensors if name in trained.split() else []
+
+    def formula() -> torch.Tensor:
+        whole = layer.weight + torch.zeros(6, 5, dtype=torch.float64)
+        for name, rows in layer.rows.items():
+            adapter = layer.adapter(name)
+            added = torch.zeros(6, 5, dtype=torch.float64).index_add(
+                0, torch.arange(6)[rows], adapter.scale * adapter.B @ adapter.A
+            )
+            whole = whole + added
+        assert layer.bias is not None
+        return x @ whole.T + layer.bias
+
+    torch.testing.assert_close(layer(x), formula())
+    direction = torch.randn(4, 3, 6, dtype=torch.float64)
+    found = torch.autograd.grad((layer(x) * direction).sum(), asked)
+    expected = torch.autograd.grad((formula() * direction).sum(), asked)
+    for own, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, right)
+
+
+def test_the_forward_pass_keeps_only_what_some_gradient_needs() -> None:
+    layer = AdaptedLinear(torch.nn.Linear(50, 60), {"v": slice(0, 60)}, rank=2)
+    kept: list[torch.Size] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    layer.adapter("v").A.requires_grad_(False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(torch.ones(7, 50))
+    assert kept == [torch.Size([7, 2])]  # what B is multiplied with
+
+
 def test_nothing_asks_for_a_gradient_before_the_first_adapter(images: torch.Tensor) -> None:
     backbone = tiny()
     inject(backbone, ("k", "v"), rank=2, blocks=[1])
@@ -214,7 +268,7 @@ def test_branches_of_one_projection_add_up_each_by_its_own_scale() -> None:
     layer.adapter("general").scale, layer.adapter("isolated").scale = 0.25, 0.5
     general, isolated, late = (layer.adapter(name) for name in ("general", "isolated", "late"))
     x = torch.randn(3, 7, 32, dtype=torch.float64)
-    expected = x @ layer.weight.T + layer.bias
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
     expected += 0.25 * x @ general.A.T @ general.B.T + 0.5 * x @ isolated.A.T @ isolated.B.T
     expected[..., 64:] += x @ late.A.T @ late.B.T
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)

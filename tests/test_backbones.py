@@ -7,13 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
+from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from cl_bench.adapters import inject
 from cl_bench.backbones import Backbone, Normalisation, weights_identity
+from cl_bench.measurements import second_moments
+from cl_bench.trainer import StreamTrainer
+from datamodules.toy import Toy
+from strategies.inflora import InfLoRA
 
 TINY: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -358,3 +365,43 @@ def test_attention_agrees_in_one_kernel_and_as_products(images: torch.Tensor) ->
         assert {block.get_submodule("attn").__dict__["fused_attn"] for block in backbone.blocks} == {fused}
         features.append(backbone(images))
     torch.testing.assert_close(*features)
+
+
+def test_a_stream_compiles_once() -> None:
+    graphs: list[Any] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.register_backend(counting, name="counting")
+    after: list[int] = []
+
+    class Watch(Callback):
+        def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+            after.append(len(graphs))
+
+    results = []
+    for compiler in ("counting", None):
+        backbone = Backbone("vision_transformer", "random", TINY, "half", compiler=compiler)
+        trainer = StreamTrainer(max_epochs=1, accelerator="cpu", callbacks=[Watch()])
+        toy = Toy(num_classes=8, num_experiences=4, image_size=8, batch_size=12, test_batch_size=12, seed=1)
+        results.append(trainer.run(InfLoRA(backbone, rank=2), toy))
+    assert after == [2] * 8  # with gradients, and without
+    compiled, plain = (result.counts("correct") for result in results)
+    np.testing.assert_array_equal(compiled, plain)
+
+
+def test_whoever_listens_hears_a_compiled_backbone() -> None:
+    backbone = Backbone("vision_transformer", "random", TINY, compiler="eager")
+    layers = inject(backbone, ("k", "v"), rank=2)
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        backbone(images)
+    moments = second_moments(backbone, layers, [(images, torch.zeros(2, dtype=torch.int64))])
+    assert moments.diagonal(dim1=-2, dim2=-1).sum() > 0
+
+
+def test_a_wrong_compiler_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"no backend 'inducter'\. Did you mean inductor\?"):
+        Backbone("vision_transformer", "random", TINY, compiler="inducter")

@@ -1,0 +1,140 @@
+"""Frozen layers that keep their weights in full precision and multiply with a copy in that of autocast.
+
+Autocast rounds a frozen weight to half precision anew in every forward pass. Here it is rounded once, and
+again when it has changed: a merge of adapters changes it between experiences, a training step never. Products
+have the same bits either way, and what is saved or merged is always the weight itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Frozen(nn.Module):
+    """What frozen layers share: a weight, a bias, and copies of both in the type of autocast.
+
+    Attributes:
+        weight: In full precision.
+        bias: Likewise, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def _take_over(self, layer: nn.Linear | nn.Conv2d) -> None:
+        """Freeze the tensors of ``layer`` and hold them under their names; they are shared, not copied."""
+        self.weight = layer.weight.requires_grad_(False)
+        self.bias = None if layer.bias is None else layer.bias.requires_grad_(False)
+        # No buffers: nobody has to save them, nor to send them to other processes.
+        self._half_weight: Tensor | None = None
+        self._half_bias: Tensor | None = None
+        self._copied: list[tuple[object, ...]] = []
+
+    @torch.no_grad()
+    def refresh(self, dtype: torch.dtype) -> None:
+        """Make the copies agree with the weight in ``dtype``; nothing is done if they do."""
+        tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
+        # A write in place raises the version, and a move to another device changes the address.
+        found = [(dtype, tensor.device, tensor.data_ptr(), tensor._version) for tensor in tensors]
+        if found == self._copied:
+            return
+        with torch.inference_mode(False):  # a copy made under inference mode could not be trained through
+            self._half_weight = _rounded(self.weight, dtype, self._half_weight)
+            self._half_bias = None if self.bias is None else _rounded(self.bias, dtype, self._half_bias)
+        self._copied = list(found)
+
+    def in_precision(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias as a product takes them: the copies under autocast, where there are any."""
+        if self._half_weight is None or self.weight.requires_grad:
+            return self.weight, self.bias
+        if torch.is_autocast_enabled(self.weight.device.type):
+            return self._half_weight, self._half_bias
+        return self.weight, self.bias
+
+
+class FrozenLinear(Frozen, nn.Linear):  # type: ignore[misc]  # torch says that a bias is never None
+    """A linear layer whose weight is frozen.
+
+    Args:
+        linear: The layer whose tensors it takes over.
+
+    >>> linear = nn.Linear(4, 6)
+    >>> layer = FrozenLinear(linear)
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     refresh(layer)
+    ...     torch.equal(layer(torch.ones(1, 4)), linear(torch.ones(1, 4)))
+    True
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self._take_over(linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs (…, n) to outputs (…, m)."""
+        return F.linear(x, *self.in_precision())
+
+
+class FrozenConv2d(Frozen, nn.Conv2d):
+    """A convolution whose weight is frozen.
+
+    Args:
+        convolution: The layer whose tensors it takes over.
+    """
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__(
+            convolution.in_channels,
+            convolution.out_channels,
+            convolution.kernel_size,  # type: ignore[arg-type]
+            convolution.stride,  # type: ignore[arg-type]
+            convolution.padding,  # type: ignore[arg-type]
+            convolution.dilation,  # type: ignore[arg-type]
+            convolution.groups,
+            convolution.bias is not None,
+            padding_mode=convolution.padding_mode,
+            device="meta",
+        )
+        self._take_over(convolution)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map inputs (B, C, H, W) to outputs (B, C', H', W')."""
+        features: Tensor = self._conv_forward(x, *self.in_precision())
+        return features
+
+
+def freeze_layers(module: nn.Module) -> None:
+    """Put a frozen layer in place of every linear layer and convolution in ``module``.
+
+    The names and objects of parameters stay. So do layers of a subclass, which may compute something else.
+
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    >>> freeze_layers(model)
+    >>> model[0]
+    FrozenLinear(in_features=2, out_features=3, bias=True)
+    """
+    for name, layer in list(module.named_modules()):
+        if type(layer) is nn.Linear:
+            module.set_submodule(name, FrozenLinear(layer))
+        elif type(layer) is nn.Conv2d:
+            module.set_submodule(name, FrozenConv2d(layer))
+
+
+def refresh(module: nn.Module) -> None:
+    """Where autocast is on, make the copies of all frozen layers in ``module`` agree with their weights."""
+    kind = next(module.parameters()).device.type
+    if not torch.is_autocast_enabled(kind):
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    for layer in module.modules():
+        if isinstance(layer, Frozen):
+            layer.refresh(dtype)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype, into: Tensor | None) -> Tensor:
+    """Return ``tensor`` in ``dtype``, written into an old copy of its kind so that this stays one object."""
+    if into is None or into.dtype != dtype or into.device != tensor.device or into.shape != tensor.shape:
+        return tensor.to(dtype, copy=True)
+    return into.copy_(tensor)

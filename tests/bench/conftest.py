@@ -1,0 +1,32 @@
+"""Strategies on a transformer of two blocks, in the middle of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cl_bench.bench.subject import Subject
+from cl_bench.run import quiet
+
+OPTIONS = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Callable[..., Subject]:
+    """Makes a subject that waits before its first step."""
+
+    def made(stem: str, number: int = 2, precision: str = "32-true") -> Subject:
+        with quiet():
+            return Subject(
+                stem,
+                number,
+                backbone={"model": "vision_transformer", "weights": "random", "options": OPTIONS},
+                trainer={"precision": precision, "accelerator": "cpu"},
+                stream={"image_size": 16, "batch_size": 4},
+                images=4,
+                folder=tmp_path,
+            )
+
+    return made
