@@ -240,7 +240,7 @@ def test_a_full_disk_leaves_the_result_and_the_checkpoint_before_and_the_run_goe
     assert (result.status, len(result.rows)) == ("failed", 1)
     assert "File too large" in str(result.error)
     assert len([*(tmp_path / "cut").rglob("*.ckpt")]) == 2
-    assert not [*(tmp_path / "cut").rglob(".*")]
+    assert not [path for path in (tmp_path / "cut").rglob(".*") if path.is_file()]
     assert killed(tmp_path, [["lora", "cut", None], ["lora", "whole", None]]) == [0, 0]
     assert result_below(tmp_path / "cut").rows == result_below(tmp_path / "whole").rows
 
