@@ -146,6 +146,14 @@ class DivergenceGuard(Callback):
         Raises:
             Diverged: If a loss was not finite.
         """
+        self.look_back(trainer)
+
+    def look_back(self, trainer: Trainer) -> None:
+        """Look back at the steps of the experience, on all processes.
+
+        Raises:
+            Diverged: If a loss was not finite.
+        """
         steps = [step for step in of_all(int(self._first)) if step]
         if steps:
             experience = trainer.datamodule.experience  # type: ignore[attr-defined]

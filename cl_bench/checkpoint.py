@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 import time
-import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -140,6 +142,8 @@ class Checkpoints:
         number = _number(before[-1]) + 1 if before else 1
         path = self.folder / f"{number:06d}-experience{checkpoint.experience + 1}-{checkpoint.phase}.ckpt"
         content = {part.name: getattr(checkpoint, part.name) for part in fields(checkpoint)}
+        for unfinished in self.folder.glob(".*.ckpt.*"):  # of a process that was killed
+            unfinished.unlink()
         with replaced(path) as file:
             torch.save(content | {"owner": vars(checkpoint.owner)}, file)
         for old in before[: 1 - _KEPT]:
@@ -147,8 +151,8 @@ class Checkpoints:
         self._written = time.monotonic()
         return path
 
-    def latest(self, owner: Owner) -> Checkpoint | None:
-        """Return the newest checkpoint that can be read, None if there is none.
+    def latest(self, owner: Owner) -> tuple[Checkpoint | None, list[str]]:
+        """Return the newest checkpoint that can be read, None if there is none, and the files that cannot.
 
         Args:
             owner: Who is about to go on with it.
@@ -156,24 +160,19 @@ class Checkpoints:
         Raises:
             Refused: If a file would run code when read, or is one of another owner or version.
         """
+        damaged = []
         for path in reversed(self._files()):
-            try:
-                checkpoint = _read(path)
-            except (RuntimeError, EOFError, OSError) as error:  # the disk lost a part of it
-                warnings.warn(
-                    f"The checkpoint {path} is damaged ({error}): the one before it is used.", stacklevel=2
-                )
+            if not _is_whole(path):  # the disk lost a part of it
+                damaged.append(path.name)
                 continue
+            checkpoint = _read(path)
             _require_owner(path, checkpoint.owner, owner)
-            return checkpoint
-        return None
+            return checkpoint, damaged
+        return None, damaged
 
     def clear(self) -> None:
-        """Remove all of them."""
-        for path in self._files():
-            path.unlink()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        """Remove their folder, with what a process that was killed has left in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
         """Return the files, oldest first."""
@@ -188,6 +187,15 @@ def _number(path: Path) -> int:
     return int(path.name.partition("-")[0])
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether the file is what was written: it holds a checksum of each of its parts."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError, zlib.error, NotImplementedError):
+        return False
+
+
 def _read(path: Path) -> Checkpoint:
     remedy = "remove its folder, and the cell starts anew."
     try:
@@ -200,7 +208,10 @@ def _read(path: Path) -> Checkpoint:
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         schema = content.get("schema") if isinstance(content, dict) else None
         raise Refused(f"The checkpoint {path} has schema {schema}, and this version reads {SCHEMA}: {remedy}")
-    return Checkpoint(**content | {"owner": Owner(**content["owner"])})
+    try:
+        return Checkpoint(**content | {"owner": Owner(**content["owner"])})
+    except (KeyError, TypeError) as error:
+        raise Refused(f"The checkpoint {path} has other parts than this version writes: {remedy}") from error
 
 
 def _require_owner(path: Path, found: Owner, expected: Owner) -> None:

@@ -285,7 +285,9 @@ def _print_protocol(configuration: Configuration, *, verbose: bool) -> int:
 def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
     from contextlib import nullcontext
 
+    from cl_bench.claim import Held
     from cl_bench.console import RunConsole, closing_lines, opening_lines
+    from cl_bench.processes import launched
     from cl_bench.run import RunFailed, finished, quiet, run
 
     console = _console() if _rank() == 0 else Console(quiet=True)
@@ -303,9 +305,16 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
     def waiting(sentence: str) -> None:
         console.print(f"{sentence} Waiting for its result.", markup=False)
 
+    # Of the processes of a launcher only the first would wait, and the others would wait for it.
+    waits = launched() == 1
     try:
         with nullcontext() if verbose else quiet():
-            result = run(configuration, [RunConsole(console)], wait=waiting)
+            result = run(configuration, [RunConsole(console)], wait=waiting if waits else None)
+    except Held as error:
+        _console(stderr=True).print(
+            f"error: {error} Start this command again when it has ended.", markup=False
+        )
+        return REFUSED
     except RunFailed as error:
         if verbose:
             traceback.print_exception(error)

@@ -64,9 +64,8 @@ class Continuation:
         )
         self._circumstances = circumstances(trainer.strategy.root_device, trainer.world_size)
         self._pretrained = Pretrained(strategy)
-        self.resumed = of_first(lambda: checkpoints.latest(self._owner))
-        if self.resumed is not None:
-            self._recall(self.resumed)
+        self.resumed, damaged = of_first(lambda: checkpoints.latest(self._owner))
+        self._recall(self.resumed, damaged)
 
     @property
     def due(self) -> bool:
@@ -119,7 +118,10 @@ class Continuation:
         if self._checkpoints is None:
             return
         self._require_finite()
-        random, shares = of_all(random_states()), of_all(own_share(self._strategy))
+        random, shares = (
+            of_all(random_states(self._trainer.strategy.root_device)),
+            of_all(own_share(self._strategy)),
+        )
         if not is_first():
             return
         trainer, result = self._trainer, self._result
@@ -176,7 +178,9 @@ class Continuation:
         if self.resumed.phase == "training":
             progress.restore_training(self._trainer, self.resumed.training, self.resumed.batches)
         rank, _ = place()
-        set_random_states(self.resumed.random[rank % len(self.resumed.random)])
+        set_random_states(
+            self.resumed.random[rank % len(self.resumed.random)], self._trainer.strategy.root_device
+        )
         self.resumed = None
 
     def clear(self) -> None:
@@ -190,19 +194,20 @@ class Continuation:
         last = None if self._checkpoints is None else self._checkpoints.last
         return f" The last good checkpoint is {last}." if last else ""
 
-    def _recall(self, resumed: Checkpoint) -> None:
+    def _recall(self, resumed: Checkpoint | None, damaged: list[str]) -> None:
         """Take over what the attempt before has found, and say what differs from it."""
-        saved, result = resumed.result, self._result
+        result = self._result
+        if resumed is None:
+            if damaged:
+                result.provenance["resumed"] = [_resumption("the start", {}, damaged)]
+            return
+        saved = resumed.result
         result.rows = [None if row is None else Row(**row) for row in saved["rows"]]
         result.costs = [Cost(**cost) for cost in saved["costs"]]
         result.diagnostics = saved["diagnostics"]
         result.provenance["resumed"] = [
             *saved["resumed"],
-            {
-                "from": resumed.place,
-                "at": datetime.now(UTC).isoformat(timespec="seconds"),
-                "differs": resumed.differences(self._circumstances),
-            },
+            _resumption(resumed.place, resumed.differences(self._circumstances), damaged),
         ]
 
     def _require_finite(self) -> None:
@@ -215,12 +220,23 @@ class Continuation:
             )
 
 
+def _resumption(place: str, differs: dict[str, list[Any]], damaged: list[str]) -> dict[str, Any]:
+    return {
+        "from": place,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "differs": differs,
+        "damaged": damaged,
+    }
+
+
 def resumption(result: Result) -> str | None:
     """Return where the run went on, and what differs since, in one line; None if it ran in one go."""
     resumed: list[dict[str, Any]] = result.provenance.get("resumed", [])
     if not resumed:
         return None
     line = f"goes on from a checkpoint: {resumed[-1]['from']}"
+    if damaged := resumed[-1]["damaged"]:
+        line = f"goes on from {resumed[-1]['from']}, as these checkpoints are damaged: {', '.join(damaged)}"
     differs = resumed[-1]["differs"]
     if not differs:
         return line

@@ -31,7 +31,14 @@ def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
     """Return what the bits of a run depend on beside its cell: where one of these differs, they may, too."""
     made = provenance(device)
     shown: dict[str, Any] = made["versions"]
-    return shown | {name: made[name] for name in ("commit", "device", "threads")} | {"processes": processes}
+    return (
+        shown
+        | {name: made[name] for name in ("commit", "device", "threads")}
+        | {
+            "processor": torch.backends.cpu.get_cpu_capability(),
+            "processes": processes,
+        }
+    )
 
 
 def device_name(device: torch.device) -> str:

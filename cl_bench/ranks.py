@@ -15,7 +15,8 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from cl_bench.fingerprints import fingerprint
+
 _FAILURE = "cl-bench/failure"
 _ABANDONED = "by peer"  # how gloo says that a process is gone
 _WITHOUT_A_WORD = (
@@ -226,19 +227,11 @@ def _prints(module: nn.Module) -> Prints:
     }
     if not state:
         return {}
-    sums = torch.stack([_checksum(tensor) for tensor in state.values()]).tolist()
+    sums = torch.stack([fingerprint(tensor) for tensor in state.values()]).tolist()
     return {
         name: (tuple(tensor.shape), tensor.dtype, checksum)
         for (name, tensor), checksum in zip(state.items(), sums, strict=True)
     }
-
-
-def _checksum(tensor: Tensor) -> Tensor:
-    """Return a sum of all bits that any change of a single number changes."""
-    bits = tensor.detach().contiguous().flatten()
-    numbers = bits.view(_BITS[bits.element_size()]).long() if bits.dtype != torch.bool else bits.long()
-    odd = 2 * torch.arange(len(numbers), device=numbers.device) + 1
-    return (numbers * odd).sum()
 
 
 def failed_first(error: str) -> str | None:

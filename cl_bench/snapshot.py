@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cl_bench.fingerprints import fingerprint, fingerprints
 from cl_bench.ranks import OfThisRank, place
 from cl_bench.strategy import Strategy
 
@@ -17,8 +18,6 @@ Snapshot = dict[str, Any]
 """Tensors, and plain numbers, words, lists and dicts: what ``torch.load(weights_only=True)`` reads."""
 
 _EXTRA = "_extra_state"  # torch's name of what a module keeps beside tensors
-_AT_ONCE = 2**20  # numbers whose fingerprints are taken together
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class NoPlace(ValueError):
@@ -40,12 +39,14 @@ class Pretrained:
     def changed(self, name: str, tensor: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
         """Return what of ``tensor`` differs from its pre-trained values, in main memory.
 
-        All of it where it was not pre-trained; else the places of its rows that differ (n,) with these rows
-        (n, …), or None where none does.
+        All of it where it was not pre-trained or has no rows; else the places of its rows that differ (n,)
+        with these rows (n, …). None where nothing does.
         """
         if name not in self._fingerprints:
             return _copied(tensor)
         rows = (_fingerprints(tensor) != self._fingerprints[name]).nonzero()[:, 0]
+        if len(rows) and tensor.ndim < 2:
+            return _copied(tensor)
         return (rows, _copied(tensor[rows.to(tensor.device)])) if len(rows) else None
 
 
@@ -118,25 +119,25 @@ def _below(share: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in share.items() if name.startswith(prefix)}
 
 
-def random_states() -> Snapshot:
-    """Return the states of all global random generators of this process."""
+def random_states(device: torch.device) -> Snapshot:
+    """Return the states of the global random generators of this process, and of its ``device``."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
 
 
-def set_random_states(saved: Mapping[str, Any]) -> None:
-    """Put the states of all global random generators back."""
+def set_random_states(saved: Mapping[str, Any], device: torch.device) -> None:
+    """Put them back."""
     random.setstate(saved["python"])
     name, keys, position, has_gauss, gauss = saved["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(saved["torch"])
-    if saved["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda"])
+    if saved["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(saved["cuda"], device)
 
 
 def _put(modules: Mapping[str, nn.Module], name: str, value: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -175,15 +176,5 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _fingerprints(tensor: Tensor) -> Tensor:
-    """Return an integer for each row of ``tensor`` (n, …) that depends on all of its bits, (n,) in int64.
-
-    The bits are weighed with odd random numbers: a row that changed in one place never keeps its integer, and
-    one that changed in several keeps it with a chance below 2⁻³¹.
-    """
-    flat = tensor.detach().contiguous()
-    flat = flat.reshape(1, -1) if flat.ndim < 2 else flat.reshape(len(flat), -1)
-    bits = flat.view(_INTEGERS[flat.element_size()])
-    generator = torch.Generator().manual_seed(bits.shape[1])
-    weights = (torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator) * 2 + 1).to(bits.device)
-    parts = bits.split(max(1, _AT_ONCE // max(1, bits.shape[1])))
-    return torch.cat([(part.long() * weights).sum(dim=1) for part in parts]).cpu()
+    """Return a fingerprint of each row, or one of all where there are no rows, in main memory."""
+    return (fingerprint(tensor)[None] if tensor.ndim < 2 else fingerprints(tensor)).cpu()

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from cl_bench import dashboard
 from cl_bench.configuration import Configuration
+from cl_bench.files import replaced
 from cl_bench.ranks import is_first
 from cl_bench.results import Result
 
@@ -31,7 +32,7 @@ def loggers(configuration: Configuration) -> Iterator[tuple[list[Logger], list[C
     if not is_first():
         yield [], []
         return
-    curves = Curves(configuration.folder)
+    curves = Curves(configuration.folder, configuration.checkpoints.folder)
     if not configuration.namespace.wandb:
         yield [curves.logger], [curves]
         return
@@ -42,30 +43,35 @@ def loggers(configuration: Configuration) -> Iterator[tuple[list[Logger], list[C
 class Curves(Callback):
     """The CSV file of a run, of which a checkpoint knows how far it had come.
 
-    What an earlier attempt wrote is read when this is built, and written again up to the checkpoint that is
-    gone on with, or dropped where there is none.
+    With every checkpoint a copy is left beside it, whole or not at all, since the file itself is rewritten in
+    place. Of an earlier attempt, what the checkpoint knows of is written again, and the rest is dropped.
 
     Args:
         folder: Of the cell.
+        checkpoints: Folder of its checkpoints.
 
     Attributes:
         logger: Who writes the file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, checkpoints: Path) -> None:
         self._file = folder / CURVES_NAME / "metrics.csv"
-        self._before = _lines(self._file)
+        self._copy = checkpoints / "curves.csv"
         shutil.rmtree(self._file.parent, ignore_errors=True)
         self.logger = CSVLogger(folder, name=CURVES_NAME, version="")
 
     def state_dict(self) -> dict[str, Any]:
         """Write what is still in memory, and return how many lines there are."""
         self.logger.save()
+        if not self._file.exists():  # nothing has been logged yet
+            return {"lines": 0}
+        with replaced(self._copy) as copy:
+            copy.write(self._file.read_bytes())
         return {"lines": len(_lines(self._file))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Write again what the earlier attempt had written by then."""
-        self.logger.experiment.metrics[:0] = self._before[: state_dict["lines"]]
+        self.logger.experiment.metrics[:0] = _lines(self._copy)[: state_dict["lines"]]
         self.logger.save()
 
 

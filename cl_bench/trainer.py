@@ -86,8 +86,9 @@ class StreamTrainer(Trainer):
     ) -> None:
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         checks = [Agreement()] if check_agreement else []
+        guard = DivergenceGuard()
         super().__init__(
-            callbacks=[_Lifecycle(), DivergenceGuard(), *checks, *given],
+            callbacks=[guard, _Lifecycle(guard), *checks, *given],
             logger=logger,
             enable_checkpointing=enable_checkpointing,
             enable_progress_bar=enable_progress_bar,
@@ -179,7 +180,9 @@ class StreamTrainer(Trainer):
                 self._walk(strategy, datamodule, result, folder)
             result.status = "done"
         except BaseException as error:
-            asked = isinstance(error, Interrupted | KeyboardInterrupt) or continuation.interruption.requested
+            asked = isinstance(error, Interrupted | KeyboardInterrupt)
+            # Processes that load images die of a Ctrl-C, too, which then is what was asked and no failure.
+            asked |= continuation.interruption.requested and not isinstance(error, Diverged)
             result.status = "diverged" if isinstance(error, Diverged) else "failed"
             own = "Interrupted." if asked else sentence(error)
             result.error = failed_first(own) or own + ("" if asked else continuation.last_good)
@@ -398,7 +401,14 @@ class StreamTrainer(Trainer):
 
 
 class _Lifecycle(Callback):
-    """Calls the hooks around training, on the device, without gradients, and counts their seconds."""
+    """Calls the hooks around training, on the device, without gradients, and counts their seconds.
+
+    Args:
+        guard: Asked before a checkpoint inside training, so that none follows a loss that is not finite.
+    """
+
+    def __init__(self, guard: DivergenceGuard) -> None:
+        self._guard = guard
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Without an epoch to run, Lightning skips the loop and its hooks; the data must still be measured.
@@ -453,6 +463,7 @@ class _Lifecycle(Callback):
 
     def _pause(self, trainer: StreamTrainer, batches: int) -> None:
         """Write a checkpoint between two steps."""
+        self._guard.look_back(trainer)
         self._count(trainer)
         trainer._reached("training", batches=batches)
         self._since = trainer._now()

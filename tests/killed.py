@@ -24,6 +24,7 @@ from cl_bench.adapters import AdaptedLinear
 from cl_bench.callbacks import StreamMetrics
 from cl_bench.checkpoint import Checkpoint, Checkpoints
 from cl_bench.configuration import CONFIGS, Configuration, resolve
+from cl_bench.continuation import Continuation
 from cl_bench.run import quiet, run
 from cl_bench.strategy import Strategy
 from cl_bench.trainer import StreamTrainer
@@ -133,6 +134,7 @@ class Counter:
 
 PLACES: dict[str, Callable[[Counter], None]] = {
     "pass before training": lambda counter: counter.pass_over_data(after=False),
+    "taking up": lambda counter: counter.patch(Continuation, "take_up"),
     "step": lambda counter: counter.patch(Strategy, "on_before_optimizer_step"),
     "pass after training": lambda counter: counter.pass_over_data(after=True),
     "merge": lambda counter: counter.patch(AdaptedLinear, "merge"),

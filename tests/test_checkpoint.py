@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def kept(folder: Path) -> Checkpoints:
 def test_a_checkpoint_names_its_place_and_comes_back_as_it_was(tmp_path: Path) -> None:
     path = kept(tmp_path).write(checkpoint())
     assert path.name == "000001-experience3-training.ckpt"
-    found = kept(tmp_path).latest(OWNER)
+    found, damaged = kept(tmp_path).latest(OWNER)
+    assert damaged == []
     assert found is not None
     assert (found.phase, found.experience, found.epoch, found.owner) == ("training", 2, 4, OWNER)
     assert found.place == "experience 3, training after 4 epochs"
@@ -42,7 +43,7 @@ def test_a_checkpoint_names_its_place_and_comes_back_as_it_was(tmp_path: Path) -
 
 
 def test_where_nothing_was_written_there_is_nothing_to_go_on_with(tmp_path: Path) -> None:
-    assert kept(tmp_path / "none").latest(OWNER) is None
+    assert kept(tmp_path / "none").latest(OWNER) == (None, [])
     kept(tmp_path / "none").clear()
 
 
@@ -62,14 +63,34 @@ def test_epochs_write_one_only_when_it_is_time(tmp_path: Path) -> None:
         Checkpoints(tmp_path, "", every=-1)
 
 
-def test_a_damaged_file_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+def cut_off(content: bytes) -> bytes:
+    return content[:300]
+
+
+def another_start(content: bytes) -> bytes:
+    return b"X" + content[1:]
+
+
+def another_number(content: bytes) -> bytes:
+    place = content.index(torch.arange(3.0).numpy().tobytes())
+    return content[:place] + b"\x01" + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", [cut_off, another_start, another_number])
+def test_a_damaged_file_is_passed_over_and_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     kept(tmp_path).write(checkpoint(experience=0))
     newest = kept(tmp_path).write(checkpoint(experience=1))
-    newest.write_bytes(newest.read_bytes()[:300])
-    with pytest.warns(UserWarning, match=f"{re.escape(str(newest))} is damaged"):
-        found = kept(tmp_path).latest(OWNER)
+    newest.write_bytes(damage(newest.read_bytes()))
+    found, damaged = kept(tmp_path).latest(OWNER)
     assert found is not None
     assert found.experience == 0
+    assert damaged == [newest.name]
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".000001-experience1-testing.ckpt.123").touch()
+    kept(tmp_path).write(checkpoint())
+    assert [path.name for path in tmp_path.iterdir()] == ["000001-experience3-training.ckpt"]
 
 
 class Evil:

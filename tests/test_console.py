@@ -38,6 +38,22 @@ def test_a_run_that_goes_on_says_from_where_and_what_is_another_than_then(
     assert output.getvalue().count("goes on from") == 1
 
 
+def test_a_damaged_checkpoint_is_said_where_the_run_goes_on(tmp_path: Path) -> None:
+    configuration = resolve(
+        layers("lora", "toy"), [f"--results={tmp_path}", "--trainer.accelerator=cpu", "--max_epochs=1"]
+    )
+    with quiet(), pytest.raises(RunFailed):
+        run(configuration, [PullsThePlug()])
+    last = configuration.checkpoints.last
+    assert last is not None
+    last.write_bytes(last.read_bytes()[:1000])
+    output = io.StringIO()
+    with quiet():
+        run(configuration, [RunConsole(Console(file=output, width=200))])
+    line = output.getvalue().splitlines()[0]
+    assert line == f"goes on from experience 1, merging, as these checkpoints are damaged: {last.name}"
+
+
 def test_a_terminal_sees_a_bar_and_keeps_one_line_for_each_experience(tmp_path: Path) -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=120)

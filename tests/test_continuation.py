@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from cl_bench.backbones import Backbone
+from cl_bench.callbacks import Diverged
 from cl_bench.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.diagnostics import Diagnostics
 from cl_bench.results import Regime, Result, read
@@ -43,6 +44,7 @@ KILLS: list[list[Any]] = [
     ["pass after training", 1, 1],
     ["merge", 1, 1],
     ["evaluation", 1, 1],
+    ["taking up", 1, 1],
     ["step", 2, 1],
     ["checkpoint", 2, 3],
     ["evaluation", 2, 2],
@@ -196,6 +198,22 @@ def test_joint_training_goes_on_inside_its_epoch_with_worker_processes(tmp_path:
     whole, expected = attempt(tmp_path / "whole", METHODS["LoRA, shared"], regime="joint")
     assert differing(strategy.state_dict(), whole.state_dict()) == []
     assert result.rows == expected.rows
+
+
+class InfiniteOnce(LoRA):
+    """Its loss is infinite at one step, and its gradients and parameters are not."""
+
+    steps = 0
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        self.steps += 1
+        return super().loss(features, labels) + (torch.inf if self.steps == 7 else 0)
+
+
+def test_an_interruption_does_not_hide_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="not finite at step 7"):
+        attempt(tmp_path, lambda: InfiniteOnce(backbone(), rank=4), Sends(signal.SIGTERM, 8))
+    assert read(tmp_path / "result.json").status == "diverged"
 
 
 class Crashes(Callback):

@@ -13,6 +13,8 @@ from cl_bench.snapshot import Pretrained, random_states, restore, set_random_sta
 from cl_bench.strategy import Strategy
 from strategies.lora import LoRA
 
+CPU = torch.device("cpu")
+
 
 def lora() -> LoRA:
     options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -74,6 +76,18 @@ def test_a_change_of_a_single_bit_is_seen() -> None:
     assert found[0].tolist() == [5]
 
 
+def test_a_pre_trained_vector_that_changed_is_put_back_whole() -> None:
+    strategy, fresh = lora(), lora()
+    pretrained = Pretrained(strategy)
+    norm = strategy.backbone.vit.get_submodule("norm")
+    assert isinstance(norm.bias, Tensor)
+    norm.bias.data += torch.arange(32.0)
+    for each in (strategy, fresh):
+        each.expand(experience(0))
+    restore(fresh, snapshot(strategy, pretrained))
+    assert same(strategy, fresh)
+
+
 def test_a_buffer_that_has_grown_or_gone_is_put_back() -> None:
     strategy, fresh = lora(), lora()
     for each in (strategy, fresh):
@@ -105,8 +119,8 @@ def draws() -> tuple[float, float, float]:
 
 def test_every_generator_goes_on_where_it_was() -> None:
     np.random.randn()  # leaves a second number waiting
-    saved = random_states()
+    saved = random_states(CPU)
     first = draws()
     assert draws() != first
-    set_random_states(saved)
+    set_random_states(saved, CPU)
     assert draws() == first
