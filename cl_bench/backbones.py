@@ -1,4 +1,4 @@
-"""Vision transformers of timm by pinned weight tag, by local checkpoint, or drawn from a seed."""
+"""Vision transformers of timm by pinned weight tag, by local checkpoint, drawn from a seed, or our own."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from timm.models import get_deprecated_models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from cl_bench import embedded
 from cl_bench.frozen import freeze_layers, refresh
 from cl_bench.spelling import by_likeness, nearest, suggestion
 
@@ -38,6 +39,7 @@ _MEAN_AND_STD: dict[Normalisation, tuple[tuple[float, ...], tuple[float, ...]]] 
     "clip": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
 }
 _BY_OPTIONS = "vision_transformer"
+_EMBEDDED = "embedded"
 _WORDS = ("pretrained", "random")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _CLASSIFIERS = ("head.", "head_dist.")
@@ -46,13 +48,13 @@ _CLASSIFIERS = ("head.", "head_dist.")
 class Backbone(nn.Module):
     """A frozen vision transformer without classifier: images (B, 3, H, W) in [0, 1] to features (B, d).
 
-    The feature is what the model pools after its final norm, the class token for a plain ViT.
+    The feature is what the model gives after pooling and its final norm, the class token for a plain ViT.
 
     Args:
-        model: A timm vision transformer with its weight tag, such as vit_base_patch16_224.augreg_in21k; or
-            vision_transformer, built from the options alone.
-        weights: pretrained: downloaded by timm; random: drawn from the seed; otherwise the path of a
-            checkpoint, a .safetensors file or a torch file that holds nothing but tensors.
+        model: A timm vision transformer with its weight tag, such as vit_base_patch16_224.augreg_in21k;
+            vision_transformer, built from the options alone; or embedded, which is shipped with the suite.
+        weights: pretrained: downloaded by timm, or shipped; random: drawn from the seed; otherwise the path
+            of a checkpoint, a .safetensors file or a torch file that holds nothing but tensors.
         options: Arguments of the timm model, such as img_size, patch_size, embed_dim, depth and num_heads.
         normalisation: What becomes of images in [0, 1]. unit: they stay; half: they are mapped to [-1, 1];
             imagenet and clip: the mean and deviation of those data are taken out.
@@ -97,9 +99,12 @@ class Backbone(nn.Module):
         self.weights = weights if weights in _WORDS else "file"
         self.options = dict(options or {})
         self.normalisation = normalisation
-        _require_name(model, tagged=weights == "pretrained")
-        file = _file(weights)
-        vit: Any = _vision_transformer(model, self.options, seed, pretrained=weights == "pretrained")
+        file = _file(model, weights)
+        downloaded = weights == "pretrained" and file is None
+        architecture = _BY_OPTIONS if model == _EMBEDDED else model
+        _require_name(architecture, tagged=downloaded)
+        built_with = embedded.OPTIONS | self.options if model == _EMBEDDED else self.options
+        vit: Any = _vision_transformer(architecture, built_with, seed, pretrained=downloaded)
         self.vit: nn.Module = vit.requires_grad_(False)
         self.image_size = _image_size(model, vit)
         self.feature_dim: int = vit.num_features
@@ -114,6 +119,12 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.pretrained_names = frozenset(self.state_dict())
+
+    @classmethod
+    def named(cls, model: str) -> dict[str, Any]:
+        """Return the settings that a model's name alone stands for: the name, and every default."""
+        parameters = inspect.signature(cls).parameters
+        return {name: parameter.default for name, parameter in parameters.items()} | {"model": model}
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -175,21 +186,23 @@ class Backbone(nn.Module):
         return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.vit.modules())
 
 
-def weights_identity(weights: str) -> str:
+def weights_identity(model: str, weights: str) -> str:
     """Return what stands for ``weights`` where a path may not: a file's sha256, or the word itself.
 
     Raises:
         FileNotFoundError: If there is no such file.
 
-    >>> weights_identity("random")
+    >>> weights_identity("vit_tiny_patch16_224", "random")
     'random'
     """
-    file = _file(weights)
+    file = _file(model, weights)
     return weights if file is None else f"sha256:{_sha256_of_file(file)}"
 
 
-def _file(weights: str) -> Path | None:
-    """Return the checkpoint that ``weights`` names, or None for a word."""
+def _file(model: str, weights: str) -> Path | None:
+    """Return the checkpoint that ``weights`` names, or None for a word that names none."""
+    if model == _EMBEDDED and weights == "pretrained":
+        return embedded.weights_file()
     if weights in _WORDS:
         return None
     path = Path(weights).expanduser()
@@ -219,7 +232,7 @@ def _require_name(model: str, *, tagged: bool) -> None:
         raise ValueError(f"{model} is an old name that timm gave up: write {current}.")
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
-        names = by_likeness(model, [_BY_OPTIONS, *timm.list_models(pretrained=tagged)])
+        names = by_likeness(model, [_BY_OPTIONS, _EMBEDDED, *timm.list_models(pretrained=tagged)])
         raise ValueError(f"timm has no model {model}: the nearest names are {', '.join(names[:3])}.")
     tags = by_likeness(model, timm.list_pretrained(f"{architecture}.*"))
     choice = f"choose among {', '.join(tags)}" if tags else "it has none, set weights to random or to a path"

@@ -22,7 +22,7 @@ from jsonargparse import ArgumentParser, Namespace, get_loader
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
-from cl_bench.backbones import weights_identity
+from cl_bench.backbones import Backbone, weights_identity
 from cl_bench.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.datamodule import StreamDataModule
 from cl_bench.results import digest
@@ -106,12 +106,13 @@ class Configuration:
     def cell(self) -> Config:
         """The resolved config without paths, devices and logging: equal cells are one experiment."""
         config = _without(self.resolved, _RUN_KEYS_OUTSIDE_THE_CELL)
+        backbone = config["backbone"]
         arguments = _without(config["data"]["init_args"], _DATA_KEYS_OUTSIDE_THE_CELL)
         return config | {
             "dataset": self.datamodule.name,
             "trainer": _without(config["trainer"], _TRAINER_KEYS_OUTSIDE_THE_CELL),
             "data": config["data"] | {"init_args": arguments},
-            "backbone": config["backbone"] | {"weights": weights_identity(config["backbone"]["weights"])},
+            "backbone": backbone | {"weights": weights_identity(backbone["model"], backbone["weights"])},
         }
 
     @cached_property
@@ -279,6 +280,8 @@ def _code(layer: Config, path: Path) -> list[Path]:
 
 def _require_groups(layer: Config, path: Path) -> None:
     """Check the shape of a layer, and let an empty group stand for no settings."""
+    if isinstance(layer.get("backbone"), str):
+        layer["backbone"] = Backbone.named(layer["backbone"])
     for group in GROUPS:
         if group not in layer:
             continue

@@ -224,6 +224,10 @@ class Schema(LightningCLI):
                 continue
             key, equals, value = word[2:].partition("=")
             full_key = self.full_key(key)
+            if full_key == "backbone":  # its name alone, which takes the place of every setting
+                others = {name: setting for name, setting in Backbone.named("").items() if name != "model"}
+                words += [f"--backbone.{name}={_word(setting)}" for name, setting in others.items()]
+                full_key = "backbone.model"
             if full_key in GROUPS:
                 raise ValueError(f"--{full_key} is a group: set its keys one by one, as --{full_key}.KEY.")
             words.append(f"--{full_key}{equals}{value}")
@@ -348,6 +352,10 @@ def _class_remedy(class_path: str, message: str) -> str:
     return "there is no such class. " + (
         f"Did you mean {match}?" if match else "Write the import path of one, such as torch.optim.SGD."
     )
+
+
+def _word(setting: Any) -> str:
+    return "null" if setting is None else str(setting)
 
 
 def _type_name(expectation: str) -> str | None:

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
+from cl_bench import embedded
 from cl_bench.adapters import inject
 from cl_bench.backbones import Backbone, Normalisation, weights_identity
 from cl_bench.measurements import second_moments
@@ -140,7 +141,7 @@ def test_the_hash_of_a_checkpoint_is_that_of_its_file(tmp_path: Path) -> None:
     torch.save(classifier().state_dict(), file)
     expected = hashlib.sha256(file.read_bytes()).hexdigest()
     assert tiny(file).weights_sha256 == expected
-    assert weights_identity(str(file)) == f"sha256:{expected}"
+    assert weights_identity("any", str(file)) == f"sha256:{expected}"
 
 
 def test_the_hash_stays_when_the_weights_change() -> None:
@@ -405,3 +406,40 @@ def test_whoever_listens_hears_a_compiled_backbone() -> None:
 def test_a_wrong_compiler_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no backend 'inducter'\. Did you mean inductor\?"):
         Backbone("vision_transformer", "random", TINY, compiler="inducter")
+
+
+# The embedded backbone
+
+
+def test_the_embedded_backbone_loads_by_its_name_alone() -> None:
+    backbone = Backbone("embedded")
+    assert backbone.weights_sha256 == embedded.SHA256
+    with torch.no_grad():
+        features = backbone(torch.rand(2, 3, backbone.image_size, backbone.image_size))
+    assert features.shape == (2, backbone.feature_dim)
+    assert weights_identity("embedded", "pretrained") == f"sha256:{embedded.SHA256}"
+
+
+def test_the_embedded_architecture_takes_random_weights() -> None:
+    random, trained = Backbone("embedded", weights="random", seed=3), Backbone("embedded")
+    assert random.vit.state_dict().keys() == trained.vit.state_dict().keys()
+    assert random.weights_sha256 != trained.weights_sha256
+
+
+def test_the_embedded_weights_are_at_most_eight_megabytes() -> None:
+    assert embedded.weights_file().stat().st_size <= 8_000_000
+
+
+@pytest.mark.parametrize(
+    ("content", "error"), [(b"x", "have the sha256 2d711642b726b044… instead of"), (None, "are missing")]
+)
+def test_embedded_weights_that_are_not_the_shipped_ones_are_refused(
+    content: bytes | None, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if content is not None:
+        (tmp_path / "vit.safetensors").write_bytes(content)
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(
+        (ValueError, FileNotFoundError), match=f"{error}.*check out or install the suite anew"
+    ):
+        Backbone("embedded")

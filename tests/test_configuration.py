@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cl_bench.backbones import Backbone
 from cl_bench.configuration import CONFIGS, Configuration, config_file, layers, load, resolve, stems_of
 
 
@@ -154,6 +155,16 @@ def test_an_empty_group_sets_nothing(tmp_path: Path) -> None:
     layer = tmp_path / "layer.yaml"
     layer.write_text("{model: {init_args: null}, data: null, trainer: null, backbone: null}")
     assert resolve([*layers("lora", "toy"), layer]).cell == toy().cell
+
+
+def test_a_backbone_of_one_word_takes_the_place_of_all_its_settings(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text("backbone: embedded")
+    backbone = resolve([*layers("lora", "toy"), layer]).cell["backbone"]
+    defaults = Backbone("embedded").protocol()
+    assert backbone["weights"] == f"sha256:{defaults['weights_sha256']}"
+    assert backbone["options"] is None
+    assert backbone["normalisation"] == defaults["normalisation"]
 
 
 def test_a_wrong_key_in_a_layer_is_found_in_its_file(tmp_path: Path) -> None:

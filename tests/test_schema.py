@@ -55,6 +55,12 @@ def test_diagnostics_are_a_flag_too(schema: Schema) -> None:
     assert schema.parse({"diagnostics": True}, ["--no_diagnostics", "--wandb"]).diagnostics is False
 
 
+@pytest.mark.parametrize("words", (["--backbone", "embedded"], ["--backbone=embedded"]))
+def test_the_name_of_a_backbone_takes_the_place_of_all_its_settings(schema: Schema, words: list[str]) -> None:
+    config = {"backbone": {"model": "vision_transformer", "weights": "random", "options": {"depth": 2}}}
+    assert schema.parse(config, words).backbone == schema.parse({}, ["--backbone.model=embedded"]).backbone
+
+
 @pytest.mark.parametrize("words", (["--no_wandb"], ["--wandb=false"]))
 def test_a_flag_may_be_negated(schema: Schema, words: list[str]) -> None:
     assert schema.parse({"wandb": True}, words).wandb is False

@@ -1,0 +1,42 @@
+"""A small vision transformer of our own, pre-trained on images that formulas draw; the README says how."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+OPTIONS: dict[str, Any] = {
+    "img_size": 64,
+    "patch_size": 8,
+    "embed_dim": 192,
+    "depth": 4,
+    "num_heads": 3,
+    "class_token": False,
+    "global_pool": "avg",
+}
+"""Of timm's VisionTransformer."""
+
+SHA256 = "f2536ac550bde722c6e8cde4384aaf1c94c7af8b4daa3cab02524872b8b4f94b"
+"""Of the file of weights."""
+
+
+def weights_file() -> Path:
+    """Return the file of weights, once its sha256 is known to be right.
+
+    Raises:
+        FileNotFoundError: If it is missing.
+        ValueError: If it is another one.
+    """
+    file = Path(__file__).with_name("vit.safetensors")
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"The embedded weights {file} are missing: check out or install the suite anew."
+        )
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise ValueError(
+            f"The embedded weights {file} have the sha256 {found[:16]}… instead of {SHA256[:16]}…: "
+            "check out or install the suite anew."
+        )
+    return file
