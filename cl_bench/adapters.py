@@ -169,6 +169,7 @@ class AdaptedLinear(Frozen):
             adapter = self.adapter(name)
             self.weight[rows] += adapter.delta()
             adapter.B.zero_()
+        self.follow()
 
     @torch.no_grad()
     def subtract(self) -> None:
@@ -179,6 +180,7 @@ class AdaptedLinear(Frozen):
         """
         for name, rows in self.rows.items():
             self.weight[rows] -= self.adapter(name).delta()
+        self.follow()
 
     def effective_weight(self) -> Tensor:
         """Return the weight with every adapter in it, W + sum of s B A, (m, n), in full precision."""
@@ -318,6 +320,7 @@ class _AdaptedProduct(torch.autograd.Function):
             of_x = of_y @ weight
             of_x = torch.addmm(of_x, of_hidden, down, out=of_x).view(ctx.shape)
         of_weight = of_y.T @ tokens if needs_weight else None
+        of_bias = of_y.sum(dim=0) if ctx.needs_input_grad[2] else None
         of_A: Sequence[Tensor | None] = [None] * count
         of_B: Sequence[Tensor | None] = [None] * count
         if any(ctx.needs_input_grad[5 : 5 + count]):
@@ -325,7 +328,7 @@ class _AdaptedProduct(torch.autograd.Function):
         if hidden is not None:
             blocks = ctx.places.blocks((of_y.T @ hidden).to(dtype), ctx.ranks)
             of_B = [scale * block for scale, block in zip(ctx.places.scales, blocks, strict=True)]
-        return of_x, of_weight, None, None, None, *of_A, *of_B
+        return of_x, of_weight, of_bias, None, None, *of_A, *of_B
 
 
 def _type_of_products(x: Tensor) -> torch.dtype:

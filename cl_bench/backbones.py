@@ -27,7 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cl_bench import embedded
-from cl_bench.frozen import freeze_layers, refresh
+from cl_bench.frozen import Frozen, freeze_layers, refresh
 from cl_bench.spelling import by_likeness, nearest, suggestion
 
 Normalisation = Literal["unit", "half", "imagenet", "clip"]
@@ -113,8 +113,8 @@ class Backbone(nn.Module):
         # Taken now: merged adapters will change the tensors.
         self.weights_sha256 = _sha256_of_tensors(self.vit) if file is None else _sha256_of_file(file)
         freeze_layers(self.vit)
-        # Heads stay outside: they grow with every experience, and a compiled one would be compiled anew.
-        self._compiled = None if compiler is None else torch.compile(self._run, backend=compiler)
+        self.compiler = compiler
+        self._compile()
         mean, std = _MEAN_AND_STD[normalisation]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -173,9 +173,26 @@ class Backbone(nn.Module):
         refresh(self.vit)
         if self.normalisation != "unit":
             images = (images - self.mean) / self.std
-        if self._compiled is None or self._is_listened_to():
+        if self._compiled is None or self._is_listened_to() or self._is_trained():
             return self._run(images)
         return self._compiled(images)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the compiled code, which belongs to this backbone and not to a copy of it."""
+        return self.__dict__ | {"_compiled": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Compile the copy by itself."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._compile()
+
+    def _compile(self) -> None:
+        # Heads stay outside: they grow with every experience, and a compiled one would be compiled anew.
+        self._compiled = None if self.compiler is None else torch.compile(self._run, backend=self.compiler)
+
+    def _is_trained(self) -> bool:
+        """Whether a measurement asks for gradients of frozen weights: code would be compiled for it."""
+        return any(layer.is_trained for layer in self.vit.modules() if isinstance(layer, Frozen))
 
     def _run(self, images: Tensor) -> Tensor:
         features: Tensor = self.vit(images)

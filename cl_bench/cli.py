@@ -396,14 +396,15 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # its profiler's notices; read when torch is imported
+    # Of torch's profiler's notices; read when torch is imported.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch
 
     from cl_bench.bench.command import Wanted, bench
 
     if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"{options.threads} threads cannot measure: give --threads 1 or more.")
         torch.set_num_threads(options.threads)
     beside = _console(stderr=True)
     wanted = Wanted(

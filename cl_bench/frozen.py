@@ -2,7 +2,8 @@
 
 Autocast rounds a frozen weight to half precision anew in every forward pass. Here it is rounded once, and
 again when it has changed: a merge of adapters changes it between experiences, a training step never. Products
-have the same bits either way, and what is saved or merged is always the weight itself.
+have the same bits either way, and what is saved or merged is always the weight itself. A write through
+``weight.data`` goes unseen, as torch counts none: write in place under ``torch.no_grad()``.
 """
 
 from __future__ import annotations
@@ -40,14 +41,25 @@ class Frozen(nn.Module):
         found = [(dtype, tensor.device, tensor.data_ptr(), tensor._version) for tensor in tensors]
         if found == self._copied:
             return
-        with torch.inference_mode(False):  # a copy made under inference mode could not be trained through
+        # A copy made under inference mode could not be trained through; leaving it turns gradients on again.
+        with torch.inference_mode(False), torch.no_grad():
             self._half_weight = _rounded(self.weight, dtype, self._half_weight)
             self._half_bias = None if self.bias is None else _rounded(self.bias, dtype, self._half_bias)
         self._copied = list(found)
 
+    def follow(self) -> None:
+        """Make the copies, where there are any, agree with a weight that has just been written."""
+        if self._half_weight is not None:
+            self.refresh(self._half_weight.dtype)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether somebody asks for a gradient of the weight or the bias for once."""
+        return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+
     def in_precision(self) -> tuple[Tensor, Tensor | None]:
         """Return weight and bias as a product takes them: the copies under autocast, where there are any."""
-        if self._half_weight is None or self.weight.requires_grad:
+        if self._half_weight is None or self.is_trained:
             return self.weight, self.bias
         if torch.is_autocast_enabled(self.weight.device.type):
             return self._half_weight, self._half_bias

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -139,3 +140,45 @@ def test_layers_of_a_subclass_are_left_alone() -> None:
     adapted = model[0]
     freeze_layers(model)
     assert model[0] is adapted and type(model[1]) is FrozenLinear
+
+
+def test_a_first_pass_that_asks_for_weight_gradients_leaves_copies_that_do_not(
+    backbone: Backbone, images: Tensor
+) -> None:
+    layer = inject(backbone, ("k", "v"), rank=2)[0]
+    layer.weight.requires_grad_(True)
+    with half():
+        backbone(images).sum().backward()
+    layer.weight.requires_grad_(False)
+    assert layer._half_weight is not None
+    assert not layer._half_weight.requires_grad
+
+
+def test_a_merge_reaches_a_layer_that_is_called_by_itself(backbone: Backbone, images: Tensor) -> None:
+    layer = inject(backbone, ("k",), rank=2)[0]
+    with half(), torch.no_grad():
+        backbone(images)
+        layer.adapter("k").B.copy_(torch.ones_like(layer.adapter("k").B))
+        tokens = torch.ones(1, 32)
+        before = layer(tokens)
+        layer.merge()
+        assert torch.allclose(layer(tokens), before, atol=0.02)
+        assert (before - torch.nn.functional.linear(tokens, layer.weight)).abs().max() < 0.1
+
+
+def test_a_bias_whose_gradient_is_asked_for_gets_it(backbone: Backbone, images: Tensor) -> None:
+    layer = inject(backbone, ("k", "v"), rank=2)[0]
+    assert layer.bias is not None
+    layer.bias.requires_grad_(True)
+    layer(torch.ones(5, 32)).sum().backward()
+    assert layer.bias.grad is not None
+    assert torch.equal(layer.bias.grad, torch.full((96,), 5.0))
+
+
+def test_a_copy_of_a_compiled_backbone_runs_its_own_weights(images: Tensor) -> None:
+    backbone = Backbone("vision_transformer", "random", TINY, compiler="eager")
+    copied = copy.deepcopy(backbone)
+    for parameter in copied.parameters():
+        parameter.data.zero_()
+    assert not copied(images).any()
+    assert backbone(images).any()

@@ -79,6 +79,7 @@ class Group:
         self.alone = alone
         self.rows: list[Row] = []
         self.timed: dict[int, dict[Timed, Measurement]] = {}
+        torch.compiler.reset()  # compiled code of other strategies would count towards torch's limit
         self._subjects = {
             (precision, number): self._subject(precision, number)
             for precision in settings.precisions
