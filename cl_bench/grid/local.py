@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from types import TracebackType
@@ -44,18 +45,20 @@ class LocalEngine(Engine):
         ended: Callable[[Job, Ending], None],
     ) -> None:
         """Run ``jobs``, some at a time."""
+        unwanted = threading.Event()
 
         def supervise(job: Job) -> Ending:
             began(job)
-            return in_new_process(job)
+            return in_new_process(job, unwanted)
 
         with ThreadPoolExecutor(self._workers or _room(jobs)) as pool:
-            futures: dict[Future[Ending], Job] = {pool.submit(supervise, job): job for job in jobs}
             try:
+                futures: dict[Future[Ending], Job] = {pool.submit(supervise, job): job for job in jobs}
                 for future in as_completed(futures):
                     ended(futures[future], future.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
+                unwanted.set()  # first, for a cell that is being started is nobody's child yet
                 _end_cells()
                 raise
 

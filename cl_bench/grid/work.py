@@ -60,10 +60,14 @@ class Ending:
     held: bool = False
 
 
-def in_new_process(job: Job) -> Ending:
+def in_new_process(job: Job, unwanted: threading.Event | None = None) -> Ending:
     """Run ``job`` in a process of its own, with the environment of this one, and return how it ended.
 
     The process ends when this one does, so that a worker that is killed leaves no cell behind.
+
+    Args:
+        job: The cell.
+        unwanted: Ends the cell as soon as it has started, if set by then; starting may take seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -71,6 +75,8 @@ def in_new_process(job: Job) -> Ending:
     process = context.Process(target=_answer, args=(job, dict(os.environ), sender), daemon=False)
     process.start()
     sender.close()
+    if unwanted is not None and unwanted.is_set():
+        process.terminate()
     try:
         ending: Ending = receiver.recv()
     except EOFError:  # the process died without a word

@@ -2,14 +2,18 @@
 
 import contextlib
 import io
+import os
+import signal
+import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from cl_bench.cli import main
+from cl_bench.cli import INTERRUPTED, main
 from cl_bench.grid.cells import read_grid
 from cl_bench.grid.command import known
 from cl_bench.grid.local import LocalEngine
@@ -168,8 +172,42 @@ def test_two_grids_on_one_folder_share_its_cells_and_run_none_twice(tmp_path: Pa
     assert {ending.error for ending in endings if not ending.held} == {None}
 
 
+def test_a_grid_that_is_told_to_end_while_its_first_cell_starts_does_not_wait_for_it(tmp_path: Path) -> None:
+    (tmp_path / "recorded_strategies.py").write_text(STRATEGIES)
+    (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategies.Recorded}")
+    (tmp_path / "go").touch()
+    path = tmp_path / "grid.yaml"
+    path.write_text(
+        f"{{strategies: [{tmp_path}/recorded.yaml], datasets: [toy], common: {{trainer.accelerator: cpu}}}}"
+    )
+    while_next_cell_starts(lambda forkserver: os.kill(os.getpid(), signal.SIGTERM))
+    status, _ = grid(path, tmp_path / "results")
+    assert status == INTERRUPTED
+    assert not (tmp_path / "begun").exists()
+
+
 def let_go_at(number: int, begun: Path) -> None:
     """Let the cells go on once so many have begun."""
     while len(begun.read_text().split()) < number:
         time.sleep(0.05)
     (begun.parent / "go").touch()
+
+
+def while_next_cell_starts(act: Callable[[int], None]) -> None:
+    """Call ``act`` with the process that the next cell is forked from, while that imports the stack."""
+
+    def forkservers() -> list[int]:
+        words = ["pgrep", "-P", str(os.getpid()), "-f", "multiprocessing.forkserver"]
+        found = subprocess.run(words, capture_output=True, text=True, check=False).stdout
+        return [int(pid) for pid in found.split()]
+
+    def watch() -> None:
+        while not (found := forkservers()):
+            time.sleep(0.05)
+        act(found[0])
+
+    for warm in forkservers():
+        os.kill(warm, signal.SIGKILL)
+    while forkservers():
+        time.sleep(0.05)
+    threading.Thread(target=watch, daemon=True).start()
