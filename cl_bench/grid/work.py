@@ -23,6 +23,7 @@ LOG_NAME = "log.txt"
 # Importing the stack takes seconds; a cell forked from a process that has done so starts in milliseconds.
 _PRELOAD = ["cl_bench.run", "cl_bench.grid.work", "avalanche.benchmarks", "sklearn.datasets", "timm"]
 _FAREWELL_SECONDS = 30.0
+_BURIAL_SECONDS = 1.0  # a forkserver that is killed is replaced once it is gone from the process table
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,23 @@ def in_new_process(job: Job, unwanted: threading.Event | None = None) -> Ending:
     context.set_forkserver_preload(_PRELOAD)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(job, dict(os.environ), sender), daemon=False)
-    process.start()
-    sender.close()
-    if unwanted is not None and unwanted.is_set():
-        process.terminate()
-    try:
-        ending: Ending = receiver.recv()
-    except EOFError:  # the process died without a word
-        process.join()
-        ending = Ending(f"The process of the cell ended with exit code {process.exitcode}; see {job.log}.")
-    finally:
-        receiver.close()
+    with receiver:
+        try:
+            with sender:
+                process.start()
+        except (EOFError, OSError) as error:  # what it is forked from was killed
+            time.sleep(_BURIAL_SECONDS)
+            return Ending(
+                f"The process of the cell could not be started ({sentence(error)}), perhaps for want of "
+                "memory: run the grid again, with fewer --workers if need be."
+            )
+        if unwanted is not None and unwanted.is_set():
+            process.terminate()
+        try:
+            ending: Ending = receiver.recv()
+        except EOFError:  # the process died without a word
+            process.join()
+            return Ending(f"The process of the cell ended with exit code {process.exitcode}; see {job.log}.")
     process.join()
     return ending
 

@@ -186,6 +186,16 @@ def test_a_grid_that_is_told_to_end_while_its_first_cell_starts_does_not_wait_fo
     assert not (tmp_path / "begun").exists()
 
 
+def test_a_cell_whose_start_is_killed_fails_with_one_sentence_and_the_next_one_runs(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text("{strategies: [ncm], datasets: [toy], seeds: [1, 2], common: {trainer.accelerator: cpu}}")
+    while_next_cell_starts(lambda forkserver: os.kill(forkserver, signal.SIGKILL))
+    status, output = grid(path, tmp_path / "results", "--workers", "1")
+    assert status == 1
+    assert output.count("The process of the cell could not be started (") == 1
+    assert "1 of 2 cells done" in output
+
+
 def let_go_at(number: int, begun: Path) -> None:
     """Let the cells go on once so many have begun."""
     while len(begun.read_text().split()) < number:
