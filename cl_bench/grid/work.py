@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -96,14 +98,16 @@ def in_new_process(job: Job, unwanted: threading.Event | None = None) -> Ending:
 
 
 def in_this_process(job: Job) -> Ending:
-    """Run ``job`` here, its output in its log, and return how it ended.
+    """Run ``job`` here, its output at the end of its log, and return how it ended.
 
     Nothing is raised but SystemExit, by which submitit ends a job that it has queued again.
     """
     from cl_bench.run import RunFailed, quiet, run  # seconds, in a process that only hands cells on
 
     job.folder.mkdir(parents=True, exist_ok=True)
-    with job.log.open("w", encoding="utf-8", buffering=1) as log:
+    # Another process may be running the cell, and writing there.
+    with job.log.open("a", encoding="utf-8", buffering=1) as log:
+        log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} process {os.getpid()} on {platform.node()}\n")
         outputs = sys.stdout, sys.stderr
         sys.stdout = sys.stderr = log
         try:

@@ -42,6 +42,7 @@ class Recorded(LinearProbe):
         super().before_training(data)
         here = Path(__file__).parent
         if self.experience.index == 0:
+            print("begun")
             with (here / "begun").open("a") as begun:
                 begun.write(f"{self.trainer.datamodule.seed}\\n")
         while not (here / "go").exists():
@@ -169,6 +170,7 @@ def test_two_grids_on_one_folder_share_its_cells_and_run_none_twice(tmp_path: Pa
     assert (status, output.count("ACC")) == (0, 4)
     assert "4 of 4 cells done" in output
     assert sorted(begun.read_text().split()) == ["1", "2", "3", "4"]
+    assert [log.read_text().split().count("begun") for log in results.rglob("log.txt")] == [1] * 4
     assert {ending.error for ending in endings if not ending.held} == {None}
 
 
