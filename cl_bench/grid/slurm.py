@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,8 @@ class _InJob(Checkpointable):
 
     def __call__(self, job: Job) -> Ending:
         """Return how it ended."""
+        # The signal by which submitit queues the job again is another; SLURM may send this one before it.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return in_this_process(job)
 
 

@@ -13,6 +13,7 @@ from cl_bench.results import FILE_NAME, read
 
 STRATEGY = """
 import os
+import signal
 
 from strategies.linear_probe import LinearProbe
 
@@ -22,15 +23,25 @@ class Dying(LinearProbe):
 
     def after_training(self, data):
         os._exit(3)
+
+
+class Told(LinearProbe):
+    name = "told to end"
+
+    def after_training(self, data):
+        os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
-def test_cells_run_as_jobs_and_one_that_dies_is_said(tmp_path: Path) -> None:
-    (tmp_path / "dying_strategy.py").write_text(STRATEGY)
-    (tmp_path / "dying.yaml").write_text("model: {class_path: dying_strategy.Dying}")
+def test_jobs_outlive_sigterm_and_one_that_dies_is_said(tmp_path: Path) -> None:
+    (tmp_path / "slurm_strategies.py").write_text(STRATEGY)
+    for name in ("Dying", "Told"):
+        (tmp_path / f"{name.lower()}.yaml").write_text(f"model: {{class_path: slurm_strategies.{name}}}")
     path = tmp_path / "grid.yaml"
     path.write_text(
-        f"{{strategies: [ncm, {tmp_path}/dying.yaml], datasets: [toy], common: {{trainer.accelerator: cpu}}}}"
+        f"strategies: [{tmp_path}/told.yaml, {tmp_path}/dying.yaml]\n"
+        "datasets: [toy]\n"
+        "common: {trainer.accelerator: cpu}\n"
     )
     results = tmp_path / "results"
     entries = known([*read_grid(str(path), results).cells()])
@@ -40,7 +51,7 @@ def test_cells_run_as_jobs_and_one_that_dies_is_said(tmp_path: Path) -> None:
     assert "1 of 2 cells done" in printed.getvalue()
     assert "The job of the cell ended without a word; see " in printed.getvalue()
     statuses = {result.strategy: result.status for file in results.rglob(FILE_NAME) if (result := read(file))}
-    assert statuses == {"NCM": "done", "dying": "running"}
+    assert statuses == {"told to end": "done", "dying": "running"}
     assert not list(results.glob(".token*"))
 
 
