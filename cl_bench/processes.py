@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,11 +188,18 @@ def require_one_command(strategy: Distribution, world_size: int) -> None:
             "process with --trainer.devices 1."
         )
     starts_some = world_size > 1 and not (connected() or "LOCAL_RANK" in os.environ)
-    if starts_some and multiprocessing.parent_process() is not None:
+    if starts_some and not _has_own_command():
         raise ValueError(
             "A run in several processes starts its own command anew, and a cell of a grid has none: run it "
             "alone with cl-bench run, or set --trainer.devices 1."
         )
+
+
+def _has_own_command() -> bool:
+    """Return whether the command that started this process runs this cell, and no worker or job of a grid."""
+    main = getattr(sys.modules["__main__"], "__spec__", None)
+    job = main is not None and main.name.startswith("submitit.")
+    return multiprocessing.parent_process() is None and not job
 
 
 def launch(distribution: Distribution, function: Callable[[], _Result]) -> _Result:

@@ -33,22 +33,24 @@ class Told(LinearProbe):
 """
 
 
-def test_jobs_outlive_sigterm_and_one_that_dies_is_said(tmp_path: Path) -> None:
+def test_jobs_outlive_sigterm_and_one_that_dies_or_would_start_others_is_said(tmp_path: Path) -> None:
     (tmp_path / "slurm_strategies.py").write_text(STRATEGY)
     for name in ("Dying", "Told"):
         (tmp_path / f"{name.lower()}.yaml").write_text(f"model: {{class_path: slurm_strategies.{name}}}")
     path = tmp_path / "grid.yaml"
     path.write_text(
-        f"strategies: [{tmp_path}/told.yaml, {tmp_path}/dying.yaml]\n"
+        f"strategies: [{tmp_path}/told.yaml, {tmp_path}/dying.yaml, ncm]\n"
         "datasets: [toy]\n"
         "common: {trainer.accelerator: cpu}\n"
+        "settings: {ncm: {two: {trainer.devices: 2, trainer.strategy: ddp}}}\n"
     )
     results = tmp_path / "results"
     entries = known([*read_grid(str(path), results).cells()])
     printed = io.StringIO()
     engine = SlurmEngine(results, workers=1, gpus_per_cell=None, parameters={}, cluster="local")
     assert not run_waiting(entries, engine, Console(file=printed, soft_wrap=True))
-    assert "1 of 2 cells done" in printed.getvalue()
+    assert "1 of 3 cells done" in printed.getvalue()
+    assert "A run in several processes starts its own command anew, and a cell" in printed.getvalue()
     assert "The job of the cell ended without a word; see " in printed.getvalue()
     statuses = {result.strategy: result.status for file in results.rglob(FILE_NAME) if (result := read(file))}
     assert statuses == {"told to end": "done", "dying": "running"}
