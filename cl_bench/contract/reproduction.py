@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from cl_bench.checkpoint import Checkpoint, Checkpoints
+from cl_bench.continuation import resumption
 from cl_bench.contract.data import Sightings
 from cl_bench.contract.subject import Moment, Run, Subject, differing, some
 from cl_bench.contract.verdict import Broken
@@ -100,13 +101,17 @@ class _Kept(Checkpoints):
             return Checkpoints(folder, cell="").write(checkpoint)
         return folder
 
+    def clear(self) -> None:
+        """Keep them although the run is done: others go on from them."""
+
 
 def _gone_on(subject: Subject, folder: Path) -> Moment:
     run = subject.run()
     try:
-        run.trainer.run(run.strategy, run.stream, checkpoints=Checkpoints(folder, cell=""))
+        result = run.trainer.run(run.strategy, run.stream, checkpoints=Checkpoints(folder, cell=""))
     except NoPlace as error:
         raise Broken(str(error).rstrip(".")) from error
+    assert resumption(result) is not None
     return run.moment()
 
 
