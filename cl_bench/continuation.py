@@ -62,7 +62,7 @@ class Continuation:
         self._owner = Owner(
             checkpoints.cell, f"{class_.__module__}.{class_.__qualname__}", strategy.backbone.weights_sha256
         )
-        self._circumstances = circumstances(trainer.strategy.root_device, trainer.world_size)
+        self._circumstances = circumstances(result.provenance)
         self._pretrained = Pretrained(strategy)
         self.resumed, damaged = of_first(lambda: checkpoints.latest(self._owner))
         self._recall(self.resumed, damaged)
@@ -118,10 +118,8 @@ class Continuation:
         if self._checkpoints is None:
             return
         self._require_finite()
-        random, shares = (
-            of_all(random_states(self._trainer.strategy.root_device)),
-            of_all(own_share(self._strategy)),
-        )
+        random = of_all(random_states(self._trainer.strategy.root_device))
+        shares = of_all(own_share(self._strategy))
         if not is_first():
             return
         trainer, result = self._trainer, self._result

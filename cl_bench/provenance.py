@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -27,18 +28,14 @@ def provenance(device: torch.device) -> dict[str, Any]:
     }
 
 
-def circumstances(device: torch.device, processes: int) -> dict[str, Any]:
-    """Return what the bits of a run depend on beside its cell: where one of these differs, they may, too."""
-    made = provenance(device)
-    shown: dict[str, Any] = made["versions"]
-    return (
-        shown
-        | {name: made[name] for name in ("commit", "device", "threads")}
-        | {
-            "processor": torch.backends.cpu.get_cpu_capability(),
-            "processes": processes,
-        }
-    )
+def circumstances(made: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the bits of a run depend on beside its cell: where one of these differs, they may, too.
+
+    Args:
+        made: Provenance of the run, with its number of ``processes``.
+    """
+    named = {name: made[name] for name in ("commit", "device", "threads", "processes")}
+    return {**made["versions"], **named, "processor": torch.backends.cpu.get_cpu_capability()}
 
 
 def device_name(device: torch.device) -> str:

@@ -17,8 +17,6 @@ from cl_bench.strategy import Strategy
 Snapshot = dict[str, Any]
 """Tensors, and plain numbers, words, lists and dicts: what ``torch.load(weights_only=True)`` reads."""
 
-_EXTRA = "_extra_state"  # torch's name of what a module keeps beside tensors
-
 
 class NoPlace(ValueError):
     """A checkpoint holds what the strategy does not make when it is expanded."""

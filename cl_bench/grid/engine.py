@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, Self, TypeVar
 
 from cl_bench.grid.work import Ending, Job
@@ -21,13 +20,12 @@ class Engine(ABC):
         """Connect to where cells run."""
         return self
 
+    def __exit__(self, *_: object) -> None:
+        """End what still runs, and disconnect."""
+        self.close()
+
     @abstractmethod
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """End what still runs, and disconnect."""
 
     @abstractmethod

@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from types import TracebackType
 
 import torch
 
@@ -26,12 +25,7 @@ class LocalEngine(Engine):
     def __init__(self, workers: int | None = None) -> None:
         self._workers = workers
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Leave nothing: the cells have ended with :meth:`run`."""
 
     def ask(self, question: Callable[[], Answer]) -> list[Answer]:

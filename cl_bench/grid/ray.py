@@ -9,7 +9,6 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import ray
@@ -58,12 +57,7 @@ class RayEngine(Engine):
             signal.signal(signal.SIGTERM, before)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Disconnect; Ray ends the workers of this grid, and each ends its cell."""
         ray.shutdown()
 

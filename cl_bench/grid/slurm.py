@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import submitit
@@ -74,12 +73,7 @@ class SlurmEngine(Engine):
         except (NameError, ValueError, TypeError, AssertionError) as error:
             raise ValueError(f"--slurm cannot be used as it is: {str(error).splitlines()[0]}") from error
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Cancel the jobs that are not done."""
         for submitted in self._submitted:
             if not submitted.done():
