@@ -63,6 +63,11 @@ class Ending:
     held: bool = False
 
 
+# Starting or joining a process reads the exit status of every child that has ended, and it can be read once:
+# of two threads that do so at the same time one finds nothing, and takes that for a status of its own.
+_children = threading.Lock()
+
+
 def in_new_process(job: Job, unwanted: threading.Event | None = None) -> Ending:
     """Run ``job`` in a process of its own, with the environment of this one, and return how it ended.
 
@@ -78,7 +83,7 @@ def in_new_process(job: Job, unwanted: threading.Event | None = None) -> Ending:
     process = context.Process(target=_answer, args=(job, dict(os.environ), sender), daemon=False)
     with receiver:
         try:
-            with sender:
+            with sender, _children:
                 process.start()
         except (EOFError, OSError) as error:  # what it is forked from was killed
             time.sleep(_BURIAL_SECONDS)
@@ -91,9 +96,11 @@ def in_new_process(job: Job, unwanted: threading.Event | None = None) -> Ending:
         try:
             ending: Ending = receiver.recv()
         except EOFError:  # the process died without a word
-            process.join()
+            with _children:
+                process.join()
             return Ending(f"The process of the cell ended with exit code {process.exitcode}; see {job.log}.")
-    process.join()
+    with _children:
+        process.join()
     return ending
 
 
