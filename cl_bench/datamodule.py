@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cl_bench.batches import copied
 from cl_bench.experience import Experience
 from cl_bench.loading import RankBatches, StreamLoader, WorkerPool
 from cl_bench.ranks import place
@@ -318,7 +319,7 @@ class StreamDataModule(LightningDataModule, ABC):
         self._pool = None
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Finish a batch on the device: whole numbers become [0, 1], and regions become views."""
+        """Finish a batch on the device: whole numbers become [0, 1] as a new tensor, regions become views."""
         images, *rest = batch
         if isinstance(images, Regions):
             transform = self._dealt.train.transform
@@ -336,6 +337,12 @@ class StreamDataModule(LightningDataModule, ABC):
         """The trainer that is at work, if one is."""
         working = self.trainer is not None and self.trainer.state.stage is not None
         return self.trainer if working else None
+
+    @property
+    def _on_accelerator(self) -> bool:
+        """Whether batches are moved to another device, and finished there."""
+        trainer = self._serving
+        return trainer is not None and trainer.strategy.root_device.type != "cpu"
 
     # The experience at hand
 
@@ -508,17 +515,25 @@ class StreamDataModule(LightningDataModule, ABC):
         """Return the batches of a pass without gradients."""
         return RankBatches(sampler, self.test_batch_size, *place())
 
+    @property
+    def _image_bytes(self) -> int:
+        """Bytes of the images of the largest batch; regions are as large as the stored images at most."""
+        pixels = max(self.batch_size, self.test_batch_size) * self.image_size**2
+        canvas = 2 if isinstance(self._dealt.train.transform, BatchedView) else 1
+        return 3 * pixels * canvas
+
     def _loader(self, images: DrawnImages, batches: RankBatches) -> DataLoader[Batch]:
         outside = self._held_out if self.held_out_classes else ()
         datasets = (self._dealt.train, self._dealt.plain, self._dealt.test, *outside)
         if self.num_workers and self._pool is None:
-            self._pool = WorkerPool(datasets, self.num_workers)
+            self._pool = WorkerPool(datasets, self.num_workers, self._image_bytes)
         return StreamLoader(
             dataset=images,
             batches=batches,
             num_workers=self.num_workers,
-            # Lightning finishes a batch after its transfer; whoever else asks for one gets it finished.
-            finish=partial(self.on_after_batch_transfer, dataloader_idx=0) if self._serving is None else None,
+            finish=copied
+            if self._on_accelerator
+            else partial(self.on_after_batch_transfer, dataloader_idx=0),
             pool=self._pool if self.num_workers else None,
             place=datasets.index(images),
         )
@@ -590,15 +605,20 @@ class DrawnImages(Dataset[tuple[Any, ...]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
         """Return the drawn image (3, H, W), its position in the class order, and its domain if it has one."""
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[Any, ...]]:
+        """Return what is drawn, one after the other, and leave torch's generator as it was."""
+        with _kept_generator() as generator:
+            return [self._drawn(draw, generator) for draw in draws]
+
+    def _drawn(self, draw: Draw, generator: torch.Generator) -> tuple[Any, ...]:
         image, _ = self.source[draw.image]
-        with _seeded(draw.seed):
-            transformed = self._transformed(image)
+        generator.manual_seed(draw.seed)
+        transformed = self._transformed(image)
         position = int(self.positions[draw.image])
-        return (
-            (transformed, position, int(self.domains[draw.image]))
-            if len(self.domains)
-            else (transformed, position)
-        )
+        domain = (int(self.domains[draw.image]),) if len(self.domains) else ()
+        return (transformed, position, *domain)
 
     def _transformed(self, image: Any) -> Tensor | Region:
         """Return what of the transform is done for each image alone; the rest is done batch by batch."""
@@ -632,13 +652,12 @@ def _of_classes(found: Sources, labels: range) -> Sources:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator inside, and leave it as it was."""
+def _kept_generator() -> Iterator[torch.Generator]:
+    """Give torch's CPU generator, and leave it as it was."""
     generator = torch.default_generator
     state = generator.get_state()
-    generator.manual_seed(seed)
     try:
-        yield
+        yield generator
     finally:
         generator.set_state(state)
 

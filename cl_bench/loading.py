@@ -8,28 +8,16 @@ one batch list after another.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from cl_bench.batches import Loaded, Places, collate
 from cl_bench.ranks import slice_of
-from cl_bench.regions import Region, Regions, batched
+from cl_bench.regions import Regions
 
-
-def collate(samples: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Return a batch: images first, then labels and what else the samples hold.
-
-    Images of one size become one tensor, of whole numbers if they are; regions become a canvas.
-    """
-    images, *rest = zip(*samples, strict=True)
-    return [_batch(images), *default_collate(list(zip(*rest, strict=True)))]
-
-
-def _batch(images: Sequence[Any]) -> Any:
-    if isinstance(images[0], Region):
-        return batched(images)
-    return default_collate(list(images))
+_AHEAD = 2  # batches that each process is ahead
 
 
 class WorkerPool:
@@ -38,34 +26,44 @@ class WorkerPool:
     Args:
         datasets: What is loaded from; the processes keep them as they are when the first batch is asked for.
         num_workers: Number of processes, at least 1.
+        image_bytes: Memory shared with the processes for the images of each batch under way. Larger ones, and
+            fractions, come in fresh memory, which takes longer.
+
+    Raises:
+        OSError: If there is not as much shared memory.
     """
 
-    def __init__(self, datasets: Sequence[Dataset[Any]], num_workers: int) -> None:
-        self._datasets = _Together(datasets)
+    def __init__(self, datasets: Sequence[Dataset[Any]], num_workers: int, image_bytes: int = 1) -> None:
+        self._together = _Together(datasets)
+        # Every process is some batches ahead, and one is in use.
+        self._places = Places(num_workers * _AHEAD + 1, image_bytes)
         self._batches = _Batches()
-        self._loader = _loader(self._datasets, self._batches, num_workers, persistent=True)
         self._num_workers = num_workers
+        self._loader = self._started(self._batches, persistent=True)
         self._under_way: object | None = None
 
-    def load(self, dataset: int, batches: Collection[Sequence[Any]]) -> Iterator[Any]:
+    def load(self, dataset: int, batches: Collection[Sequence[Any]]) -> Iterator[list[Any]]:
         """Yield the batches whose items are listed by ``batches``.
 
-        A pass that begins while another is under way gets processes of its own for its time.
+        The images of a batch may be overwritten once the next is asked for. A pass that begins while another
+        is under way gets processes of its own for its time.
 
         Args:
             dataset: Place of the dataset to load from.
             batches: The items of each batch, as its ``__getitem__`` takes them.
         """
-        marked = [[(dataset, item) for item in batch] for batch in batches]
         if self._under_way is not None:
-            yield from _loader(self._datasets, _Batches(marked), self._num_workers)
+            fresh = [_Wanted(dataset, batch, None) for batch in batches]
+            yield from map(self._places.unpacked, self._started(_Batches(fresh)))
             return
         own = self._under_way = object()
-        self._batches.listed = marked
+        self._batches.listed = [
+            _Wanted(dataset, batch, turn % len(self._places)) for turn, batch in enumerate(batches)
+        ]
         loaded = iter(self._loader)
         try:
-            for left in reversed(range(len(marked))):
-                batch = next(loaded)
+            for left in reversed(range(len(batches))):
+                batch = self._places.unpacked(next(loaded))
                 if not left:  # Lightning asks for no batch after the last, and would keep the pass under way
                     self._under_way = None
                 yield batch
@@ -78,6 +76,43 @@ class WorkerPool:
         iterator = self._loader._iterator
         if iterator is not None:
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+    def _started(self, batches: _Batches, *, persistent: bool = False) -> DataLoader[Any]:
+        return _loader(
+            self._together,
+            batches,
+            self._places.packed,
+            num_workers=self._num_workers,
+            prefetch_factor=_AHEAD,
+            persistent_workers=persistent,
+        )
+
+
+class _Wanted(NamedTuple):
+    """A batch that a process is asked for.
+
+    Attributes:
+        dataset: Place of the dataset to load from.
+        items: What to load.
+        place: Where to put the images in the shared memory; fresh memory if None.
+    """
+
+    dataset: int
+    items: Sequence[Any]
+    place: int | None
+
+
+class _Together(Dataset[Any]):
+    """Several datasets as one."""
+
+    def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
+        self.datasets = datasets
+
+    def __getitems__(self, wanted: _Wanted) -> Loaded:
+        dataset = self.datasets[wanted.dataset]
+        many = getattr(dataset, "__getitems__", None)
+        samples = [dataset[item] for item in wanted.items] if many is None else many(wanted.items)
+        return Loaded(samples, wanted.place)
 
 
 class RankBatches(BatchSampler):
@@ -121,7 +156,7 @@ class StreamLoader(DataLoader[Any]):
 
     Args:
         batches: Which images a batch is of.
-        finish: Applied to every batch that leaves the loader; nothing if None.
+        finish: Applied to every batch before it leaves the loader; what it returns is new.
         pool: Who loads, if not this process.
         place: Place of the dataset among those of the pool.
         kwargs: As for every DataLoader.
@@ -131,7 +166,7 @@ class StreamLoader(DataLoader[Any]):
         self,
         *,
         batches: RankBatches,
-        finish: Callable[[Any], Any] | None = None,
+        finish: Callable[[Any], Any],
         pool: WorkerPool | None = None,
         place: int = 0,
         **kwargs: Any,
@@ -148,12 +183,12 @@ class StreamLoader(DataLoader[Any]):
         done, self._done = self._done, 0
         batches = list(self.batches)[done:]
         if self.pool is None:
-            loaded: Iterable[Any] = _loader(self.dataset, _Batches(batches))
+            loaded: Iterable[Any] = _loader(self.dataset, _Batches(batches), collate)
         else:
             loaded = self.pool.load(self.place, batches)
         for batch, size in zip(loaded, self.batches.sizes[done:], strict=True):
             own = batch if size else _emptied(batch)
-            yield own if self.finish is None else self.finish(own)
+            yield self.finish(own)
 
     def state_dict(self) -> dict[str, int]:
         """Return how many batches the next pass leaves out."""
@@ -169,38 +204,25 @@ def _emptied(batch: Sequence[Any]) -> list[Any]:
     return [Regions(*_emptied(part)) if isinstance(part, Regions) else part[:0] for part in batch]
 
 
-class _Batches(Sampler[list[Any]]):
+class _Batches(Sampler[Any]):
     """Hands on whatever batches are listed at the time."""
 
-    def __init__(self, listed: Iterable[list[Any]] = ()) -> None:
+    def __init__(self, listed: Iterable[Any] = ()) -> None:
         self.listed = listed
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[Any]:
         return iter(self.listed)
 
 
-class _Together(Dataset[Any]):
-    """Several datasets; an item is the place of one and its own item."""
-
-    def __init__(self, datasets: Sequence[Dataset[Any]]) -> None:
-        self.datasets = datasets
-
-    def __getitem__(self, item: tuple[int, Any]) -> Any:
-        place, own = item
-        return self.datasets[place][own]
-
-
 def _loader(
-    dataset: Dataset[Any], batches: _Batches, num_workers: int = 0, *, persistent: bool = False
+    dataset: Dataset[Any], batches: _Batches, collated: Callable[[Any], Any], **kwargs: Any
 ) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=num_workers,
-        persistent_workers=persistent,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        collate_fn=collated,
         # A loader draws a seed for its workers when it is iterated. No draw depends on it, and without a
         # generator of its own it would come from the global one.
         generator=torch.Generator(),
+        **kwargs,
     )

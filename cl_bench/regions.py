@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -81,11 +81,25 @@ class BatchedView:
         return view
 
 
-def batched(regions: Sequence[Region]) -> Regions:
-    """Put regions of any sizes onto one canvas."""
+Memory = Callable[[Sequence[int]], Tensor]
+"""Gives a tensor of a shape, uint8, to be filled."""
+
+
+def fresh(shape: Sequence[int]) -> Tensor:
+    """Give a new tensor of a shape, uint8, to be filled."""
+    return torch.empty(*shape, dtype=torch.uint8)
+
+
+def batched(regions: Sequence[Region], memory: Memory = fresh) -> Regions:
+    """Put regions of any sizes onto one canvas.
+
+    Args:
+        regions: At least one.
+        memory: Gives the canvas.
+    """
     sizes = [region.pixels.shape[1:] for region in regions]
     height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
-    canvas = torch.empty(len(regions), 3, height, width, dtype=torch.uint8)
+    canvas = memory((len(regions), 3, height, width))
     for place, (region, (h, w)) in zip(canvas, zip(regions, sizes, strict=True), strict=True):
         place[:, :h, :w] = region.pixels
         place[:, h:, :w] = region.pixels[:, -1:]

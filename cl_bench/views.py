@@ -186,7 +186,12 @@ def resized_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 def scaled(pixels: Tensor) -> Tensor:
     """Return uint8 ``pixels`` in [0, 1] as float32, divided by 255 as in published code."""
-    return pixels.to(torch.float32).div_(255)
+    if not pixels.is_cpu:
+        return pixels.to(torch.float32).div_(255)
+    # NumPy works in huge pages and on one thread. Torch would take longer for page faults than to divide, and
+    # its second thread would wait for a core that a worker holds.
+    floats = np.empty(tuple(pixels.shape), dtype=np.float32)
+    return torch.from_numpy(np.divide(pixels.numpy(), np.float32(255), out=floats))
 
 
 def cropped(image: Picture, box: Box) -> Picture:
@@ -196,8 +201,12 @@ def cropped(image: Picture, box: Box) -> Picture:
 
 def pixels_of(image: Picture) -> Tensor:
     """Return an RGB image as a tensor (3, H, W), uint8."""
-    array = image.array.copy() if isinstance(image, Pixels) else np.array(image)
-    return torch.from_numpy(array).permute(2, 0, 1)
+    if isinstance(image, Pixels):
+        planes = image.array.transpose(2, 0, 1)
+    else:  # Pillow writes the colours of a line apart sooner than NumPy takes them apart
+        lines = np.frombuffer(image.tobytes("raw", "RGB;L"), dtype=np.uint8)
+        planes = lines.reshape(image.height, 3, image.width).transpose(1, 0, 2)
+    return torch.from_numpy(planes.copy())
 
 
 @cache

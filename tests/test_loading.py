@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cl_bench.backbones import Backbone
+from cl_bench.batches import collate, copied
 from cl_bench.loading import WorkerPool
+from cl_bench.regions import Region, Regions
 from cl_bench.strategy import TrainingData
 from cl_bench.stream import Transform
 from cl_bench.trainer import StreamTrainer
@@ -103,6 +107,84 @@ def test_an_error_in_a_process_is_raised_here_and_the_next_pass_is_whole(pool: W
     assert items(pool.load(1, BATCHES))[0] == [0, 10, 20, 30, 40]
     assert list(pool.load(1, [])) == []
     assert items(pool.load(1, BATCHES))[0] == [0, 10, 20, 30, 40]
+
+
+class Whole(Dataset[Any]):
+    """Images of 2 × 2 whole numbers, all equal to the item."""
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        return torch.full((3, 2, 2), item, dtype=torch.uint8), item
+
+
+class Fractional(Dataset[Any]):
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        return torch.full((3, 2, 2), item / 2), item
+
+
+class Cut(Dataset[Any]):
+    """Regions of different sizes."""
+
+    def __getitem__(self, item: int) -> tuple[Region, int]:
+        return Region(torch.full((3, 1, 1 + item % 2), item, dtype=torch.uint8), item % 3 == 0), item
+
+
+PAIRS = [[first, first + 1] for first in range(0, 24, 2)]
+
+
+@pytest.fixture
+def places() -> Iterator[WorkerPool]:
+    opened = WorkerPool([Whole(), Fractional(), Cut()], WORKERS, image_bytes=2 * 3 * 2 * 2)
+    yield opened
+    opened.close()
+
+
+def test_whole_numbers_travel_in_memory_that_is_used_again(places: WorkerPool) -> None:
+    addresses: list[int] = []
+    for _ in range(2):
+        for (images, items), pair in zip(places.load(0, PAIRS), PAIRS, strict=True):
+            assert items.tolist() == pair
+            assert images[:, 0, 0, 0].tolist() == pair
+            addresses.append(images.data_ptr())
+    assert len(set(addresses)) < len(PAIRS)
+
+
+def test_a_batch_stays_as_it_was_until_the_next_is_asked_for(places: WorkerPool) -> None:
+    loaded = places.load(0, PAIRS)
+    images, _ = next(loaded)
+    time.sleep(0.2)  # the processes are as far ahead as they go
+    assert images[:, 0, 0, 0].tolist() == PAIRS[0]
+    later = [copied(batch) for batch in loaded]
+    assert [batch[0][:, 0, 0, 0].tolist() for batch in later] == PAIRS[1:]
+
+
+def test_a_pass_given_up_leaves_no_image_in_the_next(places: WorkerPool) -> None:
+    given_up = places.load(0, [[100 + item for item in pair] for pair in PAIRS])
+    next(given_up)
+    given_up.close()  # type: ignore[attr-defined]
+    assert [images[:, 0, 0, 0].tolist() for images, _ in places.load(0, PAIRS)] == PAIRS
+
+
+@pytest.mark.parametrize(("dataset", "pair"), [(1, [1, 2]), (0, [1, 2, 3])])
+def test_fractions_and_larger_batches_come_in_memory_of_their_own(
+    places: WorkerPool, dataset: int, pair: list[int]
+) -> None:
+    kept = list(places.load(dataset, [pair] * 12))
+    values = torch.tensor(pair) / 2 if dataset else torch.tensor(pair)
+    assert all(torch.equal(images[:, 0, 0, 0], values) for images, _ in kept)
+    assert len({images.data_ptr() for images, _ in kept}) == 12
+
+
+def test_regions_travel_with_their_sizes(places: WorkerPool) -> None:
+    for (regions, items), pair in zip(places.load(2, PAIRS), PAIRS, strict=True):
+        expected, _ = collate([Cut()[item] for item in pair])
+        assert isinstance(regions, Regions)
+        assert all(torch.equal(one, other) for one, other in zip(regions, expected, strict=True))
+        assert items.tolist() == pair
+
+
+def test_more_shared_memory_than_there_is_is_refused_in_a_sentence() -> None:
+    with pytest.raises(OSError, match="choose fewer --num_workers, a smaller --test_batch_size"):
+        WorkerPool([Whole()], WORKERS, image_bytes=shutil.disk_usage("/dev/shm").total)
 
 
 class SigningTransform:
