@@ -79,7 +79,7 @@ class StreamMetrics(Callback):
             (self.infinite, self.confusion.confmat, self.confusion_within.confmat, self.correct_by_domain),
         )
         if infinite:
-            raise Diverged(f"A logit is not finite after experience {i + 1}: lower the learning rate.")
+            raise Diverged.at(f"A logit is not finite after experience {i + 1}")
         self._require_whole_evaluation(i, seen, int(confusion.sum()))
         row = self._row(confusion[:seen, :seen], within[:seen, :seen], by_domain[:, :seen])
         self.result.rows += [None] * (i - len(self.result.rows))
@@ -121,7 +121,13 @@ class StreamMetrics(Callback):
 
 
 class Diverged(RuntimeError):
-    """The loss is no longer finite."""
+    """A number that has to be finite is not."""
+
+    @classmethod
+    def at(cls, what: str) -> Diverged:
+        """Return the error that says ``what`` is not finite, and where, and what to do."""
+        remedy = "lower the learning rate, or clip gradients with --trainer.gradient_clip_val."
+        return cls(f"{what}: {remedy}")
 
 
 class DivergenceGuard(Callback):
@@ -157,8 +163,7 @@ class DivergenceGuard(Callback):
         steps = [step for step in of_all(int(self._first)) if step]
         if steps:
             experience = trainer.datamodule.experience  # type: ignore[attr-defined]
-            raise Diverged(
+            raise Diverged.at(
                 f"The loss is not finite at step {min(steps)}, in epoch {trainer.current_epoch + 1} of "
-                f"experience {experience.index + 1}: lower the learning rate, or clip gradients with "
-                "--trainer.gradient_clip_val."
+                f"experience {experience.index + 1}"
             )

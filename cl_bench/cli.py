@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cl_bench.errors import sentence
+from cl_bench.launcher import launched, rank, with_launcher
 
 if TYPE_CHECKING:
     from cl_bench.configuration import Configuration
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if words[:1] == ["run"]:
             return _run(words[1:])
-        if _launched() and os.environ["WORLD_SIZE"] != "1":
+        if launched() > 1:
             raise ValueError("Several processes share a run alone: call this verb without a launcher.")
         if words[:1] == ["check"]:
             return _check(words[1:])
@@ -48,25 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if "-v" in words:
             traceback.print_exception(error)
-        if _launched() and _rank() > 0:
+        if launched() > 1 and rank():
             time.sleep(_FIRST_SPEAKS)  # all refuse alike; a launcher ends all when the first of them is gone
         else:
             _console(stderr=True).print(f"error: {sentence(error)}", markup=False)
         return REFUSED
     except KeyboardInterrupt:
-        if _rank() == 0:
+        if rank() == 0:
             _console(stderr=True).print("Interrupted. The same command goes on where this one stopped.")
         return INTERRUPTED
-
-
-def _rank() -> int:
-    """Return the rank of this process in its run, by the variables that every launcher sets."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-
-
-def _launched() -> bool:
-    """Whether ``fabric run`` or ``torchrun`` has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -236,7 +227,6 @@ def _run(words: list[str]) -> int:
         raise ValueError(f"Name one strategy and one dataset, or one config file: {_RUN_USAGE}")
 
     from cl_bench.configuration import layers, resolve
-    from cl_bench.processes import with_launcher
 
     configuration = resolve([Path(names[0])] if is_file else layers(*names), with_launcher(overrides))
     if wants_help:
@@ -287,10 +277,9 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
 
     from cl_bench.claim import Held
     from cl_bench.console import RunConsole, closing_lines, opening_lines
-    from cl_bench.processes import launched
     from cl_bench.run import RunFailed, finished, quiet, run
 
-    console = _console() if _rank() == 0 else Console(quiet=True)
+    console = _console() if rank() == 0 else Console(quiet=True)
     done = finished(configuration)
     if done is not None:
         console.print(

@@ -211,10 +211,9 @@ class Continuation:
     def _require_finite(self) -> None:
         finite = [p.detach().isfinite().all() for p in self._strategy.parameters() if p.requires_grad]
         if finite and not bool(torch.stack(finite).all()):
-            raise Diverged(
+            raise Diverged.at(
                 f"A trained parameter is not finite in experience {self._strategy.experience.index + 1}, at "
-                f"step {self._trainer.global_step}: lower the learning rate, or clip gradients with "
-                "--trainer.gradient_clip_val."
+                f"step {self._trainer.global_step}"
             )
 
 

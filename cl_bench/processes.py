@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -23,19 +23,10 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cl_bench.launcher import launched
 from cl_bench.ranks import connected, meet, part, require_agreement, totals
 
 _Result = TypeVar("_Result")
-
-_LAUNCHED = "TORCHELASTIC_RUN_ID"
-# What `fabric run` was told, and the option of the trainer that says the same.
-_OF_FABRIC = {
-    "LT_ACCELERATOR": "accelerator",
-    "LT_DEVICES": "devices",
-    "LT_NUM_NODES": "num_nodes",
-    "LT_PRECISION": "precision",
-    "LT_STRATEGY": "strategy",
-}
 
 
 class SummedGradients(DDPStrategy):
@@ -135,39 +126,6 @@ class Agreement(Callback):
             RuntimeError: If they differ.
         """
         require_agreement(pl_module)
-
-
-def launched(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many processes a launcher has started for this run, 1 without one."""
-    return int(environment["WORLD_SIZE"]) if _LAUNCHED in environment else 1
-
-
-def with_launcher(options: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return a command's options with those that the variables of its launcher stand for.
-
-    Raises:
-        ValueError: If the command says by itself what is the launcher's to say.
-
-    >>> two = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    >>> with_launcher(["--rank", "4"], two)
-    ['--rank', '4', '--trainer.devices=2', '--trainer.num_nodes=1', '--trainer.strategy=ddp']
-    >>> with_launcher(["--rank", "4"], {})
-    ['--rank', '4']
-    """
-    if launched(environment) == 1:
-        return list(options)
-    for option in options:
-        name = option.partition("=")[0].removeprefix("--").removeprefix("trainer.")
-        if name in ("devices", "num_nodes"):
-            raise ValueError(
-                f"The launcher started {launched(environment)} processes, and --{name} is its to say: "
-                "leave it out."
-            )
-    here = int(environment["LOCAL_WORLD_SIZE"])
-    found: dict[str, Any] = {"devices": here, "num_nodes": launched(environment) // here, "strategy": "ddp"}
-    if "LT_CLI_USED" in environment:
-        found |= {option: environment[name] for name, option in _OF_FABRIC.items() if name in environment}
-    return [*options, *(f"--trainer.{option}={value}" for option, value in found.items())]
 
 
 def distribution(strategy: str | Distribution) -> str | Distribution:

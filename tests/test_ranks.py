@@ -21,7 +21,6 @@ from cl_bench.backbones import Backbone
 from cl_bench.diagnostics import Diagnostics
 from cl_bench.loading import RankBatches
 from cl_bench.measurements import InputSketch, SecondMoments
-from cl_bench.processes import with_launcher
 from cl_bench.ranks import _prints, is_first
 from cl_bench.results import FILE_NAME, read
 from cl_bench.strategy import Strategy
@@ -216,15 +215,6 @@ def test_one_changed_number_is_another_print(dtype: torch.dtype) -> None:
         assert printed(changed) != printed(value)
     assert printed(value.clone()) == printed(value)
     assert printed(value[:6]) != printed(value)
-
-
-def test_a_launcher_and_a_command_do_not_contradict_each_other() -> None:
-    two = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
-    assert "--trainer.num_nodes=2" in with_launcher([], two)
-    fabric = two | {"LT_CLI_USED": "1", "LT_PRECISION": "bf16-mixed"}
-    assert "--trainer.precision=bf16-mixed" in with_launcher([], fabric)
-    with pytest.raises(ValueError, match=r"started 4 processes, and --devices is its to say: leave it out"):
-        with_launcher(["--rank", "4", "--trainer.devices=1"], two)
 
 
 @pytest.mark.parametrize(("before", "now"), ((2, 1), (1, 2), (3, 2)))
