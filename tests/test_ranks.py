@@ -149,6 +149,25 @@ def test_fabric_run_is_one_run_of_the_same_cell(tmp_path: Path) -> None:
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
 
 
+def test_a_run_of_two_processes_ends_when_told_and_goes_on(tmp_path: Path) -> None:
+    words = ["run", "janus_lora", "toy", "--seed", "1", "--trainer.max_epochs", "6", "--results"]
+    several = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    started = [sys.executable, "-m", "cl_bench", *words, str(tmp_path / "two"), *several]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("accuracy over" in line for line in process.stdout)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert "The same command goes on where this one stopped." in said
+    done = command(*words, str(tmp_path / "two"), *several)
+    assert done.returncode == 0, done.stderr
+    assert cli.main([*words, str(tmp_path / "one")]) == 0
+    two, one = (read(next((tmp_path / name).rglob(FILE_NAME))) for name in ("two", "one"))
+    assert two.rows == one.rows
+    assert [attempt["differs"] for attempt in two.provenance["resumed"]] == [{}]
+
+
 BROKEN = """
 import torch
 from strategies.lora import LoRA

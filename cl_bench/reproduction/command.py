@@ -97,7 +97,7 @@ class Wanted:
 
 
 def reproduce(wanted: Wanted, engine: Callable[[Path], Engine], *, dry_run: bool) -> bool:
-    """Find or run the cells behind a published number, print ours beside it, and return whether all are done.
+    """Find or run the cells behind a published number, print ours beside it, and return whether all was done.
 
     Where the data are missing nothing runs: what is missing is said, and what the cells would take.
 
@@ -116,20 +116,15 @@ def reproduce(wanted: Wanted, engine: Callable[[Path], Engine], *, dry_run: bool
         if name == wanted.strategy or _is_published(name, wanted)
     }
     found, missing = _found(wanted, rows)
-    complete = missing is None
-    if missing is None:
-        waiting = [entry for entries in found.values() for entry in entries if entry.done is None]
-        console.print(_progress(found, wanted), markup=False)
-        complete = not waiting or (
-            not dry_run
-            and run_waiting(
-                [one for entries in found.values() for one in entries], engine(wanted.results), console
-            )
-        )
-        if waiting and not dry_run:
-            found, _ = _found(wanted, rows)
-    else:
+    complete = dry_run or missing is None
+    if missing is not None:
         console.print(f"Nothing can run: {missing}", markup=False)
+    else:
+        console.print(_progress(found, wanted), markup=False)
+        entries = [entry for of_one in found.values() for entry in of_one]
+        if not dry_run and any(entry.done is None for entry in entries):
+            complete = run_waiting(entries, engine(wanted.results), console)
+            found, _ = _found(wanted, rows)
     console.print(_cost(wanted, found, rows), markup=False)
     results = {
         name: [read(entry.done) for entry in entries if entry.done is not None]
