@@ -8,8 +8,8 @@ even none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from cl_bench.adapters import AdaptedLinear
 from cl_bench.ranks import OfThisRank, total
 from cl_bench.subspace import GPM
 
-_STRIPS = 4  # of a symmetric product; more leave out little else, and each would be narrow
+_STRIPS = 6  # of a symmetric product; more leave out little else, and each would be narrow
 _NOTHING_HEARD = "A layer has seen no token: run images through the backbone while the statistic listens."
 
 
@@ -418,6 +418,8 @@ def measure(
 ) -> None:
     """Send every batch through ``features`` once, and let every statistic take from it what it needs.
 
+    Where inputs of layers are all that is needed, a batch goes as far as the last of these and no further.
+
     Args:
         features: Maps images (B, 3, H, W) to features (B, d): a backbone.
         batches: Images and labels (B,).
@@ -434,10 +436,47 @@ def measure(
     with ExitStack() as stack:
         for statistic in statistics:
             stack.enter_context(statistic.listening())
+        inputs = [statistic for statistic in statistics if isinstance(statistic, InputStatistic)]
+        if len(inputs) == len(statistics):
+            layers = {layer for statistic in inputs for layer in statistic.layers}
+            send = stack.enter_context(_as_far_as(layers, features))
+            for images, _ in batches:
+                send(images)
+            return
         for images, labels in batches:
             found = features(images)
             for statistic in statistics:
                 statistic.add(found, labels)
+
+
+class _AllHeard(Exception):
+    """All layers that somebody listens to have been given their inputs."""
+
+
+@contextmanager
+def _as_far_as(
+    layers: Collection[nn.Module], features: Callable[[Tensor], Tensor]
+) -> Iterator[Callable[[Tensor], None]]:
+    """Give what sends images through ``features`` until all ``layers`` have their inputs.
+
+    Whoever listens to these layers does so already, as hooks are called in the order in which they came.
+    """
+    left: set[nn.Module] = set()
+
+    def leave(layer: nn.Module, _: object) -> None:
+        left.discard(layer)
+        if not left:
+            raise _AllHeard
+
+    def send(images: Tensor) -> None:
+        left.update(layers)
+        with suppress(_AllHeard):
+            features(images)
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(leave).remove)
+        yield send
 
 
 def class_means(

@@ -143,6 +143,27 @@ def test_one_pass_serves_every_statistic() -> None:
     assert torch.equal(moments.mean(), second_moments(backbone, layers, batches(5)))
 
 
+def test_a_pass_for_inputs_alone_goes_no_further_than_the_last_of_them() -> None:
+    backbone, layers = adapted()
+    reached: list[str] = []
+    for name, place in (("first", 0), ("last", 1)):
+        layer = backbone.vit.get_submodule(f"blocks.{place}.attn.qkv")
+        layer.register_forward_hook(lambda *_, name=name: reached.append(name))
+    whole = SecondMoments(layers)
+    with whole.listening():
+        for images, _ in batches(5):
+            backbone(images)
+    assert reached == ["first", "last"] * 3
+    reached.clear()
+    assert torch.equal(second_moments(backbone, layers, batches(5)), whole.mean())
+    assert reached == ["first"] * 3
+    reached.clear()
+    one, other = SecondMoments(layers[1:]), SecondMoments(layers[:1])
+    measure(backbone, batches(5), one, other)
+    assert torch.equal(torch.cat([other.mean(), one.mean()]), whole.mean())
+    assert reached == ["first"] * 3
+
+
 def test_no_layer_is_listened_to_after_a_pass_even_a_broken_one() -> None:
     backbone, layers = adapted()
     measure(backbone, batches(6), SecondMoments(layers))
