@@ -224,16 +224,34 @@ class AdaptedLinear(Frozen):
         self.shielded = None if basis is None or basis.shape[1] == 0 else basis.to(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map inputs (…, n) to outputs (…, m)."""
-        weight, bias = self.in_precision()
+        """Map inputs (…, n) to outputs (…, m).
+
+        Raises:
+            ValueError: If the inputs have another type than the layer, and autocast is off.
+        """
         adapters = [self.adapter(name) for name in self.rows]
+        x, weight, bias = self._in_one_type(x, *self.in_precision())
         safe = None
         if self.shielded is not None and torch.is_grad_enabled() and any(a.B.requires_grad for a in adapters):
             safe = self._outside([adapter.A for adapter in adapters], self.shielded)
         places = _Places(tuple(self.rows.values()), tuple(adapter.scale for adapter in adapters))
         factors = [*(adapter.A for adapter in adapters), *(adapter.B for adapter in adapters)]
-        y: Tensor = _AdaptedProduct.apply(x.to(_type_of_products(x)), weight, bias, safe, places, *factors)
+        y: Tensor = _AdaptedProduct.apply(x, weight, bias, places, *factors, safe)
         return y
+
+    def _in_one_type(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return all three in the type of autocast where it is on; elsewhere they must have one type."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        if x.dtype != weight.dtype:
+            raise ValueError(
+                f"Inputs of {x.dtype} do not fit a layer of {weight.dtype}: cast either, or use autocast."
+            )
+        return x, weight, bias
 
     @staticmethod
     @torch.no_grad()
@@ -263,7 +281,8 @@ class _AdaptedProduct(torch.autograd.Function):
     """``W x + b + U (D x)``: ``D`` (R, n) stacks every ``A``, ``U`` (m, R) holds every ``s B`` on its rows.
 
     One wide product each way costs a quarter of adding the outputs of the adapters to their rows one by one,
-    and what it gives is added in place, forward and backward.
+    and what it gives is added in place, forward and backward. The transforms of torch.func are not supported:
+    they take a forward pass that cannot know who asks for a gradient, and this one keeps nothing beyond that.
     """
 
     @staticmethod
@@ -272,19 +291,19 @@ class _AdaptedProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        safe: Tensor | None,
         places: _Places,
-        *factors: Tensor,
+        *factors_and_safe: Any,
     ) -> Tensor:
         """Return outputs (…, m) of inputs ``x`` (…, n), all in the type of ``x``.
 
-        ``factors`` are every ``A``, then every ``B``; ``safe`` (R, n), if given, stands for ``D`` in the
-        gradient of ``U``.
+        After ``places`` come every ``A``, every ``B``, and ``safe`` (R, n) or None. If given, ``safe`` stands
+        for ``D`` in the gradient of ``U``.
         """
+        # An odd number: where the arguments are as many as the names, torch.compile leaves out ctx (2.14).
+        *factors, safe = factors_and_safe
         count = len(places.rows)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        needs_A, needs_B = any(ctx.needs_input_grad[5 : 5 + count]), any(ctx.needs_input_grad[5 + count :])
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        needs_A, needs_B = any(ctx.needs_input_grad[4 : 4 + count]), any(ctx.needs_input_grad[4 + count :])
         ranks = [len(A) for A in factors[:count]]
         down = torch.cat(factors[:count]).to(x.dtype)
         up = x.new_zeros(len(weight), len(down))
@@ -304,7 +323,9 @@ class _AdaptedProduct(torch.autograd.Function):
         )
         ctx.places, ctx.ranks, ctx.shape = places, ranks, x.shape
         ctx.dtype = factors[0].dtype
-        return y.view(*x.shape[:-1], len(weight))
+        # A true view could not be written in place by whoever comes next.
+        outputs: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -323,18 +344,12 @@ class _AdaptedProduct(torch.autograd.Function):
         of_bias = of_y.sum(dim=0) if ctx.needs_input_grad[2] else None
         of_A: Sequence[Tensor | None] = [None] * count
         of_B: Sequence[Tensor | None] = [None] * count
-        if any(ctx.needs_input_grad[5 : 5 + count]):
+        if any(ctx.needs_input_grad[4 : 4 + count]):
             of_A = (of_hidden.T @ tokens).to(dtype).split(ctx.ranks)
         if hidden is not None:
             blocks = ctx.places.blocks((of_y.T @ hidden).to(dtype), ctx.ranks)
             of_B = [scale * block for scale, block in zip(ctx.places.scales, blocks, strict=True)]
-        return of_x, of_weight, of_bias, None, None, *of_A, *of_B
-
-
-def _type_of_products(x: Tensor) -> torch.dtype:
-    """Return the type of autocast where it is on, and that of ``x`` elsewhere."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return of_x, of_weight, of_bias, None, *of_A, *of_B, None
 
 
 def inject(

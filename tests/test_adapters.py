@@ -285,6 +285,38 @@ def test_the_effective_weight_is_what_a_merge_leaves() -> None:
     torch.testing.assert_close(layer.weight.data, effective, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("targets", [["k"], ["k", "v"]])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_layer_is_compiled_as_one_graph(targets: list[str], gradients: bool) -> None:
+    layer = inject(tiny(), targets, rank=2, blocks=[0])[0]
+    fill([layer])
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    with torch.set_grad_enabled(gradients):
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_outputs_can_be_written_in_place_by_whoever_comes_next() -> None:
+    layer = inject(tiny(), ["k"], rank=2, blocks=[0])[0]
+    fill([layer])
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    A = layer.adapter("k").A
+    (there,), (elsewhere,) = (
+        torch.autograd.grad(relu(layer(x)).sum(), A) for relu in (torch.relu_, torch.relu)
+    )
+    assert torch.equal(there, elsewhere)
+
+
+def test_inputs_of_another_type_are_cast_by_autocast_alone() -> None:
+    layer = inject(tiny(), ["k"], rank=2, blocks=[0])[0]
+    x = torch.ones(2, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"float64 do not fit a layer of torch\.float32: cast either"):
+        layer(x.double())
+
+
 def test_merging_rounds_no_more_where_autocast_is_on() -> None:
     weights: list[torch.Tensor] = []
     for enabled in (False, True):

@@ -22,6 +22,10 @@ from cl_bench.measurements import second_moments
 from cl_bench.trainer import StreamTrainer
 from datamodules.toy import Toy
 from strategies.inflora import InfLoRA
+from strategies.janus_lora import JanusLoRA
+from strategies.keeplora import KeepLoRA
+from strategies.loda import LoDA
+from strategies.lora import LoRA
 
 TINY: dict[str, Any] = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -368,7 +372,9 @@ def test_attention_agrees_in_one_kernel_and_as_products(images: torch.Tensor) ->
     torch.testing.assert_close(*features)
 
 
-def test_a_stream_compiles_once() -> None:
+@pytest.fixture(scope="module")
+def counting_backend() -> list[Any]:
+    """The graphs given to ``counting``, a compiler that leaves them as they are."""
     graphs: list[Any] = []
 
     def counting(graph: Any, inputs: Any) -> Any:
@@ -376,19 +382,45 @@ def test_a_stream_compiles_once() -> None:
         return graph.forward
 
     torch._dynamo.register_backend(counting, name="counting")
+    return graphs
+
+
+@pytest.fixture
+def counted(counting_backend: list[Any]) -> list[Any]:
+    """Those of one test, which finds nothing compiled."""
+    torch.compiler.reset()
+    counting_backend.clear()
+    return counting_backend
+
+
+@pytest.mark.parametrize(
+    ("method", "graphs"),
+    [
+        # With gradients, for the size of a batch and then for any; and any size in an evaluation.
+        (LoRA, [3, 3, 3]),
+        (InfLoRA, [3, 3, 3]),
+        # Both measure before they train, without gradients but not in inference mode as an evaluation is.
+        (KeepLoRA, [4, 4, 4]),
+        (JanusLoRA, [3, 3, 3]),  # which is listened to in training
+        (LoDA, [3, 5, 5]),  # whose layers train other factors from the second experience on
+    ],
+)
+def test_a_stream_compiles_once(
+    counted: list[Any], method: type[LoRA | InfLoRA | KeepLoRA | JanusLoRA | LoDA], graphs: list[int]
+) -> None:
     after: list[int] = []
 
     class Watch(Callback):
         def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-            after.append(len(graphs))
+            after.append(len(counted))
 
     results = []
     for compiler in ("counting", None):
         backbone = Backbone("vision_transformer", "random", TINY, "half", compiler=compiler)
         trainer = StreamTrainer(max_epochs=1, accelerator="cpu", callbacks=[Watch()])
-        toy = Toy(num_classes=8, num_experiences=4, image_size=8, batch_size=12, test_batch_size=12, seed=1)
-        results.append(trainer.run(InfLoRA(backbone, rank=2), toy))
-    assert after == [2] * 8  # with gradients, and without
+        toy = Toy(num_classes=6, images_per_class=20, image_size=8, num_experiences=3, batch_size=14, seed=1)
+        results.append(trainer.run(method(backbone, rank=2), toy))
+    assert after == graphs + [graphs[-1]] * 3
     compiled, plain = (result.counts("correct") for result in results)
     np.testing.assert_array_equal(compiled, plain)
 
