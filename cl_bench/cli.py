@@ -8,9 +8,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -192,21 +193,27 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(bench: argparse.ArgumentParser) -> None:
-    default = "lora inflora keeplora janus_lora loda"
-    bench.add_argument("--strategy", nargs="+", default=default.split(), help=f"(default: {default})")
-    bench.add_argument(
+    # What is not given is left to cl_bench.bench.command.Wanted, which costs the import of torch.
+    def add(*names: str, dest: str, **how: Any) -> None:
+        bench.add_argument(*names, dest=dest, default=argparse.SUPPRESS, **how)
+
+    add(
+        "--strategy",
+        dest="strategies",
+        nargs="+",
+        help="config stems (default: those with published settings)",
+    )
+    add(
         "--backbone",
-        default="vit_base_patch16_224",
-        help="a timm model, or small, 2.7 million parameters; its weights are random (default: %(default)s)",
+        dest="backbone",
+        help="a timm model, or small, 2.7 million parameters; its weights are random (default: ViT-B/16)",
     )
-    bench.add_argument("--device", default=None, help="cpu or cuda (default: cuda where there is one)")
-    bench.add_argument(
-        "--precision", nargs="+", default=["32-true", "bf16-mixed"], help="(default: 32-true bf16-mixed)"
-    )
-    bench.add_argument("--batch", nargs="+", type=int, default=[], help="images (default: by the device)")
-    bench.add_argument("--rounds", type=int, default=6, help="how often each call is timed (default: 6)")
+    add("--device", dest="device", help="cpu or cuda (default: cuda where there is one)")
+    add("--precision", dest="precisions", nargs="+", help="32-true or bf16-mixed (default: both)")
+    add("--batch", dest="batches", nargs="+", type=int, help="images (default: by the device)")
+    add("--rounds", dest="rounds", type=int, help="how often each call is timed (default: 6)")
+    add("--compile", dest="compiled", action="store_true", help="compile the backbone, not the floor")
     bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: as PyTorch chooses)")
-    bench.add_argument("--compile", action="store_true", help="compile the backbone, not the floor")
     bench.add_argument("--json", action="store_true", help="print JSON; the table goes to standard error")
     bench.add_argument("-v", action="store_true", help="show tracebacks")
 
@@ -385,8 +392,10 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    # Of torch's profiler's notices; read when torch is imported.
+    # Torch's profiler announces every measurement. The first is read when torch is imported, the second when
+    # the profiler starts for the first time.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     import torch
 
     from cl_bench.bench.command import Wanted, bench
@@ -396,16 +405,8 @@ def _bench(options: argparse.Namespace) -> int:
             raise ValueError(f"{options.threads} threads cannot measure: give --threads 1 or more.")
         torch.set_num_threads(options.threads)
     beside = _console(stderr=True)
-    wanted = Wanted(
-        strategies=options.strategy,
-        backbone=options.backbone,
-        device=options.device,
-        precisions=options.precision,
-        batches=options.batch,
-        rounds=options.rounds,
-        compiled=options.compile,
-    )
-    found = bench(wanted, beside.print)
+    given = vars(options).keys() & {field.name for field in fields(Wanted)}
+    found = bench(Wanted(**{name: getattr(options, name) for name in given}), beside.print)
     (beside if options.json else _console()).print(found.text(), markup=False)
     if options.json:
         sys.stdout.write(found.json() + "\n")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-
-# Kineto announces every measurement on standard error. Read when the first one starts.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 class Peak:
