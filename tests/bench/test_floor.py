@@ -23,7 +23,7 @@ def test_the_floor_learns_what_the_strategy_learns(subject: Callable[..., Subjec
 
     with torch.no_grad():
         before = ours.strategy.features(images)
-    for _ in range(5):
+    for _ in range(20):
         ours.step((images, labels))
         floor.step((images, labels - 2))
     with torch.no_grad():
@@ -40,8 +40,31 @@ def test_the_floor_of_a_step_in_half_precision_has_the_same_function(subject: Ca
     with torch.no_grad(), floor.precision("cpu"):
         theirs, own = floor.model[0](images), ours.strategy.features(images)
     assert torch.equal(theirs, own)
-    with torch.no_grad():
-        assert not torch.equal(floor.model[0](images), own)
+    full = Floor(ours.strategy, 2, half=False)
+    assert not torch.equal(full.model[0](images), own)
+
+
+def test_in_half_precision_the_floor_keeps_what_is_frozen_in_half_precision_alone(
+    subject: Callable[..., Subject],
+) -> None:
+    floor = Floor(subject("lora", precision="bf16-mixed").strategy, 2, half=True)
+    weights = {name: p for name, p in floor.model[0].named_parameters() if p.ndim in (2, 4)}
+    frozen = {name for name, weight in weights.items() if not weight.requires_grad}
+    assert frozen == {name for name, weight in weights.items() if weight.dtype == torch.bfloat16}
+    assert len(frozen) == 1 + 4 * 2  # patches, and four layers in each block
+
+
+def test_the_memory_of_the_floor_is_that_of_separate_factors(subject: Callable[..., Subject]) -> None:
+    ours = subject("inflora")  # which trains what keys and values have, and queries have nothing
+    images, labels = ours.batch(4)
+    floor = Floor(ours.strategy, 2, half=False)
+    floor.step((images, labels - 2))
+    backbone = sum(parameter.numel() for parameter in ours.strategy.backbone.vit.parameters())
+    depth, width, rank, classes, tensors = 2, 64, 10, 2, 4
+    head = classes * (width + 1)
+    trained = depth * 2 * width * rank + head
+    averages_and_steps = 2 * trained + tensors
+    assert floor.held_bytes == 4 * (backbone + head + averages_and_steps)
 
 
 def test_the_floor_leaves_the_strategy_as_it_was(subject: Callable[..., Subject]) -> None:
