@@ -60,6 +60,9 @@ class StreamTrainer(Trainer):
         limit_test_batches: Whatever cuts test images is refused.
         overfit_batches: As in Lightning.
         kwargs: As in Lightning.
+
+    Attributes:
+        seconds: Seconds of the experience at hand so far, by phase.
     """
 
     # Lightning annotates some numbers with typing's unions, whose members change places with the order of
@@ -105,7 +108,7 @@ class StreamTrainer(Trainer):
         )
         self._signal_connector = OwnSignals(self)
         self._epochs = self.fit_loop.max_epochs
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
         self._trainable = 0
         self._result: Result | None = None
         self._continuation: Continuation | None = None
@@ -260,7 +263,7 @@ class StreamTrainer(Trainer):
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
 
     def on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
         """Yield the batches of ``loader`` in the precision and on the device of this trainer."""
@@ -295,7 +298,7 @@ class StreamTrainer(Trainer):
 
     def _begin(self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience) -> None:
         """Make ``strategy`` ready for a new experience."""
-        self._seconds = {}
+        self.seconds = {}
         # Seeding every experience anew makes it independent of how many numbers the ones before it drew, and
         # gives all strategies the same head to start from.
         entropy = np.random.SeedSequence([datamodule.seed, experience.index])
@@ -314,7 +317,7 @@ class StreamTrainer(Trainer):
         stream = _experiences(datamodule, self.result.regime)
         resumed = self._continuation.take_up(stream[: experience.index + 1])
         datamodule.enter(experience)
-        self._seconds, self._trainable = dict(resumed.seconds), resumed.trainable
+        self.seconds, self._trainable = dict(resumed.seconds), resumed.trainable
         self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
         if resumed.phase == "merging":
             progress.skip_epochs(self)
@@ -357,13 +360,13 @@ class StreamTrainer(Trainer):
             return
         with self.phase("checkpoints"):
             epoch = self.current_epoch if phase == "training" else 0
-            continuation.write(phase, self._seconds, self._trainable, epoch=epoch, batches=batches)
+            continuation.write(phase, self.seconds, self._trainable, epoch=epoch, batches=batches)
         continuation.heed()
 
     def _evaluate(self, strategy: Strategy, datamodule: StreamDataModule, result: Result) -> None:
         with self.phase("evaluation"):
             self.test(strategy, datamodule=datamodule, verbose=False)
-        result.costs.append(Cost(self._seconds, self._trainable, strategy.stored_bytes, self._peak_memory()))
+        result.costs.append(Cost(self.seconds, self._trainable, strategy.stored_bytes, self._peak_memory()))
 
     def _peak_memory(self) -> int:
         device = self.strategy.root_device
@@ -470,8 +473,8 @@ class _Lifecycle(Callback):
 
     def _count(self, trainer: StreamTrainer) -> None:
         """Add to the seconds of training those since it began, or since the last checkpoint in it."""
-        before = trainer._seconds.get("training", 0.0)
-        trainer._seconds["training"] = before + trainer._now() - self._since
+        before = trainer.seconds.get("training", 0.0)
+        trainer.seconds["training"] = before + trainer._now() - self._since
 
 
 class _DataPasses:

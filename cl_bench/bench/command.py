@@ -14,6 +14,7 @@ from cl_bench.backbones import Backbone
 from cl_bench.bench.group import EARLY, LATE, Group, Settings, Timed
 from cl_bench.bench.table import Bench, Row
 from cl_bench.bench.timing import Spread, matrix_rate
+from cl_bench.checkpoint import EVERY
 from cl_bench.configuration import CONFIGS, load, stems_of
 from cl_bench.provenance import device_name
 from cl_bench.run import quiet
@@ -46,7 +47,7 @@ class Wanted:
         precisions: As the Trainer calls them.
         batches: Numbers of images; those of the device if empty.
         rounds: How often each call is timed.
-        compiled: Whether the backbone is compiled; the floor never is.
+        compiled: Whether the backbone is compiled, for each size of a batch by itself; the floor never is.
     """
 
     strategies: Sequence[str] = ("lora", "inflora", "keeplora", "janus_lora", "loda")
@@ -72,7 +73,9 @@ def bench(wanted: Wanted, say: Callable[[str], None] = lambda _: None) -> Bench:
     _require_valid(wanted)
     rates = {name: matrix_rate(device, _TYPES[name]) for name in wanted.precisions}
     found = Bench(_in_words(device), rates)
-    with TemporaryDirectory() as folder, quiet():
+    # Of sizes that change, a run compiles the second for all: it would be timed in place of the one at hand.
+    each_size = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+    with TemporaryDirectory() as folder, quiet(), each_size:
         settings = _settings(wanted, device, rates, Path(folder))
         for place, stem in enumerate(wanted.strategies):
             say(f"measuring {stem}, {place + 1} of {len(wanted.strategies)}")
@@ -101,6 +104,8 @@ def _findings(group: Group) -> Iterator[str]:
     """Yield what follows from the steps of one strategy."""
     for precision in group.settings.precisions:
         yield _growth(group, precision)
+        if precision.startswith("bf16"):
+            yield from _masters(group, precision)
     for size, timed in group.timed.items():
         for precision in group.settings.precisions:
             moments = Timed("second moments", EARLY, precision)
@@ -118,11 +123,26 @@ def _growth(group: Group, precision: str) -> str:
     early, late = Timed("step", EARLY, precision), Timed("step", LATE, precision)
     peaks = {row.experience: row.peak_bytes or 1 for row in group.rows if _is_step(row, precision, size)}
     stored = group.stored_bytes(precision)
+    apart = (peaks[LATE] - stored[LATE]) / (peaks[EARLY] - stored[EARLY])
     return (
         f"{group.stem}, {precision}, batch {size}: a step in experience {LATE} over one in {EARLY}: "
-        f"{_words(group.ratio(size, late, early))}, peak memory {peaks[LATE] / peaks[EARLY]:.3f}; the method "
-        f"itself keeps {stored[EARLY] / 1e6:.1f} and {stored[LATE] / 1e6:.1f} MB"
+        f"{_words(group.ratio(size, late, early))}, peak memory {peaks[LATE] / peaks[EARLY]:.3f}, and "
+        f"{apart:.3f} apart from what the method itself keeps, {stored[EARLY] / 1e6:.1f} and "
+        f"{stored[LATE] / 1e6:.1f} MB"
     )
+
+
+def _masters(group: Group, precision: str) -> Iterator[str]:
+    """Yield what the weights in full precision, which the floor does without, add to the peak."""
+    masters = group.master_bytes(precision)
+    for row in group.rows:
+        if _is_step(row, precision, row.batch) and row.peak_bytes and row.floor_peak_bytes:
+            apart = (row.peak_bytes - masters) / row.floor_peak_bytes
+            yield (
+                f"{group.stem}, {precision}, batch {row.batch}, experience {row.experience}: peak memory "
+                f"{row.peak_to_floor:.3f} of the floor's, and {apart:.3f} apart from the weights in float32 "
+                f"that merging needs, {masters / 1e6:.1f} MB"
+            )
 
 
 def _is_step(row: Row, precision: str, size: int) -> bool:
@@ -142,16 +162,24 @@ def _whole_run(stem: str, precision: str, rows: Sequence[Row], evaluated_per_s: 
     epochs = _epochs(stem)
     step = max((row for row in rows if row.name == "step"), key=lambda row: row.batch)
     training = _TRAINING_IMAGES * epochs / step.images_per_s
-    passes = sum(_TRAINING_IMAGES / row.images_per_s for row in rows if row.name.startswith("passes"))
+    passes = _TRAINING_IMAGES * _along(rows, "passes", lambda row: 1 / row.images_per_s)
     evaluation = _TEST_IMAGES * (_EXPERIENCES + 1) / 2 / evaluated_per_s
-    work = _EXPERIENCES * sum(row.seconds.median for row in rows if row.name.startswith("work"))
-    whole = training + passes + evaluation + work
+    took = {row.name: row.median_s for row in rows}
+    checkpoints = took["checkpoint"] * min(training / EVERY, _EXPERIENCES * epochs)
+    work = _along(rows, "work", lambda row: row.median_s)
+    between = _EXPERIENCES * (work + took["turn"]) + checkpoints
+    whole = training + passes + evaluation + between
     return (
         f"{stem}, {precision}: ImageNet-R in {_EXPERIENCES} experiences of {epochs} epochs would take "
         f"{whole / 60:.1f} min without loading, extrapolated: training {training / whole:.1%}, data passes "
-        f"{passes / whole:.1%}, evaluation {evaluation / whole:.1%}, what else there is between experiences "
-        f"{work / whole:.2%}"
+        f"{passes / whole:.1%}, evaluation {evaluation / whole:.1%}, what else there is between experiences, "
+        f"checkpoints included, {between / whole:.2%}"
     )
+
+
+def _along(rows: Sequence[Row], name: str, value: Callable[[Row], float]) -> float:
+    """Return the value of an experience halfway between the early and the late one, summed over rows."""
+    return sum(value(row) for row in rows if row.name.startswith(name)) / len((EARLY, LATE))
 
 
 def _epochs(stem: str) -> int:

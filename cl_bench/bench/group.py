@@ -12,11 +12,13 @@ from torch.utils.benchmark import Measurement
 
 from cl_bench.adapters import AdaptedLinear
 from cl_bench.bench.floor import Floor
-from cl_bench.bench.memory import Peak, held_bytes
+from cl_bench.bench.memory import Peak
 from cl_bench.bench.subject import Between, Subject
 from cl_bench.bench.table import Row
 from cl_bench.bench.timing import Spread, alternating, ratios, spread
+from cl_bench.bench.turn import turn
 from cl_bench.datamodule import Batch
+from cl_bench.frozen import Frozen
 from cl_bench.low_rank import LowRankStrategy
 from cl_bench.measurements import SecondMoments, measure
 from cl_bench.schema import Config
@@ -47,7 +49,7 @@ class Settings:
         batches: Numbers of images, smallest first.
         rounds: How often each call is timed.
         matrix_rates: Of the device, by precision.
-        folder: Where curves are logged.
+        folder: Where curves are logged, and a run leaves its files.
     """
 
     backbone: Config
@@ -58,6 +60,10 @@ class Settings:
     rounds: int
     matrix_rates: dict[str, float]
     folder: Path
+
+    def trainer(self, precision: str) -> Config:
+        """Return the arguments of a trainer in ``precision``."""
+        return {"precision": precision, "accelerator": self.accelerator}
 
 
 class Group:
@@ -99,9 +105,11 @@ class Group:
         """Measure everything."""
         for size in self.settings.batches:
             self._measure_steps(size)
-        betweens = {place: (subject.before, subject.finish()) for place, subject in self._subjects.items()}
+        for (precision, number), subject in self._subjects.items():
+            self._note_between("before", subject.before, number, precision)
+            self._note_between("after", subject.finish(), number, precision)
         for precision in self.settings.precisions:
-            self._note_between([betweens[precision, number] for number in (EARLY, LATE)], precision)
+            self._measure_turn(precision)
         if self.alone:
             for precision in self.settings.precisions:
                 self._measure_evaluation(precision)
@@ -116,13 +124,23 @@ class Group:
         """Return what the method keeps beside the backbone, by the number of the experience."""
         return {number: self._stored[precision, number] for number in (EARLY, LATE)}
 
+    def master_bytes(self, precision: str) -> int:
+        """Return the bytes of frozen weights in full precision beside which there is a copy in half."""
+        layers = [
+            layer
+            for layer in self._subjects[precision, EARLY].strategy.modules()
+            if isinstance(layer, Frozen)
+        ]
+        tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def _subject(self, precision: str, number: int) -> Subject:
         settings = self.settings
         return Subject(
             self.stem,
             number,
             backbone=settings.backbone,
-            trainer={"precision": precision, "accelerator": settings.accelerator},
+            trainer=settings.trainer(precision),
             stream=settings.stream,
             images=settings.batches[-1],
             folder=settings.folder,
@@ -146,9 +164,9 @@ class Group:
 
     def _measure_steps(self, size: int) -> None:
         self.timed[size] = alternating(self._calls(size), self.settings.rounds)
+        costs = {call: self._cost(call, size) for call in self.timed[size]}
         for call, measurement in self.timed[size].items():
             floor = Timed("floor", None, call.precision)
-            peak, flops = self._cost(call, size)
             self.rows.append(
                 Row(
                     call.name,
@@ -158,9 +176,9 @@ class Group:
                     size,
                     spread(measurement.times),
                     self.ratio(size, call, floor),
-                    peak,
-                    flops,
-                    self.settings.matrix_rates[call.precision],
+                    *costs[call],
+                    matrix_rate=self.settings.matrix_rates[call.precision],
+                    floor_peak_bytes=costs[floor][0],
                 )
             )
 
@@ -169,7 +187,7 @@ class Group:
         if call.name == "floor":
             floor, batch = self._floors[call.precision], self._from_zero(call.precision, size)
             peak = Peak(batch[0].device)
-            held = held_bytes(floor.model, floor.optimizer)
+            held = floor.held_bytes
             with peak.watching():
                 floor.step(batch)
             return held + peak.bytes, None
@@ -183,14 +201,23 @@ class Group:
         images, labels = self._subjects[precision, EARLY].batch(size)
         return images, labels - labels.min()
 
-    def _note_between(self, samples: Sequence[tuple[Between, Between]], precision: str) -> None:
+    def _note_between(self, when: str, between: Between, number: int, precision: str) -> None:
         size = self.settings.batches[-1]
-        for place, when in enumerate(("before", "after")):
-            found = [sample[place] for sample in samples]
-            if found[0].passes:
-                passes = spread([sum(between.passes) for between in found])
-                self._note(f"passes {when}", precision, size, passes)
-            self._note(f"work {when}", precision, size, spread([between.work for between in found]))
+        if between.passes:
+            self._note(f"passes {when}", number, precision, size, [sum(between.passes)])
+        self._note(f"work {when}", number, precision, size, [between.work])
+
+    def _measure_turn(self, precision: str) -> None:
+        settings, size = self.settings, self.settings.batches[0]
+        seconds, checkpoint = turn(
+            self.stem,
+            backbone=settings.backbone,
+            trainer=settings.trainer(precision),
+            stream=settings.stream | {"batch_size": size},
+            folder=settings.folder,
+        )
+        self._note("turn", EARLY, precision, size, [seconds])
+        self._note("checkpoint", EARLY, precision, size, [checkpoint])
 
     def _measure_evaluation(self, precision: str) -> None:
         subject = self._subjects[precision, EARLY]
@@ -198,7 +225,7 @@ class Group:
         images = _EVALUATED * size
         calls = {"evaluation": _bound(subject.evaluate, _EVALUATED, size)}
         (seconds,) = alternating(calls, self.settings.rounds).values()
-        self._note("evaluation", precision, images, spread(seconds.times))
+        self._note("evaluation", EARLY, precision, images, seconds.times)
 
     def _measure_loading(self) -> None:
         subject = self._subjects[self.settings.precisions[0], EARLY]
@@ -208,8 +235,8 @@ class Group:
         size = subject.stream.batch_size
         self.rows.append(Row("data", None, None, "uint8", size, spread(seconds.times)))
 
-    def _note(self, name: str, precision: str, images: int, seconds: Spread) -> None:
-        self.rows.append(Row(name, self.stem, EARLY, precision, images, seconds))
+    def _note(self, name: str, number: int, precision: str, images: int, times: Sequence[float]) -> None:
+        self.rows.append(Row(name, self.stem, number, precision, images, spread(times)))
 
 
 def _bound(call: Callable[..., object], *arguments: object) -> Callable[[], object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -71,7 +72,9 @@ class SteppedTraining:
         self._train = train
         self._handover = handover
         self._threads = torch.get_num_threads()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        # Where torch keeps how it compiles; a thread begins without one.
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run,), daemon=True)
 
     def start(self) -> None:
         """Train up to the first step.

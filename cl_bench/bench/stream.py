@@ -89,7 +89,7 @@ class NoiseStream(StreamDataModule):
 
     def test_dataloader(self) -> Any:
         """Serve the batches at hand."""
-        return DataLoader(self.at_hand, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+        return _loader(self.at_hand)
 
     def _timed(self) -> Iterator[Batch]:
         began = timer()
@@ -112,3 +112,39 @@ class NoiseStream(StreamDataModule):
     @property
     def _preset(self) -> Preset:
         return preset("inflora", self.image_size, whole=False)
+
+
+class ShortStream(NoiseStream):
+    """One batch an epoch, a pass and an evaluation, for a run that goes from end to end by itself.
+
+    Attributes:
+        entered: When the experience at hand began, in seconds.
+    """
+
+    entered: float
+
+    @property
+    def test_images(self) -> list[int]:
+        """As many of each class as all classes together need for a batch."""
+        classes = len(self.class_names)
+        return [-(-self.batch_size // classes)] * classes
+
+    def enter(self, experience: Experience) -> None:
+        """Have the batch of ``experience`` at hand."""
+        super().enter(experience)
+        self.entered = timer()
+        self.at_hand = [self.batch(self.batch_size, experience, torch.device("cpu"))]
+
+    def train_dataloader(self) -> Any:
+        """Serve the batch at hand."""
+        return _loader(self.at_hand)
+
+    def test_dataloader(self) -> Any:
+        """Serve the test images of the classes seen, in one batch."""
+        labels = torch.arange(self.experience.num_classes_seen).repeat(self.test_images[0])
+        images, _ = self.batch(len(labels), self.experience, torch.device("cpu"))
+        return _loader([(images, labels)])
+
+
+def _loader(batches: list[Batch]) -> DataLoader[Batch]:
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset

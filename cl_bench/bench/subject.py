@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.bench.handover import SteppedTraining
 from cl_bench.bench.memory import Peak, held_bytes
 from cl_bench.bench.stream import NoiseStream
 from cl_bench.callbacks import StreamMetrics
-from cl_bench.configuration import CONFIGS, config_file, load, resolve
+from cl_bench.configuration import CONFIGS, Configuration, config_file, load, resolve
 from cl_bench.datamodule import Batch
 from cl_bench.results import Protocol, Result
 from cl_bench.schema import Config
@@ -23,7 +25,6 @@ from cl_bench.subspace import GPM
 
 _PROTECTED = 0.75  # of all directions, after the last experience
 _ROUNDING = 1e-6  # a share of energy that a basis kept in float32 may miss of itself
-_FIRST_IMAGES = 2  # in the one batch of the experience that is learnt before
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Subject:
         stream: Where batches come from.
         backbone: Arguments of the backbone.
         trainer: Arguments of the trainer, such as its precision.
-        images: Images of the batch that a data pass sees.
+        images: Images of the batch that a data pass sees, and the step before.
         folder: Where curves are logged, as in every run.
 
     Raises:
@@ -73,9 +74,7 @@ class Subject:
         images: int,
         folder: Path,
     ) -> None:
-        given: Config = {"backbone": backbone, "trainer": trainer, "data": {"init_args": stream}}
-        layers: list[Path | Config] = [_LAYER, config_file("strategies", stem), _recipe(stem), given]
-        configuration = resolve(layers, ["--model.scheduler=null"])
+        configuration = configured(stem, NoiseStream, backbone=backbone, trainer=trainer, stream=stream)
         curves = CSVLogger(folder, name=stem)
         self.strategy, self.trainer = configuration.build([], [curves])
         self.stem = stem
@@ -84,7 +83,7 @@ class Subject:
         assert isinstance(datamodule, NoiseStream)
         self.stream = datamodule
         self.stream.setup()
-        self._learn_first()
+        self._learn_first(images)
         self._pretend()
         self.stream.at_hand = [self.batch(images)]
         self._training = self._stepped(number - 1)
@@ -108,9 +107,13 @@ class Subject:
         return held + peak.bytes
 
     def flops(self, batch: Batch) -> int:
-        """Take one step, and return how many floating-point operations its products have."""
+        """Take one step, and return how many floating-point operations its products have.
+
+        They are counted in attention as products and in code that is not compiled: the counter does not know
+        every kernel that does the same.
+        """
         counter = FlopCounterMode(display=False)
-        self.step(batch, counter)
+        self.step(batch, _counting(counter))
         return int(counter.get_total_flops())
 
     @torch.no_grad()
@@ -120,7 +123,7 @@ class Subject:
 
     def finish(self) -> Between:
         """End the experience; return what came after the last step."""
-        before = self.trainer._seconds["data_passes"]
+        before = self.trainer.seconds["data_passes"]
         self.stream.pass_seconds.clear()
         self._training.finish()
         return self._between(before)
@@ -154,7 +157,7 @@ class Subject:
 
     def _between(self, before: float) -> Between:
         passes = list(self.stream.pass_seconds)
-        return Between(passes, self.trainer._seconds["data_passes"] - before - sum(passes))
+        return Between(passes, self.trainer.seconds["data_passes"] - before - sum(passes))
 
     def _stepped(self, index: int) -> SteppedTraining:
         """Return the training of one experience, not yet started."""
@@ -166,9 +169,9 @@ class Subject:
 
         return SteppedTraining(learn, self.stream.handover)
 
-    def _learn_first(self) -> None:
+    def _learn_first(self, images: int) -> None:
         first = self.stream.experiences[0]
-        batch = self.stream.batch(_FIRST_IMAGES, first, self.trainer.strategy.root_device)
+        batch = self.stream.batch(images, first, self.trainer.strategy.root_device)
         self.stream.at_hand = [batch]
         training = self._stepped(0)
         training.start()
@@ -184,6 +187,12 @@ class Subject:
             fill(self.strategy.memory, _PROTECTED * (self.number - 1) / last)
 
 
+@contextmanager
+def _counting(counter: FlopCounterMode) -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
+        yield
+
+
 def fill(memory: GPM, share: float, seed: int = 0) -> None:
     """Protect random directions besides those that ``memory`` holds, until they are ``share`` of all."""
     generator = torch.Generator().manual_seed(seed)
@@ -197,10 +206,24 @@ def fill(memory: GPM, share: float, seed: int = 0) -> None:
     memory.update(torch.stack(moments), threshold=1 - _ROUNDING)
 
 
-_LAYER: Config = {
-    "data": {"class_path": "cl_bench.bench.stream.NoiseStream"},
-    "trainer": {"max_epochs": 1},
-}
+def configured(
+    stem: str, kind: type[NoiseStream], *, backbone: Config, trainer: Config, stream: Config
+) -> Configuration:
+    """Return how a strategy runs on noise, as its recipe for ImageNet-R sets it.
+
+    Args:
+        stem: Config of the strategy.
+        kind: Class of the stream.
+        backbone: Arguments of the backbone.
+        trainer: Arguments of the trainer.
+        stream: Arguments of the stream.
+
+    Raises:
+        ValueError: If there is no such config.
+    """
+    data = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": stream}
+    given: Config = {"backbone": backbone, "trainer": {"max_epochs": 1} | trainer, "data": data}
+    return resolve([config_file("strategies", stem), _recipe(stem), given], ["--model.scheduler=null"])
 
 
 def _recipe(stem: str) -> Config:

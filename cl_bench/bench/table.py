@@ -31,6 +31,7 @@ _HEADINGS = (
     "interval",
     "images/s",
     "peak MB",
+    "of the floor's",
     "of matrix rate",
 )
 _LEFT = 4  # columns of words
@@ -51,6 +52,7 @@ class Row:
         peak_bytes: The most memory that it needs together with all that is kept for it.
         flops: Floating-point operations of its products.
         matrix_rate: Of the device in this precision, floating-point operations a second.
+        floor_peak_bytes: What the floor needs.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Row:
     peak_bytes: int | None = None
     flops: int | None = None
     matrix_rate: float | None = None
+    floor_peak_bytes: int | None = None
 
     @property
     def median_s(self) -> float:
@@ -79,9 +82,17 @@ class Row:
         """Images a second."""
         return self.batch / self.seconds.median
 
+    @property
+    def peak_to_floor(self) -> float | None:
+        """Peak memory over the floor's."""
+        if self.peak_bytes is None or self.floor_peak_bytes is None:
+            return None
+        return self.peak_bytes / self.floor_peak_bytes
+
     def cells(self) -> list[str]:
         """Return the row as the table prints it."""
         share = self.flops and self.matrix_rate and self.flops / self.seconds.median / self.matrix_rate
+        to_floor = self.peak_to_floor
         return [
             self.name,
             self.strategy or "–",
@@ -93,6 +104,7 @@ class Row:
             *(["–", "–"] if self.to_floor is None else _ratio(self.to_floor)),
             f"{self.images_per_s:.1f}",
             "–" if self.peak_bytes is None else f"{self.peak_bytes / 1e6:.1f}",
+            "–" if to_floor is None else f"{to_floor:.3f}",
             f"{share:.0%}" if share else "–",
         ]
 

@@ -9,20 +9,26 @@ import pytest
 
 from cl_bench.bench.subject import Subject
 from cl_bench.run import quiet
-
-OPTIONS = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+from cl_bench.schema import Config
 
 
 @pytest.fixture
-def subject(tmp_path: Path) -> Callable[..., Subject]:
+def backbone() -> Config:
+    """The arguments of that transformer."""
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    return {"model": "vision_transformer", "weights": "random", "options": options}
+
+
+@pytest.fixture
+def subject(tmp_path: Path, backbone: Config) -> Callable[..., Subject]:
     """Makes a subject that waits before its first step."""
 
-    def made(stem: str, number: int = 2, precision: str = "32-true") -> Subject:
+    def made(stem: str, number: int = 2, precision: str = "32-true", compiler: str | None = None) -> Subject:
         with quiet():
             return Subject(
                 stem,
                 number,
-                backbone={"model": "vision_transformer", "weights": "random", "options": OPTIONS},
+                backbone=backbone | {"compiler": compiler},
                 trainer={"precision": precision, "accelerator": "cpu"},
                 stream={"image_size": 16, "batch_size": 4},
                 images=4,

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.benchmark import Measurement, TaskSpec
 
-from cl_bench.bench import timing
+from cl_bench.bench import command, group, timing
 from cl_bench.bench.command import Wanted, bench
-from cl_bench.bench.table import Bench
+from cl_bench.bench.table import Bench, Row
 from cl_bench.cli import REFUSED, main
 
 BACKBONE = {
@@ -21,12 +25,48 @@ KEYS = ["name", "strategy", "experience", "precision", "batch", "median_s", "rat
 KEYS.append("peak_bytes")
 
 
+# What each call is said to take, in seconds, whatever the batch: by name, experience and precision.
+SECONDS = {
+    ("floor", None, "32-true"): 2.0,
+    ("step", 2, "32-true"): 2.2,
+    ("step", 20, "32-true"): 2.31,
+    ("forward", 2, "32-true"): 0.8,
+    ("second moments", 2, "32-true"): 0.88,
+    ("floor", None, "bf16-mixed"): 0.8,
+    ("step", 2, "bf16-mixed"): 1.0,
+    ("step", 20, "bf16-mixed"): 1.02,
+    ("forward", 2, "bf16-mixed"): 0.4,
+    ("second moments", 2, "bf16-mixed"): 0.6,
+    "evaluation": 16.0,
+    "data": 0.5,
+}
+
+
+def timed(calls: Mapping[Any, Callable[[], object]], rounds: int) -> dict[Any, Measurement]:
+    """Make every call, and say what it took; the machine is ten times as slow in the last of three rounds."""
+    for call in calls.values():
+        call()
+    return {
+        key: Measurement(1, [SECONDS[key], SECONDS[key], 10 * SECONDS[key]], TaskSpec("", ""))
+        for key in calls
+    }
+
+
 @pytest.fixture(scope="module")
 def found() -> Bench:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "_SIDE", {"cpu": 64})
         patch.setattr(timing, "_SECONDS", 0.01)
-        return bench(Wanted(strategies=["inflora", "loda"], backbone=BACKBONE, batches=[8, 4], rounds=1))
+        patch.setattr(group, "alternating", timed)
+        return bench(Wanted(strategies=["inflora", "loda"], backbone=BACKBONE, batches=[8, 4]))
+
+
+def rows(found: Bench, *names: str, precision: str = "32-true", strategy: str = "inflora") -> list[Row]:
+    return [
+        row
+        for row in found.rows
+        if (row.precision, row.strategy) == (precision, strategy) and row.name in names
+    ]
 
 
 def test_json_holds_what_was_promised_and_nothing_else(found: Bench) -> None:
@@ -36,50 +76,85 @@ def test_json_holds_what_was_promised_and_nothing_else(found: Bench) -> None:
     assert all(list(row) == KEYS for row in content["rows"])
 
 
-def test_steps_are_held_against_the_floor_of_their_precision_and_batch(found: Bench) -> None:
-    steps = {
-        (row.strategy, row.experience, row.precision, row.batch): row
-        for row in found.rows
-        if row.name in ("floor", "step")
-    }
-    assert {place[1::2] for place in steps} == {(None, 4), (2, 4), (20, 4), (None, 8), (2, 8)}
-    for (strategy, _, precision, batch), row in steps.items():
-        floor = steps[strategy, None, precision, batch]
-        assert row.ratio_to_floor == pytest.approx(row.median_s / floor.median_s)
-        assert row.images_per_s == pytest.approx(batch / row.median_s)
-        assert row.peak_bytes is not None and row.peak_bytes > 0
-
-
-def test_a_peak_grows_with_the_batch_and_a_late_step_needs_no_more_than_what_the_method_keeps(
-    found: Bench,
+@pytest.mark.parametrize(
+    ("precision", "ratios"), [("32-true", (1.0, 1.1, 1.155)), ("bf16-mixed", (1.0, 1.25, 1.275))]
+)
+def test_steps_are_held_against_the_floor_of_their_precision(
+    found: Bench, precision: str, ratios: tuple[float, float, float]
 ) -> None:
-    peaks = {
-        (row.experience, row.batch): row.peak_bytes or 0
-        for row in found.rows
-        if (row.name, row.strategy, row.precision) == ("step", "inflora", "32-true")
-    }
-    assert peaks[2, 8] > 1.1 * peaks[2, 4]
-    assert peaks[20, 4] < 1.05 * peaks[2, 4]
+    steps = rows(found, "floor", "step", precision=precision)
+    assert [(row.experience, row.batch) for row in steps] == [(None, 4), (2, 4), (20, 4), (None, 8), (2, 8)]
+    assert [row.ratio_to_floor for row in steps] == pytest.approx([*ratios, *ratios[:2]])
 
 
-def test_passes_work_images_and_evaluation_have_rows(found: Bench) -> None:
-    assert {row.name for row in found.rows} == {
-        *("floor", "step", "forward", "second moments", "data", "evaluation"),
-        *("passes before", "passes after", "work before", "work after"),
-    }
+def test_images_a_second_are_those_of_the_median_round(found: Bench) -> None:
+    speeds = {(row.experience, row.batch): row.images_per_s for row in rows(found, "step")}
+    assert speeds == pytest.approx({(2, 4): 4 / 2.2, (20, 4): 4 / 2.31, (2, 8): 8 / 2.2})
+    (evaluation,) = rows(found, "evaluation")
+    assert evaluation.images_per_s == pytest.approx(4 * 8 / 16)
 
 
-def test_findings_speak_of_growth_precision_passes_and_whole_runs(found: Bench) -> None:
+def test_the_peak_is_close_to_that_of_the_floor_and_grows_by_what_a_batch_needs(found: Bench) -> None:
+    peaks = {(row.experience, row.batch): row.peak_bytes or 0 for row in rows(found, "floor", "step")}
+    for experience in (None, 2):
+        # What every backward pass needs of an image: inputs of both norms, of attention and of GELU.
+        tokens, width, depth = 17, 64, 2
+        needed = 4 * tokens * depth * (2 + 3 + 4) * width
+        assert 4 * needed < peaks[experience, 8] - peaks[experience, 4] < 3 * 4 * needed
+    to_floor = {(row.experience, row.batch): row.peak_to_floor for row in rows(found, "floor", "step")}
+    assert to_floor[None, 4] == 1.0
+    assert to_floor[2, 4] == pytest.approx(peaks[2, 4] / peaks[None, 4])
+    assert to_floor[2, 8] == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_text_says_what_a_late_step_costs_beside_an_early_one(found: Bench) -> None:
     text = found.text()
-    for words in (
-        "inflora, bf16-mixed, batch 4: a step in experience 20 over one in 2",
-        "inflora, batch 8: a step in fp32 over one in bf16",
-        "bf16-mixed, batch 8: a second-moment pass over a forward pass",
-        "ImageNet-R in 10 experiences of 50 epochs would take",
-        "what else there is between experiences",
-        "of matrix rate",
-    ):
-        assert words in text
+    said = "inflora, 32-true, batch 4: a step in experience 20 over one in 2:"
+    assert f"{said} 1.050 [1.050, 1.050]" in text
+    whole, apart = map(float, re.findall(rf"{re.escape(said)}.* memory (\S+), and (\S+) apart", text)[0])
+    assert whole > 1.01  # heads of twenty experiences, and a basis
+    assert apart == pytest.approx(1.0, abs=0.002)
+
+
+def test_the_text_says_how_much_of_the_peak_is_weights_in_full_precision(found: Bench) -> None:
+    said = "inflora, bf16-mixed, batch 8, experience 2: peak memory"
+    whole, apart = map(float, re.findall(rf"{said} (\S+) of the floor's, and (\S+) apart", found.text())[0])
+    (step,) = [row for row in rows(found, "step", precision="bf16-mixed") if row.batch == 8]
+    assert whole == pytest.approx(step.peak_to_floor, abs=6e-4)
+    width, patch, depth = 64, 3 * 8 * 8, 2
+    masters = 4 * ((patch + 1) * width + depth * (12 * width**2 + 9 * width))
+    assert step.floor_peak_bytes is not None
+    assert whole - apart == pytest.approx(masters / step.floor_peak_bytes, abs=2e-3)
+
+
+def test_what_happens_once_an_experience_has_rows_of_its_own_for_each(found: Bench) -> None:
+    names = ("passes before", "work before", "passes after", "work after", "turn", "checkpoint")
+    places = [(row.name, row.experience) for row in rows(found, *names)]
+    assert places == [
+        *((name, number) for number in (2, 20) for name in names[:4]),
+        ("turn", 2),
+        ("checkpoint", 2),
+    ]
+
+
+def test_findings_speak_of_precision_passes_and_whole_runs(found: Bench) -> None:
+    text = found.text()
+    assert "inflora, batch 8: a step in fp32 over one in bf16: 2.200 [2.200, 2.200]" in text
+    assert "32-true, batch 8: a second-moment pass over a forward pass: 1.100 [1.100, 1.100]" in text
+    assert "bf16-mixed, batch 4: a second-moment pass over a forward pass: 1.500 [1.500, 1.500]" in text
+
+
+def test_a_whole_run_is_its_steps_and_evaluations_and_a_little_more(found: Bench) -> None:
+    said = "inflora, 32-true: ImageNet-R in 10 experiences of 50 epochs would take"
+    steps = 24_000 * 50 / 8 * 2.2
+    evaluations = 6_000 * 5.5 / 32 * 16.0
+    (minutes,) = map(float, re.findall(rf"{said} (\S+) min", found.text()))
+    assert (steps + evaluations) / 60 < minutes < 1.02 * (steps + evaluations) / 60
+
+
+def test_a_turn_is_dearer_than_its_checkpoints(found: Bench) -> None:
+    (seconds,), (checkpoint,) = rows(found, "turn"), rows(found, "checkpoint")
+    assert 0 < 4 * checkpoint.median_s < seconds.median_s
 
 
 def test_the_verb_needs_neither_data_nor_avalanche(checkout: Path) -> None:
@@ -94,7 +169,31 @@ def test_the_verb_needs_neither_data_nor_avalanche(checkout: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["rows"]
-    assert "of the floor" in done.stderr
+    assert "of the floor" in done.stderr and "profiler" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("", Wanted()),
+        (
+            "--strategy lora loda --backbone small --device cpu --precision 32-true --batch 4 8 --compile",
+            Wanted(["lora", "loda"], "small", "cpu", ["32-true"], [4, 8], compiled=True),
+        ),
+    ],
+)
+def test_what_the_verb_is_not_told_is_left_to_the_bench(
+    words: str, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Wanted] = []
+
+    def listening(wanted: Wanted, say: Callable[[str], None]) -> Bench:
+        asked.append(wanted)
+        return Bench("cpu", {"32-true": 1.0})
+
+    monkeypatch.setattr(command, "bench", listening)
+    assert main(["bench", *words.split()]) == 0
+    assert asked == [wanted]
 
 
 @pytest.mark.parametrize(
