@@ -51,8 +51,9 @@ soak: .venv/installed-dev
 
 bench: .venv/installed
 	mkdir -p results/bench
-	$(BIN)/cl-bench bench --json > results/bench/vit_base_patch16_224.json
-	$(BIN)/cl-bench bench --backbone small --json > results/bench/small.json
+	@echo "Rows go to results/bench/*.json, and the table with its findings to the .txt beside each."
+	$(BIN)/cl-bench bench --json > results/bench/vit_base_patch16_224.json 2> results/bench/vit_base_patch16_224.txt
+	$(BIN)/cl-bench bench --backbone small --json > results/bench/small.json 2> results/bench/small.txt
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info
