@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cl_bench.regions import Memory, Region, Regions, batched, fresh
+
+_SHARED = "/dev/shm"
 
 
 def collate(samples: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -69,14 +73,8 @@ class Places:
     """
 
     def __init__(self, number: int, size: int) -> None:
-        try:
-            self._shared = torch.empty(number, size, dtype=torch.uint8).share_memory_()
-        except RuntimeError as error:
-            raise OSError(
-                f"There are no {number * size / 1e6:.0f} MB of shared memory for the batches that are loaded "
-                "ahead: choose fewer --num_workers, a smaller --test_batch_size, or a larger /dev/shm "
-                "(docker run --shm-size)."
-            ) from error
+        _require_room(number * size)
+        self._shared = torch.empty(number, size, dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         """Return the number of places."""
@@ -88,7 +86,7 @@ class Places:
         batch = _images(images, partial(self._memory_of, loaded.place))
         tensor, *regions = batch if isinstance(batch, Regions) else (batch,)
         numbers = [part.numpy() for part in regions]
-        if loaded.place is not None and tensor.dtype == torch.uint8 and self._fits(tensor.shape):
+        if loaded.place is not None and tensor.data_ptr() == self._shared[loaded.place].data_ptr():
             return Packed(loaded.place, tensor.shape, numbers, rest)
         return Packed(None, tensor, numbers, rest)
 
@@ -100,14 +98,22 @@ class Places:
         return [batch, *_columns(rest)]
 
     def _memory_of(self, place: int | None, shape: Sequence[int]) -> Tensor:
-        return fresh(shape) if place is None or not self._fits(shape) else self._at(place, shape)
-
-    def _fits(self, shape: Sequence[int]) -> bool:
-        return math.prod(shape) <= int(self._shared.shape[1])
+        fits = math.prod(shape) <= int(self._shared.shape[1])
+        return self._at(place, shape) if fits and place is not None else fresh(shape)
 
     def _at(self, place: int | None, shape: Sequence[int]) -> Tensor:
         images: Tensor = self._shared[place, : math.prod(shape)].view(*shape)
         return images
+
+
+def _require_room(size: int) -> None:
+    """Refuse more shared memory than there is, as some versions of torch die of the attempt."""
+    if os.path.isdir(_SHARED) and size > shutil.disk_usage(_SHARED).free:
+        raise OSError(
+            f"Batches that are loaded ahead take {size / 1e6:.0f} MB of shared memory, more than is free in "
+            f"{_SHARED}: choose fewer --num_workers, a smaller --batch_size and --test_batch_size, or "
+            "enlarge the folder (docker run --shm-size)."
+        )
 
 
 def _images(images: Sequence[Any], memory: Memory) -> Tensor | Regions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -517,10 +518,12 @@ class StreamDataModule(LightningDataModule, ABC):
 
     @property
     def _image_bytes(self) -> int:
-        """Bytes of the images of the largest batch; regions are as large as the stored images at most."""
-        pixels = max(self.batch_size, self.test_batch_size) * self.image_size**2
-        canvas = 2 if isinstance(self._dealt.train.transform, BatchedView) else 1
-        return 3 * pixels * canvas
+        """Bytes of this process's images of the largest batch of whole numbers; 1 if there is none."""
+        served = self._dealt
+        train = self.batch_size * _views_of(served.train.transform)
+        test = self.test_batch_size * _views_of(served.test.transform)
+        _, processes = place()
+        return max(1, math.ceil(max(train, test) / processes) * 3 * self.image_size**2)
 
     def _loader(self, images: DrawnImages, batches: RankBatches) -> DataLoader[Batch]:
         outside = self._held_out if self.held_out_classes else ()
@@ -613,8 +616,8 @@ class DrawnImages(Dataset[tuple[Any, ...]]):
             return [self._drawn(draw, generator) for draw in draws]
 
     def _drawn(self, draw: Draw, generator: torch.Generator) -> tuple[Any, ...]:
-        image, _ = self.source[draw.image]
         generator.manual_seed(draw.seed)
+        image, _ = self.source[draw.image]
         transformed = self._transformed(image)
         position = int(self.positions[draw.image])
         domain = (int(self.domains[draw.image]),) if len(self.domains) else ()
@@ -660,6 +663,17 @@ def _kept_generator() -> Iterator[torch.Generator]:
         yield generator
     finally:
         generator.set_state(state)
+
+
+def _views_of(transform: Transform) -> float:
+    """Return how many views take the room of an image that leaves its process in whole numbers.
+
+    A canvas is as high and as wide as the largest crops, of landscapes and of portraits. Their short side is
+    8/7 of a view's, and 3/4 of the long one for most photographs.
+    """
+    if isinstance(transform, BatchedView):
+        return (8 / 7 * 4 / 3) ** 2
+    return 1 if isinstance(transform, RandomView | CentreView) else 0
 
 
 def _text(name: str, transform: Transform) -> str:

@@ -45,8 +45,8 @@ class WorkerPool:
     def load(self, dataset: int, batches: Collection[Sequence[Any]]) -> Iterator[list[Any]]:
         """Yield the batches whose items are listed by ``batches``.
 
-        The images of a batch may be overwritten once the next is asked for. A pass that begins while another
-        is under way gets processes of its own for its time.
+        The images of a batch may be overwritten once the next is asked for, those of the last once another
+        pass begins. A pass that begins while another is under way gets processes of its own for its time.
 
         Args:
             dataset: Place of the dataset to load from.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -418,7 +418,8 @@ def measure(
 ) -> None:
     """Send every batch through ``features`` once, and let every statistic take from it what it needs.
 
-    Where inputs of layers are all that is needed, a batch goes as far as the last of these and no further.
+    Where inputs of layers are all that is needed, the first batch shows how often these are called, and later
+    ones go as far as the last call and no further.
 
     Args:
         features: Maps images (B, 3, H, W) to features (B, d): a backbone.
@@ -436,13 +437,9 @@ def measure(
     with ExitStack() as stack:
         for statistic in statistics:
             stack.enter_context(statistic.listening())
-        inputs = [statistic for statistic in statistics if isinstance(statistic, InputStatistic)]
-        if len(inputs) == len(statistics):
-            layers = {layer for statistic in inputs for layer in statistic.layers}
-            send = stack.enter_context(_as_far_as(layers, features))
-            for images, _ in batches:
-                send(images)
-            return
+        if all(map(_needs_inputs_alone, statistics)):
+            layers = {layer for statistic in statistics for layer in statistic.layers}  # type: ignore[attr-defined]
+            features = stack.enter_context(_as_far_as(layers, features))
         for images, labels in batches:
             found = features(images)
             for statistic in statistics:
@@ -453,29 +450,39 @@ class _AllHeard(Exception):
     """All layers that somebody listens to have been given their inputs."""
 
 
+def _needs_inputs_alone(statistic: Statistic) -> bool:
+    return isinstance(statistic, InputStatistic) and type(statistic).add is Statistic.add
+
+
 @contextmanager
 def _as_far_as(
     layers: Collection[nn.Module], features: Callable[[Tensor], Tensor]
-) -> Iterator[Callable[[Tensor], None]]:
-    """Give what sends images through ``features`` until all ``layers`` have their inputs.
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give what sends images through ``features`` until ``layers`` were called as often as the first time.
 
     Whoever listens to these layers does so already, as hooks are called in the order in which they came.
     """
-    left: set[nn.Module] = set()
+    calls, expected = 0, -1
 
-    def leave(layer: nn.Module, _: object) -> None:
-        left.discard(layer)
-        if not left:
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == expected:
             raise _AllHeard
 
-    def send(images: Tensor) -> None:
-        left.update(layers)
-        with suppress(_AllHeard):
-            features(images)
+    def send(images: Tensor) -> Tensor:
+        nonlocal calls, expected
+        calls = 0
+        try:
+            found = features(images)
+        except _AllHeard:
+            return images.new_empty(0)
+        expected = calls
+        return found
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(leave).remove)
+            stack.callback(layer.register_forward_pre_hook(count).remove)
         yield send
 
 

@@ -4,7 +4,8 @@ import multiprocessing
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -121,6 +122,21 @@ class Fractional(Dataset[Any]):
         return torch.full((3, 2, 2), item / 2), item
 
 
+class Late(Dataset[Any]):
+    """Images of whole numbers that take their time."""
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
+        time.sleep(0.02)
+        return Whole()[item]
+
+
+class Arrays(Dataset[Any]):
+    """Images that are whole numbers, and no tensors."""
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        return Whole()[item][0].numpy(), item
+
+
 class Cut(Dataset[Any]):
     """Regions of different sizes."""
 
@@ -133,7 +149,7 @@ PAIRS = [[first, first + 1] for first in range(0, 24, 2)]
 
 @pytest.fixture
 def places() -> Iterator[WorkerPool]:
-    opened = WorkerPool([Whole(), Fractional(), Cut()], WORKERS, image_bytes=2 * 3 * 2 * 2)
+    opened = WorkerPool([Whole(), Fractional(), Cut(), Late(), Arrays()], WORKERS, image_bytes=2 * 3 * 2 * 2)
     yield opened
     opened.close()
 
@@ -145,7 +161,7 @@ def test_whole_numbers_travel_in_memory_that_is_used_again(places: WorkerPool) -
             assert items.tolist() == pair
             assert images[:, 0, 0, 0].tolist() == pair
             addresses.append(images.data_ptr())
-    assert len(set(addresses)) < len(PAIRS)
+    assert {*addresses} == {place.data_ptr() for place in places._places._shared}
 
 
 def test_a_batch_stays_as_it_was_until_the_next_is_asked_for(places: WorkerPool) -> None:
@@ -158,18 +174,18 @@ def test_a_batch_stays_as_it_was_until_the_next_is_asked_for(places: WorkerPool)
 
 
 def test_a_pass_given_up_leaves_no_image_in_the_next(places: WorkerPool) -> None:
-    given_up = places.load(0, [[100 + item for item in pair] for pair in PAIRS])
+    given_up = places.load(3, [[100 + item for item in pair] for pair in PAIRS])
     next(given_up)
     given_up.close()  # type: ignore[attr-defined]
     assert [images[:, 0, 0, 0].tolist() for images, _ in places.load(0, PAIRS)] == PAIRS
 
 
-@pytest.mark.parametrize(("dataset", "pair"), [(1, [1, 2]), (0, [1, 2, 3])])
-def test_fractions_and_larger_batches_come_in_memory_of_their_own(
+@pytest.mark.parametrize(("dataset", "pair"), [(1, [1, 2]), (0, [1, 2, 3]), (4, [1, 2])])
+def test_what_fits_no_place_comes_in_memory_of_its_own(
     places: WorkerPool, dataset: int, pair: list[int]
 ) -> None:
     kept = list(places.load(dataset, [pair] * 12))
-    values = torch.tensor(pair) / 2 if dataset else torch.tensor(pair)
+    values = torch.tensor(pair) / 2 if dataset == 1 else torch.tensor(pair)
     assert all(torch.equal(images[:, 0, 0, 0], values) for images, _ in kept)
     assert len({images.data_ptr() for images, _ in kept}) == 12
 
@@ -178,13 +194,21 @@ def test_regions_travel_with_their_sizes(places: WorkerPool) -> None:
     for (regions, items), pair in zip(places.load(2, PAIRS), PAIRS, strict=True):
         expected, _ = collate([Cut()[item] for item in pair])
         assert isinstance(regions, Regions)
+        assert regions.canvas.data_ptr() in {place.data_ptr() for place in places._places._shared}
         assert all(torch.equal(one, other) for one, other in zip(regions, expected, strict=True))
         assert items.tolist() == pair
 
 
-def test_more_shared_memory_than_there_is_is_refused_in_a_sentence() -> None:
-    with pytest.raises(OSError, match="choose fewer --num_workers, a smaller --test_batch_size"):
-        WorkerPool([Whole()], WORKERS, image_bytes=shutil.disk_usage("/dev/shm").total)
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory is no folder here")
+def test_more_shared_memory_than_there_is_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: _Usage(64_000_000))
+    WorkerPool([Whole()], WORKERS, image_bytes=64_000_000 // 5).close()
+    with pytest.raises(OSError, match=r"take 100 MB of shared memory, .* choose fewer --num_workers"):
+        WorkerPool([Whole()], WORKERS, image_bytes=20_000_000)
+
+
+class _Usage(NamedTuple):
+    free: int
 
 
 class SigningTransform:

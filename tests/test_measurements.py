@@ -156,12 +156,32 @@ def test_a_pass_for_inputs_alone_goes_no_further_than_the_last_of_them() -> None
     assert reached == ["first", "last"] * 3
     reached.clear()
     assert torch.equal(second_moments(backbone, layers, batches(5)), whole.mean())
-    assert reached == ["first"] * 3
+    assert reached == ["first", "last", "first", "first"]
     reached.clear()
     one, other = SecondMoments(layers[1:]), SecondMoments(layers[:1])
     measure(backbone, batches(5), one, other)
     assert torch.equal(torch.cat([other.mean(), one.mean()]), whole.mean())
-    assert reached == ["first"] * 3
+    assert reached == ["first", "last", "first", "first"]
+
+
+class Counting(SecondMoments):
+    images = 0
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        self.images += len(features)
+
+
+def test_a_pass_is_whole_for_who_needs_features_and_for_layers_that_are_called_again() -> None:
+    backbone, layers = adapted()
+    both = Counting(layers)
+    measure(backbone, batches(5), both)
+    assert both.images == 12
+    layer = nn.Linear(2, 2, bias=False)
+    moments = SecondMoments([layer])
+    ones = [(torch.ones(1, 2), torch.zeros(1))] * 3
+    measure(lambda images: layer(images) + layer(2 * images), ones, moments)
+    assert moments.tokens.tolist() == [6]
+    assert torch.equal(moments.mean()[0], torch.full((2, 2), 2.5, dtype=torch.float64))
 
 
 def test_no_layer_is_listened_to_after_a_pass_even_a_broken_one() -> None:

@@ -153,13 +153,18 @@ def test_a_run_of_two_processes_ends_when_told_and_goes_on(tmp_path: Path) -> No
     words = ["run", "janus_lora", "toy", "--seed", "1", "--trainer.max_epochs", "6", "--results"]
     several = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     started = [sys.executable, "-m", "cl_bench", *words, str(tmp_path / "two"), *several]
-    with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    said = tmp_path / "said"
+    with said.open("w") as errors:
+        process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=errors, text=True)
+    try:
         assert process.stdout is not None
         assert any("accuracy over" in line for line in process.stdout)
         process.terminate()
-        _, said = process.communicate(timeout=60)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == cli.INTERRUPTED
-    assert "The same command goes on where this one stopped." in said
+    assert "The same command goes on where this one stopped." in said.read_text()
     done = command(*words, str(tmp_path / "two"), *several)
     assert done.returncode == 0, done.stderr
     assert cli.main([*words, str(tmp_path / "one")]) == 0
