@@ -20,7 +20,7 @@ from cl_bench.adapters import AdaptedLinear
 from cl_bench.ranks import OfThisRank, total
 from cl_bench.subspace import GPM
 
-_STRIPS = 6  # of a symmetric product; more leave out little else, and each would be narrow
+_STRIPS = 4  # of a symmetric product; more leave out little else, and each would be narrow
 _NOTHING_HEARD = "A layer has seen no token: run images through the backbone while the statistic listens."
 
 
@@ -82,9 +82,14 @@ class InputStatistic(OfThisRank, Statistic):
         layers: Layers with one number of inputs, ``d``.
         every: Take in every so many forward passes, the first among them.
 
+    Attributes:
+        as_multiplied: Whether tokens are taken in as autocast rounds them before the layers multiply them.
+
     Raises:
         ValueError: If the layers differ in their number of inputs.
     """
+
+    as_multiplied = False
 
     def __init__(self, layers: Sequence[AdaptedLinear | nn.Linear], every: int = 1) -> None:
         super().__init__()
@@ -146,7 +151,10 @@ class InputStatistic(OfThisRank, Statistic):
         if (self._passes[index] - 1) % self.every:
             return
         tokens = inputs[0].detach().flatten(0, -2)
-        with torch.autocast(tokens.device.type, enabled=False):
+        kind = tokens.device.type
+        if self.as_multiplied and torch.is_autocast_enabled(kind):
+            tokens = tokens.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
             self.take(index, tokens)
 
 
@@ -163,6 +171,10 @@ class SecondMoments(InputStatistic):
     up to an energy do not: fractions of energy differ by 1e-8 between the two, by 1e-6 with inputs rounded to
     TF32, and every count was the same. On a CPU, a forward pass becomes dearer by 11 %, with float32 by 5 %.
     GPUs made for graphics have little float64: ask for float32 there if only energies matter.
+
+    Under autocast to bfloat16, float32 takes in tokens rounded as the layers multiply them. Products of these
+    are exact in float32, and a CPU with instructions for them is more than twice as fast. Of a small ViT on
+    1,000 natural images, fractions of energy moved by 7e-6 at most, and one count of 36 by one direction.
 
     Args:
         layers: Layers with one number of inputs, ``d``.
@@ -197,6 +209,7 @@ class SecondMoments(InputStatistic):
     ) -> None:
         super().__init__(layers, every)
         self.dtype = dtype
+        self.as_multiplied = dtype == torch.float32
         self.clear()
 
     def clear(self) -> None:
@@ -225,11 +238,12 @@ class SecondMoments(InputStatistic):
             shape = (len(self.layers), self.width, self.width)
             self.sums = tokens.new_zeros(shape, dtype=torch.float64)
             self.tokens = self.tokens.to(tokens.device)
-        tokens = tokens.to(self.dtype)
         strip = math.ceil(self.width / _STRIPS)
-        for start in range(0, self.width, strip):
-            rows = slice(start, start + strip)
-            self.sums[index, rows, start:] += tokens[:, rows].T @ tokens[:, start:]
+        with _rounded_products() if tokens.dtype == torch.bfloat16 else nullcontext():
+            tokens = tokens.to(self.dtype)
+            for start in range(0, self.width, strip):
+                rows = slice(start, start + strip)
+                self.sums[index, rows, start:] += tokens[:, rows].T @ tokens[:, start:]
         self.tokens[index] += len(tokens)
 
     def include(self, share: Mapping[str, Tensor]) -> None:
@@ -604,6 +618,24 @@ def _spread(count: int, most: int) -> list[int]:
     while math.gcd(step, count) != 1:
         step += 1
     return [place * step % count for place in range(most)]
+
+
+@contextmanager
+def _rounded_products() -> Iterator[None]:
+    """Let a CPU multiply float32 by its instructions for bfloat16, whose sums are float32.
+
+    Of numbers that bfloat16 holds the products are exact; others would be rounded.
+    """
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on; before, it takes longer
+    before = getattr(settings, "fp32_precision", None)
+    if settings is None or before is None:
+        yield
+        return
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def _heard(tokens: Tensor) -> Tensor:

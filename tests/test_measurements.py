@@ -116,15 +116,19 @@ def test_products_in_float64_keep_directions_that_float32_loses() -> None:
     assert errors[1] > 1e-2
 
 
-def test_mixed_precision_does_not_reach_the_products() -> None:
-    layer, x = nn.Linear(6, 2), torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for dtype in (torch.float32, torch.float64):
-            moments = SecondMoments([layer], dtype=dtype)
-            with moments.listening():
-                assert layer(x).dtype == torch.bfloat16
-            expected = (x.double().T @ x.double() / 50)[None]
-            torch.testing.assert_close(moments.mean(), expected, rtol=0, atol=1e-6)
+def test_float64_takes_in_tokens_as_they_come_and_float32_as_they_are_multiplied() -> None:
+    x = torch.randn(500, 40, generator=torch.Generator().manual_seed(0))
+    layer, before = nn.Linear(40, 3), torch.get_float32_matmul_precision()
+    doubles, singles = SecondMoments([layer]), SecondMoments([layer], dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), doubles.listening(), singles.listening():
+        assert layer(x).dtype == torch.bfloat16
+    whole, rounded = x.double(), x.bfloat16().double()
+    torch.testing.assert_close(doubles.mean()[0], whole.T @ whole / 500, rtol=0, atol=1e-12)
+    # Sums of 500 products in float32; another rounding of the tokens would show at 1e-3.
+    torch.testing.assert_close(singles.mean()[0], rounded.T @ rounded / 500, rtol=0, atol=5e-6)
+    product = x.T @ x
+    assert (product - whole.T @ whole).abs().max() < 1e-3, "the setting outlives the statistic"
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_one_pass_serves_every_statistic() -> None:

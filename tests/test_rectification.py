@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cl_bench.rectification import (
     Gauge,
-    _cholesky,
+    _inverse,
     composite,
     null_space_violation,
     rectified,
@@ -283,9 +283,9 @@ def test_a_factor_that_is_not_finite_makes_its_layer_not_finite_and_no_other(
 
 def test_a_gram_matrix_without_a_factor_gives_no_number_and_harms_no_other() -> None:
     # Rounding makes such a matrix of a singular one whose entries are too large for the damping.
-    factors = _cholesky(torch.tensor([[[1.0, 2.0], [2.0, 1.0]], [[4.0, 2.0], [2.0, 10.0]]]))
-    assert factors[0].isnan().all()
-    assert torch.equal(factors[1], torch.tensor([[2.0, 0.0], [1.0, 3.0]]))
+    inverses = _inverse(torch.tensor([[[1.0, 2.0], [2.0, 1.0]], [[4.0, 2.0], [2.0, 10.0]]]))
+    assert inverses[0].isnan().all()
+    torch.testing.assert_close(36 * inverses[1], torch.tensor([[10.0, -2.0], [-2.0, 4.0]]))
 
 
 @pytest.mark.parametrize("damping", [0.0, -1e-4, float("nan")])

@@ -27,6 +27,7 @@ EARLY, LATE = 2, 20
 """Numbers of the experiences whose steps are compared, at the smallest batch: it hides a fixed cost least."""
 
 _EVALUATED = 4  # batches of an evaluation
+_PASSED = 4  # batches of a pass for second moments, of which the first goes on to the end of the network
 
 
 class Timed(NamedTuple):
@@ -163,7 +164,9 @@ class Group:
         return calls
 
     def _measure_steps(self, size: int) -> None:
-        self.timed[size] = alternating(self._calls(size), self.settings.rounds)
+        calls = self._calls(size)
+        passes = {call: _PASSED for call in calls if call.name == "second moments"}
+        self.timed[size] = alternating(calls, self.settings.rounds, passes)
         costs = {call: self._cost(call, size) for call in self.timed[size]}
         for call, measurement in self.timed[size].items():
             floor = Timed("floor", None, call.precision)
@@ -245,4 +248,4 @@ def _bound(call: Callable[..., object], *arguments: object) -> Callable[[], obje
 
 def _moments(subject: Subject, layers: Sequence[AdaptedLinear], batch: Batch) -> Callable[[], object]:
     moments = SecondMoments(layers, dtype=torch.float32)  # as methods take them that ask for energies
-    return lambda: measure(subject.strategy.features, [batch], moments)
+    return lambda: measure(subject.strategy.features, [batch] * _PASSED, moments)

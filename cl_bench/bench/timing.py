@@ -35,10 +35,17 @@ class Spread(NamedTuple):
     high: float
 
 
-def alternating(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[Key, Measurement]:
+def alternating(
+    calls: Mapping[Key, Callable[[], object]], rounds: int, batches: Mapping[Key, int] | None = None
+) -> dict[Key, Measurement]:
     """Return what each of ``calls`` took in each round; one round before them warms up.
 
     Times are wall-clock seconds, with the accelerator's work in them.
+
+    Args:
+        calls: What to time, by name.
+        rounds: How often.
+        batches: Of the calls that see several batches, how many; their times are those of one.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     order = list(calls)
@@ -51,7 +58,9 @@ def alternating(calls: Mapping[Key, Callable[[], object]], rounds: int) -> dict[
             seconds[key].append(timer() - began)
     threads = torch.get_num_threads()
     return {
-        key: Measurement(1, found[1:], TaskSpec(stmt=str(key), setup="", num_threads=threads))
+        key: Measurement(
+            (batches or {}).get(key, 1), found[1:], TaskSpec(stmt=str(key), setup="", num_threads=threads)
+        )
         for key, found in seconds.items()
     }
 

@@ -30,6 +30,17 @@ def test_what_slows_the_machine_for_a_round_leaves_the_ratio_alone(monkeypatch: 
     assert ratios(timed["a"].times, timed["b"].times) == pytest.approx((1.5, 1.5, 1.5))
 
 
+def test_a_call_that_sees_several_batches_is_timed_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(timing, "timer", lambda: clock[0])
+
+    def taking(seconds: float) -> None:
+        clock[0] += seconds
+
+    timed = alternating({"pass": lambda: taking(6.0), "step": lambda: taking(2.0)}, 3, {"pass": 4})
+    assert ratios(timed["pass"].times, timed["step"].times) == pytest.approx((0.75, 0.75, 0.75))
+
+
 @pytest.mark.parametrize("number", [6, 7, 12, 25])
 def test_the_interval_holds_the_median_with_at_least_95_percent_and_is_the_shortest_that_does(
     number: int,
