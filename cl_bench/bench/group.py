@@ -208,7 +208,7 @@ class Group:
         size = self.settings.batches[-1]
         if between.passes:
             self._note(f"passes {when}", number, precision, size, [sum(between.passes)])
-        self._note(f"work {when}", number, precision, size, [between.work])
+        self._note(f"work {when}", number, precision, 0, [between.work])
 
     def _measure_turn(self, precision: str) -> None:
         settings, size = self.settings, self.settings.batches[0]
@@ -219,8 +219,8 @@ class Group:
             stream=settings.stream | {"batch_size": size},
             folder=settings.folder,
         )
-        self._note("turn", EARLY, precision, size, [seconds])
-        self._note("checkpoint", EARLY, precision, size, [checkpoint])
+        self._note("turn", EARLY, precision, 0, [seconds])
+        self._note("checkpoint", EARLY, precision, 0, [checkpoint])
 
     def _measure_evaluation(self, precision: str) -> None:
         subject = self._subjects[precision, EARLY]

@@ -46,7 +46,7 @@ class Row:
         strategy: Config of the strategy; None where it plays no part.
         experience: Number of the experience, from 1; None likewise.
         precision: As the Trainer calls it.
-        batch: Images.
+        batch: Images; 0 of what sees none.
         seconds: What it took.
         to_floor: The same over the floor's, round by round, where both alternated.
         peak_bytes: The most memory that it needs together with all that is kept for it.
@@ -98,11 +98,11 @@ class Row:
             self.strategy or "–",
             "–" if self.experience is None else str(self.experience),
             self.precision,
-            str(self.batch),
+            str(self.batch or "–"),
             _seconds(self.seconds.median),
             f"{_seconds(self.seconds.low)} to {_seconds(self.seconds.high)}",
             *(["–", "–"] if self.to_floor is None else _ratio(self.to_floor)),
-            f"{self.images_per_s:.1f}",
+            f"{self.images_per_s:.1f}" if self.batch else "–",
             "–" if self.peak_bytes is None else f"{self.peak_bytes / 1e6:.1f}",
             "–" if to_floor is None else f"{to_floor:.3f}",
             f"{share:.0%}" if share else "–",

@@ -95,6 +95,7 @@ def test_images_a_second_are_those_of_the_median_round(found: Bench) -> None:
     assert speeds == pytest.approx({(2, 4): 4 / 2.2, (20, 4): 4 / 2.31, (2, 8): 8 / 2.2})
     (evaluation,) = rows(found, "evaluation")
     assert evaluation.images_per_s == pytest.approx(4 * 8 / 16)
+    assert {row.batch for row in rows(found, "work before", "work after", "turn", "checkpoint")} == {0}
 
 
 def test_the_peak_is_close_to_that_of_the_floor_and_grows_by_what_a_batch_needs(found: Bench) -> None:
