@@ -21,6 +21,7 @@ from cl_bench.ranks import OfThisRank, total
 from cl_bench.subspace import GPM
 
 _STRIPS = 4  # of a symmetric product; more leave out little else, and each would be narrow
+_ROUNDED_STRIPS = 2  # where numbers are rounded once more for every strip
 _NOTHING_HEARD = "A layer has seen no token: run images through the backbone while the statistic listens."
 
 
@@ -238,8 +239,9 @@ class SecondMoments(InputStatistic):
             shape = (len(self.layers), self.width, self.width)
             self.sums = tokens.new_zeros(shape, dtype=torch.float64)
             self.tokens = self.tokens.to(tokens.device)
-        strip = math.ceil(self.width / _STRIPS)
-        with _rounded_products() if tokens.dtype == torch.bfloat16 else nullcontext():
+        rounded = tokens.dtype == torch.bfloat16
+        strip = math.ceil(self.width / (_ROUNDED_STRIPS if rounded else _STRIPS))
+        with _rounded_products() if rounded else nullcontext():
             tokens = tokens.to(self.dtype)
             for start in range(0, self.width, strip):
                 rows = slice(start, start + strip)

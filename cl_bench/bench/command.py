@@ -104,8 +104,7 @@ def _findings(group: Group) -> Iterator[str]:
     """Yield what follows from the steps of one strategy."""
     for precision in group.settings.precisions:
         yield _growth(group, precision)
-        if precision.startswith("bf16"):
-            yield from _masters(group, precision)
+        yield from _memory(group, precision)
     for size, timed in group.timed.items():
         for precision in group.settings.precisions:
             moments = Timed("second moments", EARLY, precision)
@@ -122,27 +121,31 @@ def _growth(group: Group, precision: str) -> str:
     size = group.settings.batches[0]
     early, late = Timed("step", EARLY, precision), Timed("step", LATE, precision)
     peaks = {row.experience: row.peak_bytes or 1 for row in group.rows if _is_step(row, precision, size)}
-    stored = group.stored_bytes(precision)
-    apart = (peaks[LATE] - stored[LATE]) / (peaks[EARLY] - stored[EARLY])
+    kept = group.kept_bytes(precision)
+    apart = (peaks[LATE] - kept[LATE]) / (peaks[EARLY] - kept[EARLY])
     return (
         f"{group.stem}, {precision}, batch {size}: a step in experience {LATE} over one in {EARLY}: "
         f"{_words(group.ratio(size, late, early))}, peak memory {peaks[LATE] / peaks[EARLY]:.3f}, and "
-        f"{apart:.3f} apart from what the method itself keeps, {stored[EARLY] / 1e6:.1f} and "
-        f"{stored[LATE] / 1e6:.1f} MB"
+        f"{apart:.3f} apart from what the method itself keeps, {kept[EARLY] / 1e6:.1f} and "
+        f"{kept[LATE] / 1e6:.1f} MB"
     )
 
 
-def _masters(group: Group, precision: str) -> Iterator[str]:
-    """Yield what the weights in full precision, which the floor does without, add to the peak."""
-    masters = group.master_bytes(precision)
+def _memory(group: Group, precision: str) -> Iterator[str]:
+    """Yield the peaks over the floor's, and how much of them the floor does without."""
+    masters, kept = group.master_bytes(precision), group.kept_bytes(precision)
     for row in group.rows:
-        if _is_step(row, precision, row.batch) and row.peak_bytes and row.floor_peak_bytes:
-            apart = (row.peak_bytes - masters) / row.floor_peak_bytes
-            yield (
-                f"{group.stem}, {precision}, batch {row.batch}, experience {row.experience}: peak memory "
-                f"{row.peak_to_floor:.3f} of the floor's, and {apart:.3f} apart from the weights in float32 "
-                f"that merging needs, {masters / 1e6:.1f} MB"
-            )
+        if not _is_step(row, precision, row.batch) or not row.peak_bytes or not row.floor_peak_bytes:
+            continue
+        own = kept[row.experience or EARLY]
+        apart = (row.peak_bytes - own - masters) / row.floor_peak_bytes
+        without = f"the {own / 1e6:.2f} MB that the method itself keeps"
+        if masters:
+            without += f" and {masters / 1e6:.2f} MB of weights in float32 that merging needs"
+        yield (
+            f"{group.stem}, {precision}, batch {row.batch}, experience {row.experience}: peak memory "
+            f"{row.peak_to_floor:.3f} of the floor's, and {apart:.3f} apart from {without}"
+        )
 
 
 def _is_step(row: Row, precision: str, size: int) -> bool:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.benchmark import Measurement
 
-from cl_bench.adapters import AdaptedLinear
+from cl_bench.adapters import AdaptedLinear, LowRank
 from cl_bench.bench.floor import Floor
 from cl_bench.bench.memory import Peak
 from cl_bench.bench.subject import Between, Subject
@@ -22,6 +22,7 @@ from cl_bench.frozen import Frozen
 from cl_bench.low_rank import LowRankStrategy
 from cl_bench.measurements import SecondMoments, measure
 from cl_bench.schema import Config
+from cl_bench.strategy import Strategy
 
 EARLY, LATE = 2, 20
 """Numbers of the experiences whose steps are compared, at the smallest batch: it hides a fixed cost least."""
@@ -92,7 +93,7 @@ class Group:
             for precision in settings.precisions
             for number in (EARLY, LATE)
         }
-        self._stored = {place: one.strategy.stored_bytes for place, one in self._subjects.items()}
+        self._kept: dict[tuple[str, int], int] = {}
         self._floors = {
             precision: Floor(
                 self._subjects[precision, EARLY].strategy,
@@ -106,6 +107,7 @@ class Group:
         """Measure everything."""
         for size in self.settings.batches:
             self._measure_steps(size)
+        self._kept = {place: _kept_bytes(one.strategy) for place, one in self._subjects.items()}
         for (precision, number), subject in self._subjects.items():
             self._note_between("before", subject.before, number, precision)
             self._note_between("after", subject.finish(), number, precision)
@@ -121,12 +123,14 @@ class Group:
         timed = self.timed[size]
         return ratios(timed[over].times, timed[under].times)
 
-    def stored_bytes(self, precision: str) -> dict[int, int]:
-        """Return what the method keeps beside the backbone, by the number of the experience."""
-        return {number: self._stored[precision, number] for number in (EARLY, LATE)}
+    def kept_bytes(self, precision: str) -> dict[int, int]:
+        """Return what the method keeps beside backbone and adapters in training, by the experience."""
+        return {number: self._kept[precision, number] for number in (EARLY, LATE)}
 
     def master_bytes(self, precision: str) -> int:
         """Return the bytes of frozen weights in full precision beside which there is a copy in half."""
+        if not precision.startswith("bf16"):
+            return 0
         layers = [
             layer
             for layer in self._subjects[precision, EARLY].strategy.modules()
@@ -244,6 +248,11 @@ class Group:
 
 def _bound(call: Callable[..., object], *arguments: object) -> Callable[[], object]:
     return lambda: call(*arguments)
+
+
+def _kept_bytes(strategy: Strategy) -> int:
+    factors = [list(module.parameters()) for module in strategy.modules() if isinstance(module, LowRank)]
+    return strategy.stored_bytes - sum(factor.nbytes for pair in factors for factor in pair)
 
 
 def _moments(subject: Subject, layers: Sequence[AdaptedLinear], batch: Batch) -> Callable[[], object]:
