@@ -72,7 +72,7 @@ clean:
 
 # pip comes last when an environment is made, so one that was interrupted is completed.
 $(BIN)/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "cl-bench needs Python 3.11 or newer, which $(PYTHON) is not: name one that is, as in make PYTHON=python3.12 $(MAKECMDGOALS)." >&2; \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11, 4))' || { \
+		echo "cl-bench needs Python 3.11.4 or newer, which $(PYTHON) is not: name one that is, as in make PYTHON=python3.12 $(MAKECMDGOALS)." >&2; \
 		exit 1; }
 	$(PYTHON) -m venv .venv
