@@ -135,7 +135,7 @@ def _memory(group: Group, precision: str) -> Iterator[str]:
     """Yield the peaks over the floor's, and how much of them the floor does without."""
     masters, kept = group.master_bytes(precision), group.kept_bytes(precision)
     for row in group.rows:
-        if not _is_step(row, precision, row.batch) or not row.peak_bytes or not row.floor_peak_bytes:
+        if (row.name, row.precision) != ("step", precision) or not row.peak_bytes or not row.floor_peak_bytes:
             continue
         own = kept[row.experience or EARLY]
         apart = (row.peak_bytes - own - masters) / row.floor_peak_bytes
