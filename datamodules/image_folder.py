@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torchvision.transforms import v2
 
-from cl_bench.datamodule import Sources, StreamDataModule
-from cl_bench.images import FileSource
-from cl_bench.stream import Transform
+from cl_bench.contracts.datamodule import Sources, StreamDataModule
+from cl_bench.data.images import FileSource
+from cl_bench.data.stream import Transform
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 

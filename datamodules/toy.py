@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torchvision.transforms import v2
 
-from cl_bench.datamodule import ArraySource, Sources, StreamDataModule
-from cl_bench.stream import Transform
+from cl_bench.contracts.datamodule import ArraySource, Sources, StreamDataModule
+from cl_bench.data.stream import Transform
 
 Array = npt.NDArray[np.float64]
 

@@ -25,11 +25,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cl_bench.backbones import Backbone
-from cl_bench.low_rank import LowRankStrategy
-from cl_bench.measurements import second_moments
-from cl_bench.strategy import TrainingData
-from cl_bench.subspace import GPM, DualGPM, Energy, energy_threshold
+from cl_bench.contracts.low_rank import LowRankStrategy
+from cl_bench.contracts.strategy import TrainingData
+from cl_bench.maths.subspace import GPM, DualGPM, Energy, energy_threshold
+from cl_bench.measure.measurements import second_moments
+from cl_bench.network.backbones import Backbone
 
 
 class InfLoRA(LowRankStrategy):

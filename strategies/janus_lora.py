@@ -17,8 +17,8 @@ are ours, and none of them may be called reproduced:
 
 1. OE: the uncentred second moment of all tokens seen in training, projected once at the end, with the energy
    rule of GPM and the threshold schedule of InfLoRA. ``stream`` keeps a sketch of it in less memory.
-2. GR: the formula, its gauge and its damping; see ``cl_bench/rectification.py``. It edits gradients before
-   the optimizer, Adam included. Without GR the gradient of ``A`` alone is projected.
+2. GR: the formula, its gauge and its damping; see ``cl_bench/maths/rectification.py``. It edits gradients
+   before the optimizer, Adam included. Without GR the gradient of ``A`` alone is projected.
 3. ``row_space: safe``: rows of ``A`` are cleared of protected directions at the start of an experience and
    after every step, which makes the update exactly safe under any optimizer. The paper reports a violation
    above zero, so it has no such step; ``free`` is nearer to it.
@@ -39,11 +39,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cl_bench.backbones import Backbone
-from cl_bench.margin import DecoupledMargin
-from cl_bench.measurements import InputSketch, SecondMoments
-from cl_bench.protection import ProtectedStrategy, RowSpace
-from cl_bench.strategy import Batch, TrainingData
+from cl_bench.contracts.margin import DecoupledMargin
+from cl_bench.contracts.protection import ProtectedStrategy, RowSpace
+from cl_bench.contracts.strategy import Batch, TrainingData
+from cl_bench.measure.measurements import InputSketch, SecondMoments
+from cl_bench.network.backbones import Backbone
 
 
 class JanusLoRA(DecoupledMargin, ProtectedStrategy):

@@ -31,12 +31,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cl_bench.backbones import Backbone
-from cl_bench.experience import Experience
-from cl_bench.low_rank import LowRankStrategy
-from cl_bench.measurements import TokenAverages, full_weight_gradients, measure, second_moments
-from cl_bench.strategy import Promises, TrainingData
-from cl_bench.subspace import GPM, principal_output_subspace, principal_subspace
+from cl_bench.contracts.low_rank import LowRankStrategy
+from cl_bench.contracts.strategy import Promises, TrainingData
+from cl_bench.data.experience import Experience
+from cl_bench.maths.subspace import GPM, principal_output_subspace, principal_subspace
+from cl_bench.measure.measurements import TokenAverages, full_weight_gradients, measure, second_moments
+from cl_bench.network.backbones import Backbone
 
 
 class KeepLoRA(LowRankStrategy):

@@ -10,7 +10,7 @@ Departures: None.
 
 from __future__ import annotations
 
-from cl_bench.strategy import Strategy
+from cl_bench.contracts.strategy import Strategy
 
 
 class LinearProbe(Strategy):

@@ -33,17 +33,17 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
-from cl_bench.adapters import LowRank
-from cl_bench.alignment import class_halves, looking_ahead
-from cl_bench.backbones import Backbone
-from cl_bench.heads import GrowingCosine
-from cl_bench.losses import cosface
-from cl_bench.low_rank import LowRankStrategy
-from cl_bench.measurements import second_moments
-from cl_bench.ranks import from_first, part, totals
-from cl_bench.recalibration import Recalibration, recalibration
-from cl_bench.strategy import Batch, Promises, TrainingData
-from cl_bench.subspace import generalised_directions, leading_directions
+from cl_bench.contracts.low_rank import LowRankStrategy
+from cl_bench.contracts.strategy import Batch, Promises, TrainingData
+from cl_bench.maths.losses import cosface
+from cl_bench.maths.recalibration import Recalibration, recalibration
+from cl_bench.maths.subspace import generalised_directions, leading_directions
+from cl_bench.measure.alignment import class_halves, looking_ahead
+from cl_bench.measure.measurements import second_moments
+from cl_bench.network.adapters import LowRank
+from cl_bench.network.backbones import Backbone
+from cl_bench.network.heads import GrowingCosine
+from cl_bench.processes.ranks import from_first, part, totals
 
 
 class LoDA(LowRankStrategy):

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from cl_bench.backbones import Backbone
-from cl_bench.low_rank import LowRankStrategy
-from cl_bench.strategy import TrainingData
+from cl_bench.contracts.low_rank import LowRankStrategy
+from cl_bench.contracts.strategy import TrainingData
+from cl_bench.network.backbones import Backbone
 
 
 class LoRA(LowRankStrategy):

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from cl_bench.backbones import Backbone
-from cl_bench.margin import DecoupledMargin
-from cl_bench.measurements import second_moments
-from cl_bench.protection import ProtectedStrategy
-from cl_bench.strategy import TrainingData
+from cl_bench.contracts.margin import DecoupledMargin
+from cl_bench.contracts.protection import ProtectedStrategy
+from cl_bench.contracts.strategy import TrainingData
+from cl_bench.measure.measurements import second_moments
+from cl_bench.network.backbones import Backbone
 
 
 class LoRAGPM(DecoupledMargin, ProtectedStrategy):

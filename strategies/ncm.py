@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from cl_bench.backbones import Backbone
-from cl_bench.heads import Prototypes
-from cl_bench.measurements import class_means
-from cl_bench.strategy import Strategy, TrainingData
+from cl_bench.contracts.strategy import Strategy, TrainingData
+from cl_bench.measure.measurements import class_means
+from cl_bench.network.backbones import Backbone
+from cl_bench.network.heads import Prototypes
 
 
 class NearestClassMean(Strategy):

@@ -12,14 +12,14 @@ import torch
 import wandb
 from PIL import Image
 
-from cl_bench.callbacks import StreamMetrics
-from cl_bench.cli import main
-from cl_bench.results import FILE_NAME, read
+from cl_bench.__main__ import main
+from cl_bench.loop.callbacks import StreamMetrics
+from cl_bench.results.result import FILE_NAME, read
 
 THROW_AWAY = '''
 from torch import Tensor
 
-from cl_bench.strategy import Strategy
+from cl_bench.contracts.strategy import Strategy
 
 
 class Sharpened(Strategy):
@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_shape_says_what_differs(
 ) -> None:
     from safetensors.torch import save_file
 
-    from cl_bench.backbones import Backbone
+    from cl_bench.network.backbones import Backbone
 
     options = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 2}
     save_file(

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.configuration import layers, resolve
-from cl_bench.results import Result
-from cl_bench.run import run
+from cl_bench.results.result import Result
+from cl_bench.run.configuration import layers, resolve
+from cl_bench.run.run import run
 
 pytestmark = pytest.mark.soak
 

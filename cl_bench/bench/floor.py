@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_bench.adapters import AdaptedLinear
 from cl_bench.bench.memory import held_bytes
-from cl_bench.datamodule import Batch
-from cl_bench.frozen import Frozen
-from cl_bench.strategy import Strategy
+from cl_bench.contracts.datamodule import Batch
+from cl_bench.contracts.strategy import Strategy
+from cl_bench.network.adapters import AdaptedLinear
+from cl_bench.network.frozen import Frozen
 
 _LEARNING_RATE = 1e-4
 _COPIES = 3  # of a trained tensor: itself, and the two averages of Adam

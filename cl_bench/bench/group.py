@@ -10,19 +10,19 @@ from typing import NamedTuple
 import torch
 from torch.utils.benchmark import Measurement
 
-from cl_bench.adapters import AdaptedLinear, LowRank
 from cl_bench.bench.floor import Floor
 from cl_bench.bench.memory import Peak
 from cl_bench.bench.subject import Between, Subject
 from cl_bench.bench.table import Row
 from cl_bench.bench.timing import Spread, alternating, ratios, spread
 from cl_bench.bench.turn import turn
-from cl_bench.datamodule import Batch
-from cl_bench.frozen import Frozen
-from cl_bench.low_rank import LowRankStrategy
-from cl_bench.measurements import SecondMoments, measure
-from cl_bench.schema import Config
-from cl_bench.strategy import Strategy
+from cl_bench.contracts.datamodule import Batch
+from cl_bench.contracts.low_rank import LowRankStrategy
+from cl_bench.contracts.strategy import Strategy
+from cl_bench.measure.measurements import SecondMoments, measure
+from cl_bench.network.adapters import AdaptedLinear, LowRank
+from cl_bench.network.frozen import Frozen
+from cl_bench.run.schema import Config
 
 EARLY, LATE = 2, 20
 """Numbers of the experiences whose steps are compared, at the smallest batch: it hides a fixed cost least."""

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from cl_bench.datamodule import Batch
+from cl_bench.contracts.datamodule import Batch
 
 _Context = AbstractContextManager[object]
 _ENDLESS = 10**9  # batches; without a length, Lightning fetches each before the step on the one before

@@ -11,11 +11,11 @@ from torch.utils.benchmark import timer
 from torch.utils.data import DataLoader
 
 from cl_bench.bench.handover import Handover
-from cl_bench.datamodule import Batch, Sources, StreamDataModule
-from cl_bench.experience import Experience
-from cl_bench.images import PixelSource
-from cl_bench.stream import Stream, Transform
-from cl_bench.views import Preset, preset
+from cl_bench.contracts.datamodule import Batch, Sources, StreamDataModule
+from cl_bench.data.experience import Experience
+from cl_bench.data.images import PixelSource
+from cl_bench.data.stream import Stream, Transform
+from cl_bench.data.views import Preset, preset
 
 _STORED = 256 / 224  # height of an image as a cache keeps it, over that of a view
 

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from cl_bench.bench.handover import SteppedTraining
 from cl_bench.bench.memory import Peak, held_bytes
 from cl_bench.bench.stream import NoiseStream
-from cl_bench.callbacks import StreamMetrics
-from cl_bench.configuration import CONFIGS, Configuration, config_file, load, resolve
-from cl_bench.datamodule import Batch
-from cl_bench.results import Protocol, Result
-from cl_bench.schema import Config
-from cl_bench.subspace import GPM
+from cl_bench.contracts.datamodule import Batch
+from cl_bench.loop.callbacks import StreamMetrics
+from cl_bench.maths.subspace import GPM
+from cl_bench.results.result import Protocol, Result
+from cl_bench.run.configuration import CONFIGS, Configuration, config_file, load, resolve
+from cl_bench.run.schema import Config
 
 _PROTECTED = 0.75  # of all directions, after the last experience
 _ROUNDING = 1e-6  # a share of energy that a basis kept in float32 may miss of itself

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cl_bench.configuration import Configuration
+    from cl_bench.run.configuration import Configuration
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Cell:
 
     def configuration(self) -> Configuration:
         """Resolve the cell."""
-        from cl_bench.configuration import layers, resolve
+        from cl_bench.run.configuration import layers, resolve
 
         return resolve(layers(self.strategy, self.dataset), self.overrides)
 

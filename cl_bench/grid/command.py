@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cl_bench.configuration import Configuration
 from cl_bench.grid.cell import Cell
 from cl_bench.grid.cells import read_grid
 from cl_bench.grid.engine import Engine
 from cl_bench.grid.sharing import require_shared
 from cl_bench.grid.work import Ending, Job
-from cl_bench.results import FILE_NAME, read
-from cl_bench.run import finished
+from cl_bench.results.result import FILE_NAME, read
+from cl_bench.run.configuration import Configuration
+from cl_bench.run.run import finished
 
 
 @dataclass(frozen=True, eq=False)

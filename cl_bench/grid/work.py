@@ -16,14 +16,14 @@ from datetime import datetime
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from cl_bench.claim import Held
 from cl_bench.errors import sentence
 from cl_bench.grid.cell import Cell
+from cl_bench.run.claim import Held
 
 LOG_NAME = "log.txt"
 
 # Importing the stack takes seconds; a cell forked from a process that has done so starts in milliseconds.
-_PRELOAD = ["cl_bench.run", "cl_bench.grid.work", "avalanche.benchmarks", "sklearn.datasets", "timm"]
+_PRELOAD = ["cl_bench.run.run", "cl_bench.grid.work", "avalanche.benchmarks", "sklearn.datasets", "timm"]
 _FAREWELL_SECONDS = 30.0
 _BURIAL_SECONDS = 1.0  # a forkserver that is killed is replaced once it is gone from the process table
 
@@ -109,7 +109,7 @@ def in_this_process(job: Job) -> Ending:
 
     Nothing is raised but SystemExit, by which submitit ends a job that it has queued again.
     """
-    from cl_bench.run import RunFailed, quiet, run  # seconds, in a process that only hands cells on
+    from cl_bench.run.run import RunFailed, quiet, run  # seconds, in a process that only hands cells on
 
     job.folder.mkdir(parents=True, exist_ok=True)
     # Another process may be running the cell, and writing there.

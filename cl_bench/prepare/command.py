@@ -11,8 +11,10 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from cl_bench import manifest
-from cl_bench.manifest import Variant
+from cl_bench.data import manifest
+from cl_bench.data.manifest import Variant
+from cl_bench.data.published import imagenet100
+from cl_bench.data.published.imagenet100 import Classes
 from cl_bench.prepare import imagenet
 from cl_bench.prepare.archives import Advance, Archive, human, require_whole
 from cl_bench.prepare.download import PATIENCE, Patience, download, partial
@@ -27,8 +29,6 @@ from cl_bench.prepare.recipes import (
 )
 from cl_bench.prepare.scanning import scan
 from cl_bench.prepare.unpacking import STAGING, require_space, unpack
-from cl_bench.published import imagenet100
-from cl_bench.published.imagenet100 import Classes
 from cl_bench.spelling import suggestion
 
 _LOCK = ".preparing"

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from cl_bench.data.published import imagenet100
+from cl_bench.data.published.imagenet100 import Split
 from cl_bench.prepare.archives import (
     IMAGENET_DEVKIT,
     IMAGENET_TRAIN,
@@ -24,8 +26,6 @@ from cl_bench.prepare.archives import (
     require_whole,
 )
 from cl_bench.prepare.unpacking import require_space, staging, unpack_tar
-from cl_bench.published import imagenet100
-from cl_bench.published.imagenet100 import Split
 
 INSTRUCTIONS = f"""ImageNet-1k cannot be fetched without an account. What to do, once:
   1. Register at https://image-net.org/download-images and accept its terms.

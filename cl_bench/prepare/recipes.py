@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cl_bench.filelists import fingerprint
-from cl_bench.images import PixelSource, require_files
-from cl_bench.manifest import Scanned, Variant, images_sha256
+from cl_bench.data.filelists import fingerprint
+from cl_bench.data.images import PixelSource, require_files
+from cl_bench.data.manifest import Scanned, Variant, images_sha256
+from cl_bench.data.published import cifar100, domainnet, imagenet100, imagenet_r
+from cl_bench.data.published.imagenet100 import Classes, Split
 from cl_bench.prepare.archives import CIFAR100, DOMAINNET, IMAGENET_R, Archive
-from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
-from cl_bench.published.imagenet100 import Classes, Split
 
 Images = Mapping[str, Scanned]
 """What was scanned, by path below the root."""

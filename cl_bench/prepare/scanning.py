@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from cl_bench.manifest import Scanned
+from cl_bench.data.manifest import Scanned
 
 _AT_A_TIME = 64  # files in one task
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from cl_bench.metrics import DEFINITIONS
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.latex import latex
 from cl_bench.report.markdown import markdown
@@ -18,7 +17,8 @@ from cl_bench.report.page import page
 from cl_bench.report.pictures import pictures
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables
-from cl_bench.results import FILE_NAME, Result, read_all
+from cl_bench.results.metrics import DEFINITIONS
+from cl_bench.results.result import FILE_NAME, Result, read_all
 from cl_bench.spelling import suggestion
 
 Format = Literal["md", "latex", "csv", "json", "html"]
@@ -70,7 +70,8 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
         format: ``md`` for Markdown to read, ``latex`` for a paper, ``csv`` for one statistic a line, ``json``
             for one tree of everything, ``html`` for one page that opens from disk. Pictures come with the
             first two.
-        metrics: Names of the metrics shown, as in :data:`cl_bench.metrics.DEFINITIONS`; None for ``METRICS``.
+        metrics: Names of the metrics shown, as in :data:`cl_bench.results.metrics.DEFINITIONS`; None for
+            ``METRICS``.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no result in it.

@@ -11,7 +11,7 @@ from typing import Any
 
 from cl_bench.report.settings import differences, distinguishing, flat, plain, short_names, shortened
 from cl_bench.report.statistics import Statistic, statistic
-from cl_bench.results import COSTS, Regime, Result, Row
+from cl_bench.results.result import COSTS, Regime, Result, Row
 
 RANKING = "acc/sample"
 """Metric by which entries are ordered."""

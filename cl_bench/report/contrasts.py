@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cl_bench.metrics import HIGHER_IS_BETTER
 from cl_bench.report.comparison import Block, Comparison, Entry
 from cl_bench.report.statistics import (
     LEVEL,
@@ -21,6 +20,7 @@ from cl_bench.report.statistics import (
     smallest_p,
     statistic,
 )
+from cl_bench.results.metrics import HIGHER_IS_BETTER
 
 NOISE = "possibly noise"
 """Verdict on a difference whose interval holds zero."""

@@ -13,7 +13,7 @@ from cl_bench.report.markdown import HOW_TO_READ_DIFFERENCES, p_value, quantity
 from cl_bench.report.sentences import absent, compared, definitions, protocol_differences
 from cl_bench.report.statistics import TOO_SMALL
 from cl_bench.report.tables import COST_HEADINGS, INCOMPLETE, SHORT_NAMES, UNDEFINED, Row, Table
-from cl_bench.results import COSTS
+from cl_bench.results.result import COSTS
 
 _DAGGER = r"$^\dagger$"
 

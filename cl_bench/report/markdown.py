@@ -17,7 +17,7 @@ from cl_bench.report.sentences import (
 )
 from cl_bench.report.statistics import BOOTSTRAP_BLOCKS, PERMUTATION_BLOCKS, TOO_SMALL, Interval, Statistic
 from cl_bench.report.tables import COST_HEADINGS, INCOMPLETE, UNDEFINED, UPPER_BOUND, Row, Table
-from cl_bench.results import COSTS
+from cl_bench.results.result import COSTS
 
 HOW_TO_READ_DIFFERENCES = (
     "Δ is the first line minus the second on the seeds and class orders that both finished, with Student's "

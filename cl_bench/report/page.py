@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_bench import __version__
-from cl_bench.metrics import DEFINITIONS, HIGHER_IS_BETTER, accuracy_matrix, incremental_accuracy
 from cl_bench.report.comparison import Comparison, Entry
 from cl_bench.report.contrasts import Contrast
 from cl_bench.report.markdown import HOW_TO_READ_DIFFERENCES
@@ -26,7 +25,8 @@ from cl_bench.report.sentences import absences, compared, mixed_provenance, prot
 from cl_bench.report.settings import flat
 from cl_bench.report.statistics import statistic
 from cl_bench.report.tables import COST_HEADINGS, SHORT_NAMES, Table
-from cl_bench.results import COSTS, Result
+from cl_bench.results.metrics import DEFINITIONS, HIGHER_IS_BETTER, accuracy_matrix, incremental_accuracy
+from cl_bench.results.result import COSTS, Result
 
 Array = npt.NDArray[np.float64]
 Json = dict[str, Any]

@@ -22,9 +22,9 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cl_bench.metrics import accuracy_matrix, incremental_accuracy
 from cl_bench.report.comparison import RANKING, Comparison, Entry
 from cl_bench.report.sentences import backbone, counted
+from cl_bench.results.metrics import accuracy_matrix, incremental_accuracy
 
 MOST_DRAWN = 16
 """Entries in one picture: more cannot be told apart."""

@@ -14,7 +14,7 @@ from cl_bench.report.contrasts import Contrast
 from cl_bench.report.sentences import absences, definitions, mixed_provenance, protocol_differences
 from cl_bench.report.statistics import CONFIDENCE, Interval, Statistic
 from cl_bench.report.tables import Table
-from cl_bench.results import COSTS
+from cl_bench.results.result import COSTS
 
 _KEYS = ["benchmark", "fingerprint"]
 _SUMMARY = ["mean", "std", "n", "low", "high"]

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_bench import metrics
 from cl_bench.report.comparison import DISAGREEING, Block, Comparison
 from cl_bench.report.settings import differences, flat, plain, shortened
-from cl_bench.results import Result
+from cl_bench.results import metrics
+from cl_bench.results.result import Result
 
 PROVENANCE = ("python", "versions", "commit", "device", "threads", "images_sha256")
 """Parts of the provenance that are footnoted when mixed; times are always mixed."""

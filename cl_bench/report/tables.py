@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cl_bench.metrics import HIGHER_IS_BETTER
 from cl_bench.report.comparison import RANKING, Comparison, Entry
 from cl_bench.report.contrasts import Contrast, against, contrasts, corrected
 from cl_bench.report.statistics import NO_VALUES, Statistic
-from cl_bench.results import COSTS, PHASES, digest
+from cl_bench.results.metrics import HIGHER_IS_BETTER
+from cl_bench.results.result import COSTS, PHASES, digest
 
 UNDEFINED = "–"
 """What a cell says of a metric that does not exist, or a cost that was not measured."""

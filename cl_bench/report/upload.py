@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import wandb
 
-from cl_bench import dashboard
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.sentences import counted
-from cl_bench.results import Result
+from cl_bench.results import dashboard
+from cl_bench.results.result import Result
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils.benchmark import Measurement, TaskSpec
 
+from cl_bench.__main__ import REFUSED, main
 from cl_bench.bench import command, group, timing
 from cl_bench.bench.command import Wanted, bench
 from cl_bench.bench.table import Bench, Row
-from cl_bench.cli import REFUSED, main
 
 BACKBONE = {
     "model": "vision_transformer",
@@ -171,7 +171,7 @@ def test_a_turn_is_dearer_than_its_checkpoints(found: Bench) -> None:
 
 def test_the_verb_needs_neither_data_nor_avalanche(checkout: Path) -> None:
     code = (
-        "import sys; from cl_bench.cli import main\n"
+        "import sys; from cl_bench.__main__ import main\n"
         "words = '--strategy lora --backbone small --batch 4 --rounds 1 --precision 32-true --threads 1'\n"
         "assert main(['bench', *words.split(), '--json']) == 0\n"
         "assert 'avalanche' not in sys.modules"

@@ -7,7 +7,7 @@ import torch
 
 from cl_bench.bench.floor import Floor
 from cl_bench.bench.subject import Subject
-from cl_bench.heads import GrowingLinear
+from cl_bench.network.heads import GrowingLinear
 
 
 @pytest.mark.parametrize("stem", ["lora", "inflora", "keeplora"])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from cl_bench.bench.turn import Turn, turn
-from cl_bench.checkpoint import FOLDER_NAME, Checkpoints
-from cl_bench.results import FILE_NAME
-from cl_bench.run import quiet
-from cl_bench.schema import Config
+from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
+from cl_bench.results.result import FILE_NAME
+from cl_bench.run.run import quiet
+from cl_bench.run.schema import Config
 from strategies.lora import LoRA
 
 

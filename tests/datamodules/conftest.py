@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
+from cl_bench.data.published import cifar100, domainnet, imagenet100, imagenet_r
 
 CIFAR_TRAIN, CIFAR_TEST = 5, 2
 """Images of each class."""

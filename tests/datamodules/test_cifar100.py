@@ -9,8 +9,8 @@ import torch
 from avalanche.benchmarks.classic import SplitCIFAR100
 from torchvision import datasets
 
-from cl_bench.published import cifar100
-from cl_bench.stream import class_order
+from cl_bench.data.published import cifar100
+from cl_bench.data.stream import class_order
 from datamodules.cifar100 import Cifar100
 
 

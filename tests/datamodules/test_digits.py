@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from cl_bench.datamodule import ArraySource, Batch
+from cl_bench.contracts.datamodule import ArraySource, Batch
 from datamodules.digits import Digits
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cl_bench.backbones import Backbone
-from cl_bench.published import domainnet
-from cl_bench.results import FILE_NAME, read
-from cl_bench.trainer import StreamTrainer
+from cl_bench.data.published import domainnet
+from cl_bench.loop.trainer import StreamTrainer
+from cl_bench.network.backbones import Backbone
+from cl_bench.results.result import FILE_NAME, read
 from datamodules.domainnet import DomainNet
 from strategies.ncm import NearestClassMean
 

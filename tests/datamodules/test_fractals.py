@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cl_bench.embedded import scenes
-from cl_bench.embedded.attractors import Systems, random_systems
-from cl_bench.embedded.scenes import random_scenes
+from cl_bench.data.attractors import Systems, random_systems
+from cl_bench.prepare.pretraining import scenes
+from cl_bench.prepare.pretraining.scenes import random_scenes
 from datamodules import fractals
 from datamodules.fractals import Fractals
 

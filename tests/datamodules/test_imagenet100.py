@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from cl_bench.published import imagenet100
-from cl_bench.published.imagenet100 import VARIANTS, Classes
+from cl_bench.data.published import imagenet100
+from cl_bench.data.published.imagenet100 import VARIANTS, Classes
 from datamodules.imagenet100 import ImageNet100
 
 

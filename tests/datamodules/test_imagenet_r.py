@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cl_bench.images import FileSource
-from cl_bench.published import imagenet_r
-from cl_bench.published.imagenet_r import SPLITS, Split
+from cl_bench.data.images import FileSource
+from cl_bench.data.published import imagenet_r
+from cl_bench.data.published.imagenet_r import SPLITS, Split
 from datamodules.imagenet_r import ImageNetR
 
 

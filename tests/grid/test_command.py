@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.cli import INTERRUPTED, main
+from cl_bench.__main__ import INTERRUPTED, main
 from cl_bench.grid.cells import read_grid
 from cl_bench.grid.command import known
 from cl_bench.grid.local import LocalEngine
 from cl_bench.grid.work import Ending
-from cl_bench.results import FILE_NAME, read
+from cl_bench.results.result import FILE_NAME, read
 
 STRATEGIES = """
 import os

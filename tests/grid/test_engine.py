@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.cli import main
-from cl_bench.results import FILE_NAME
+from cl_bench.__main__ import main
+from cl_bench.results.result import FILE_NAME
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from cl_bench.cli import main
-from cl_bench.continuation import resumption
+from cl_bench.__main__ import main
 from cl_bench.grid.cell import Cell
 from cl_bench.grid.ray import RayEngine
 from cl_bench.grid.work import Job
-from cl_bench.results import FILE_NAME, Result, read
+from cl_bench.loop.continuation import resumption
+from cl_bench.results.result import FILE_NAME, Result, read
 
 # On the node whose raylet the file `doomed` names, the third cell to start never ends its second experience.
 STRATEGY = """

@@ -9,7 +9,7 @@ from rich.console import Console
 from cl_bench.grid.cells import read_grid
 from cl_bench.grid.command import known, run_waiting
 from cl_bench.grid.slurm import SlurmEngine
-from cl_bench.results import FILE_NAME, read
+from cl_bench.results.result import FILE_NAME, read
 
 STRATEGY = """
 import os

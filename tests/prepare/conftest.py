@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from cl_bench.data.published import imagenet100
 from cl_bench.prepare.archives import Archive
 from cl_bench.prepare.download import Patience
-from cl_bench.published import imagenet100
 
 Fault = str | tuple[str, int]
 

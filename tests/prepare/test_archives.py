@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cl_bench.data.published import domainnet
 from cl_bench.prepare import archives
 from cl_bench.prepare.archives import Archive, require_whole
-from cl_bench.published import domainnet
 
 CONTENT = b"a small archive"
 PUBLISHED = Archive(

@@ -20,15 +20,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from cl_bench import manifest
-from cl_bench.cli import main
-from cl_bench.filelists import fingerprint
+from cl_bench.__main__ import main
+from cl_bench.data import manifest
+from cl_bench.data.filelists import fingerprint
+from cl_bench.data.published import cifar100, domainnet, imagenet100, imagenet_r
 from cl_bench.prepare.archives import Archive
 from cl_bench.prepare.command import prepare
 from cl_bench.prepare.download import Patience
 from cl_bench.prepare.recipes import RECIPES
 from cl_bench.prepare.unpacking import STAGING
-from cl_bench.published import cifar100, domainnet, imagenet100, imagenet_r
 from datamodules.cifar100 import Cifar100
 from datamodules.domainnet import DomainNet
 from datamodules.imagenet100 import ImageNet100
@@ -350,7 +350,7 @@ from rich.console import Console
 from cl_bench.prepare.archives import Archive
 from cl_bench.prepare.command import prepare
 from cl_bench.prepare.recipes import RECIPES
-from cl_bench.published import domainnet
+from cl_bench.data.published import domainnet
 
 archives = tuple(Archive(**archive) for archive in json.loads(Path(sys.argv[1]).read_text()))
 domainnet.LIST_MD5.update({archive.name: archive.md5 for archive in archives if not archive.unpacks})

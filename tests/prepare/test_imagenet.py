@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
+from cl_bench.data.published import imagenet100
 from cl_bench.prepare import imagenet
 from cl_bench.prepare.imagenet import NotThere, build
-from cl_bench.published import imagenet100
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 TRUTH = [2, 3, 1, 2]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cl_bench.manifest import Scanned
+from cl_bench.data.manifest import Scanned
 from cl_bench.prepare.scanning import scan
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cl_bench.results import Cost, Protocol, Regime, Result, Row, Status
+from cl_bench.results.result import Cost, Protocol, Regime, Result, Row, Status
 
 Made = Callable[..., Result]
 

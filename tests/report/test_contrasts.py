@@ -10,7 +10,7 @@ import scipy.stats
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.contrasts import Contrast, against, contrasts, corrected
 from cl_bench.report.tables import tables
-from cl_bench.results import Result
+from cl_bench.results.result import Result
 
 Made = Callable[..., Result]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.latex import escaped, latex
 from cl_bench.report.tables import tables
-from cl_bench.results import Result
+from cl_bench.results.result import Result
 
 Made = Callable[..., Result]
 

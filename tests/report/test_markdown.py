@@ -6,7 +6,7 @@ from itertools import takewhile
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.markdown import markdown
 from cl_bench.report.tables import tables
-from cl_bench.results import Result
+from cl_bench.results.result import Result
 
 Made = Callable[..., Result]
 

@@ -19,7 +19,7 @@ from cl_bench.report import report
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.page import page
 from cl_bench.report.tables import tables
-from cl_bench.results import Result
+from cl_bench.results.result import Result
 
 Drawn = Callable[..., Result]
 Browser = webdriver.Chrome

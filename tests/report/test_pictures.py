@@ -14,7 +14,7 @@ from matplotlib.image import imread
 
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.pictures import MOST_DRAWN, curves, matrices, pictures, spread
-from cl_bench.results import Result
+from cl_bench.results.result import Result
 
 Made = Callable[..., Result]
 

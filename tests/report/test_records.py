@@ -8,7 +8,7 @@ from collections.abc import Callable
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import tables
-from cl_bench.results import COSTS, Result
+from cl_bench.results.result import COSTS, Result
 
 Made = Callable[..., Result]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.cli import main
+from cl_bench.__main__ import main
 from cl_bench.report import FORMATS, Format, report
-from cl_bench.results import Result
+from cl_bench.results.result import Result
 
 Made = Callable[..., Result]
 

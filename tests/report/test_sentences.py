@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cl_bench.metrics import DEFINITIONS
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.sentences import (
     absent,
@@ -12,7 +11,8 @@ from cl_bench.report.sentences import (
     mixed_provenance,
     protocol_differences,
 )
-from cl_bench.results import Result
+from cl_bench.results.metrics import DEFINITIONS
+from cl_bench.results.result import Result
 
 Made = Callable[..., Result]
 

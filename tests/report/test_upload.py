@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cl_bench.report.upload import Uploaded, upload
-from cl_bench.results import Result
+from cl_bench.results.result import Result
 
 Drawn = Callable[..., Result]
 
@@ -129,7 +129,7 @@ def test_the_command_line_uploads_without_torch(
 ) -> None:
     results[0].write(tmp_path / "one")
     program = (
-        "import sys; from cl_bench.cli import main; "
+        "import sys; from cl_bench.__main__ import main; "
         f"main(['report', {str(tmp_path)!r}, '--format', 'csv', '--wandb', 'demo']); "
         "print('torch' in sys.modules)"
     )

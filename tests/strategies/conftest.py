@@ -10,11 +10,11 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from cl_bench.backbones import Backbone
-from cl_bench.results import Result
-from cl_bench.strategy import Strategy
-from cl_bench.subspace import GPM
-from cl_bench.trainer import StreamTrainer
+from cl_bench.contracts.strategy import Strategy
+from cl_bench.loop.trainer import StreamTrainer
+from cl_bench.maths.subspace import GPM
+from cl_bench.network.backbones import Backbone
+from cl_bench.results.result import Result
 from datamodules.toy import Toy
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from cl_bench.backbones import Backbone
-from cl_bench.rectification import relative_violation
-from cl_bench.strategy import TrainingData
-from cl_bench.subspace import leading_directions
+from cl_bench.contracts.strategy import TrainingData
+from cl_bench.maths.rectification import relative_violation
+from cl_bench.maths.subspace import leading_directions
+from cl_bench.network.backbones import Backbone
 from strategies.inflora import InfLoRA
 
 Walking = Callable[..., Any]

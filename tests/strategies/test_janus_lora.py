@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from cl_bench.backbones import Backbone
-from cl_bench.measurements import class_means, full_weight_gradients
-from cl_bench.rectification import relative_violation
-from cl_bench.strategy import Batch, TrainingData
-from cl_bench.subspace import GPM
+from cl_bench.contracts.strategy import Batch, TrainingData
+from cl_bench.maths.rectification import relative_violation
+from cl_bench.maths.subspace import GPM
+from cl_bench.measure.measurements import class_means, full_weight_gradients
+from cl_bench.network.backbones import Backbone
 from strategies.janus_lora import JanusLoRA
 from strategies.lora import LoRA
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_bench.backbones import Backbone
-from cl_bench.experience import Experience
-from cl_bench.heads import GrowingLinear
-from cl_bench.measurements import full_weight_gradients
-from cl_bench.strategy import TrainingData
-from cl_bench.subspace import principal_output_subspace, principal_subspace
+from cl_bench.contracts.strategy import TrainingData
+from cl_bench.data.experience import Experience
+from cl_bench.maths.subspace import principal_output_subspace, principal_subspace
+from cl_bench.measure.measurements import full_weight_gradients
+from cl_bench.network.backbones import Backbone
+from cl_bench.network.heads import GrowingLinear
 from strategies.keeplora import KeepLoRA
 
 Walking = Callable[..., Any]

@@ -1,7 +1,7 @@
 import torch
 
-from cl_bench.backbones import Backbone
-from cl_bench.experience import Experience
+from cl_bench.data.experience import Experience
+from cl_bench.network.backbones import Backbone
 from strategies.linear_probe import LinearProbe
 
 

@@ -7,9 +7,9 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from cl_bench.backbones import Backbone
-from cl_bench.experience import Experience
-from cl_bench.strategy import Batch, TrainingData
+from cl_bench.contracts.strategy import Batch, TrainingData
+from cl_bench.data.experience import Experience
+from cl_bench.network.backbones import Backbone
 from strategies.loda import LoDA
 
 Walking = Callable[..., Any]

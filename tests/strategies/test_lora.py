@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_bench.backbones import Backbone
-from cl_bench.experience import Experience
+from cl_bench.data.experience import Experience
+from cl_bench.network.backbones import Backbone
 from strategies.lora import LoRA
 
 FIRST, SECOND = Experience(0, 2, range(3)), Experience(1, 2, range(3, 5))

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from cl_bench.backbones import Backbone
-from cl_bench.losses import decoupled_margin
-from cl_bench.measurements import second_moments
-from cl_bench.rectification import relative_violation
-from cl_bench.strategy import TrainingData
+from cl_bench.contracts.strategy import TrainingData
+from cl_bench.maths.losses import decoupled_margin
+from cl_bench.maths.rectification import relative_violation
+from cl_bench.measure.measurements import second_moments
+from cl_bench.network.backbones import Backbone
 from strategies.lora_gpm import LoRAGPM
 
 Walking = Callable[..., Any]

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_bench.backbones import Backbone
-from cl_bench.experience import Experience
+from cl_bench.data.experience import Experience
+from cl_bench.network.backbones import Backbone
 from strategies.ncm import NearestClassMean
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from cl_bench.backbones import Backbone
-from cl_bench.experience import Experience
-from cl_bench.strategy import Strategy
+from cl_bench.contracts.strategy import Strategy
+from cl_bench.data.experience import Experience
+from cl_bench.network.backbones import Backbone
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
 from strategies.keeplora import KeepLoRA

@@ -1,0 +1,99 @@
+"""A stream of generated images that knows which of them were looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from cl_bench.contracts.datamodule import ArraySource, Sources, StreamDataModule
+from cl_bench.data.experience import Experience
+from cl_bench.data.stream import Transform
+
+CLASSES_PER_EXPERIENCE = 2
+IMAGES_PER_CLASS = 6
+TEST_IMAGES_PER_CLASS = 3
+
+
+class WatchedSource(ArraySource):
+    """A source that remembers which images were read.
+
+    Attributes:
+        read: Indices of the images read since the set was last cleared.
+    """
+
+    def __init__(self, images: Tensor, targets: list[int]) -> None:
+        super().__init__(images, targets)
+        self.read: set[int] = set()
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return image ``index`` (3, H, W) with its label, and remember that it was read."""
+        self.read.add(index)
+        return super().__getitem__(index)
+
+
+class TinyStream(StreamDataModule):
+    """Slopes of one colour a class, without noise: what layers see of them spans few directions.
+
+    So a memory that only grows has room for many experiences although the transformer is small. No two images
+    are equal, and nothing is drawn in training, so an image is known by its pixels wherever it appears. The
+    training images of an experience fit into one batch.
+
+    Args:
+        num_experiences: Number of experiences, of two classes each.
+        image_size: Height and width of the images, in pixels.
+        batch_size: Images in a batch of training.
+        kwargs: As in every dataset.
+    """
+
+    name = "tiny"
+    decoding = "generated, uint8 RGB"
+
+    def __init__(
+        self,
+        *,
+        num_experiences: int = 4,
+        image_size: int = 8,
+        batch_size: int = CLASSES_PER_EXPERIENCE * IMAGES_PER_CLASS,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_experiences=num_experiences, image_size=image_size, batch_size=batch_size, **kwargs
+        )
+        self.num_classes = CLASSES_PER_EXPERIENCE * num_experiences
+        colours = np.random.RandomState(0).uniform(0.3, 1, (self.num_classes, 3, 1, 1))
+        self.train = self._slopes(colours, IMAGES_PER_CLASS, 0.6, 1)
+        self.test = self._slopes(colours, TEST_IMAGES_PER_CLASS, 0.63, 0.97)
+
+    def sources(self) -> Sources:
+        """Return the images that were generated."""
+        return Sources(self.train, self.test, [f"slope {label}" for label in range(self.num_classes)])
+
+    def train_transform(self) -> Transform:
+        """Change nothing."""
+        return self.test_transform()
+
+    def test_transform(self) -> Transform:
+        """Change nothing."""
+        transform: Transform = v2.Compose([v2.ToDtype(torch.float32, scale=True)])
+        return transform
+
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """Return all test images (N, 3, H, W) and their labels (N,)."""
+        return self.test_transform()(self.test.images), torch.tensor(self.test.targets)
+
+    def training_images(self, experience: Experience) -> set[int]:
+        """Return the indices of the training images of ``experience``."""
+        return {index for index, label in enumerate(self.train.targets) if label in experience.classes}
+
+    def _slopes(self, colours: Any, number: int, darkest: float, brightest: float) -> WatchedSource:
+        """Return ``number`` images of each class, which differ in brightness."""
+        labels = np.repeat(np.arange(len(colours)), number)
+        brightness = np.tile(np.linspace(darkest, brightest, number), len(colours)).reshape(-1, 1, 1, 1)
+        slope = np.linspace(0.5, 1, self.image_size)
+        pictures = colours[labels] * brightness * np.broadcast_to(slope, (3, len(slope), len(slope)))
+        pixels = np.rint(255 * pictures).astype(np.uint8)
+        return WatchedSource(torch.from_numpy(pixels), labels.tolist())

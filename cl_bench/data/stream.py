@@ -1,0 +1,315 @@
+"""Class orders, the sizes of experiences, and dealing a dataset into a stream.
+
+The stream is made of Avalanche's own objects. Nothing else in the suite sees Avalanche, and it is imported
+only when a stream is dealt.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from cl_bench.data.experience import Experience
+from cl_bench.results.result import digest
+from cl_bench.spelling import by_likeness
+
+Indices = npt.NDArray[np.int64]
+Transform = Callable[[Any], Tensor]
+"""From a decoded image to a float tensor (3, H, W) in [0, 1]."""
+
+_LARGEST_NUMPY_SEED = 2**32 - 1
+
+
+class Source(Protocol):
+    """Labelled images, decoded and not yet transformed."""
+
+    @property
+    def targets(self) -> Sequence[int]:
+        """Original label of every image; reading them decodes nothing."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 of what identifies the images: the list of files, or the bytes of an array."""
+        ...
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return image ``index``, a PIL image or a tensor (3, H, W), with its original label."""
+        ...
+
+
+def class_order(order: str | Sequence[int], num_classes: int) -> tuple[int, ...]:
+    """Return the original label that stands at each position.
+
+    Args:
+        order: ``identity``; ``numpy:SEED``, the permutation that most published code draws;
+            ``python:SEED``, a shuffle by Python's own generator; or the labels themselves.
+        num_classes: Number of classes of the dataset.
+
+    Raises:
+        ValueError: If the order is unknown, or names other labels than 0 to ``num_classes - 1``, once each.
+
+    >>> class_order("numpy:1993", 100)[:8]
+    (68, 56, 78, 8, 23, 84, 90, 65)
+    >>> class_order([2, 0, 1], 3)
+    (2, 0, 1)
+    """
+    if not isinstance(order, str):
+        return _permutation(order, num_classes)
+    generator, seed = _parts(order)
+    if generator == "numpy":
+        return tuple(np.random.RandomState(seed).permutation(num_classes).tolist())
+    labels = list(range(num_classes))
+    if generator == "python":
+        random.Random(seed).shuffle(labels)
+    return tuple(labels)
+
+
+def order_name(order: str | Sequence[int]) -> str:
+    """Return a short name of ``order`` that can stand in a path; a list is named by a hash of its labels.
+
+    Raises:
+        ValueError: If the order is unknown.
+
+    >>> order_name("numpy:1993"), order_name([2, 0, 1])
+    ('numpy-1993', 'list-a50c12ec')
+    """
+    if not isinstance(order, str):
+        return f"list-{digest([int(label) for label in order])}"
+    generator, seed = _parts(order)
+    return generator if seed is None else f"{generator}-{seed}"
+
+
+def _parts(order: str) -> tuple[str, int | None]:
+    """Return the generator that ``order`` names and its seed; the identity has none."""
+    if order == "identity":
+        return order, None
+    match = re.fullmatch(r"(numpy|python):(\d+)", order, flags=re.ASCII)
+    if match is None:
+        raise ValueError(
+            f"There is no class order {order!r}: did you mean {_nearest_order(order)}? "
+            "An order is identity, numpy:SEED, python:SEED or a list of labels."
+        )
+    generator, seed = match[1], int(match[2])
+    if generator == "numpy" and seed > _LARGEST_NUMPY_SEED:
+        raise ValueError(f"NumPy takes no seed above {_LARGEST_NUMPY_SEED}: choose a lower one than {order}.")
+    return generator, seed
+
+
+def _nearest_order(order: str) -> str:
+    word, digits = re.match(r"\D*", order)[0], re.search(r"\d+", order)  # type: ignore[index]
+    name = by_likeness(word.lower() or "numpy", ["identity", "numpy", "python"])[0]
+    return name if name == "identity" else f"{name}:{digits[0] if digits else 'SEED'}"
+
+
+def _permutation(order: Sequence[int], num_classes: int) -> tuple[int, ...]:
+    labels = tuple(int(label) for label in order)
+    if sorted(labels) == list(range(num_classes)):
+        return labels
+    missing = sorted(set(range(num_classes)) - set(labels))
+    wrong = sorted({label for label in labels if labels.count(label) > 1 or not 0 <= label < num_classes})
+    faults = [f"lacks {_some(missing)}"] * bool(missing) + [f"cannot hold {_some(wrong)}"] * bool(wrong)
+    raise ValueError(
+        f"The class order {' and '.join(faults)}: list each label from 0 to {num_classes - 1} exactly once."
+    )
+
+
+def _some(labels: Sequence[int]) -> str:
+    shown = ", ".join(str(label) for label in labels[:5])
+    return shown if len(labels) <= 5 else f"{shown}, …"
+
+
+def experience_sizes(
+    num_classes: int,
+    num_experiences: int | None = None,
+    num_classes_per_experience: int | Sequence[int] | None = None,
+) -> list[int]:
+    """Return the number of classes that each experience brings; one of the last two arguments says how.
+
+    Args:
+        num_classes: Number of classes of the dataset.
+        num_experiences: Length of a stream of equal experiences.
+        num_classes_per_experience: Size of equal experiences, or one size for each.
+
+    Raises:
+        ValueError: If a class would be left over, or an experience would bring none.
+
+    >>> experience_sizes(345, num_experiences=5)
+    [69, 69, 69, 69, 69]
+    >>> experience_sizes(10, num_classes_per_experience=[6, 4])
+    [6, 4]
+    """
+    require_one_division(num_experiences, num_classes_per_experience)
+    if num_experiences is not None:
+        return _equal_experiences(num_classes, num_experiences)
+    if isinstance(num_classes_per_experience, int):
+        return _experiences_of_size(num_classes, num_classes_per_experience)
+    assert num_classes_per_experience is not None
+    return _listed_experiences(num_classes, num_classes_per_experience)
+
+
+def require_one_division(
+    num_experiences: int | None, num_classes_per_experience: int | Sequence[int] | None
+) -> None:
+    """Refuse a stream that is divided in no way, or in two.
+
+    Raises:
+        ValueError: If not exactly one argument is given.
+    """
+    if num_experiences is None and num_classes_per_experience is None:
+        raise ValueError(
+            "Nothing says how the classes are dealt: give num_experiences or num_classes_per_experience."
+        )
+    if num_experiences is not None and num_classes_per_experience is not None:
+        raise ValueError(
+            f"Both num_experiences ({num_experiences}) and num_classes_per_experience "
+            f"({num_classes_per_experience}) are given: set one of them to null."
+        )
+
+
+def _equal_experiences(num_classes: int, num_experiences: int) -> list[int]:
+    if not 1 <= num_experiences <= num_classes:
+        raise ValueError(
+            f"{num_classes} classes cannot be dealt into {num_experiences} experiences: "
+            f"choose a number from 1 to {num_classes}."
+        )
+    size, remainder = divmod(num_classes, num_experiences)
+    if remainder:
+        raise ValueError(
+            f"{num_classes} classes cannot be dealt evenly into {num_experiences} experiences, {remainder} "
+            f"would remain: choose {_nearest_divisors(num_classes, num_experiences)} experiences, "
+            "or list the sizes in num_classes_per_experience."
+        )
+    return [size] * num_experiences
+
+
+def _experiences_of_size(num_classes: int, size: int) -> list[int]:
+    if not 1 <= size <= num_classes:
+        raise ValueError(
+            f"Experiences of {size} classes cannot be dealt from {num_classes} classes: "
+            f"choose a size from 1 to {num_classes}."
+        )
+    number, remainder = divmod(num_classes, size)
+    if remainder:
+        raise ValueError(
+            f"{num_classes} classes cannot be dealt evenly into experiences of {size}, {remainder} would "
+            f"remain: choose a size of {_nearest_divisors(num_classes, size)}, "
+            "or list the sizes in num_classes_per_experience."
+        )
+    return [size] * number
+
+
+def _listed_experiences(num_classes: int, sizes: Sequence[int]) -> list[int]:
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"The sizes {list(sizes)} leave an experience empty: give each at least one class.")
+    if sum(sizes) != num_classes:
+        raise ValueError(
+            f"The experiences of num_classes_per_experience hold {sum(sizes)} classes and the dataset has "
+            f"{num_classes}: make them sum to {num_classes}."
+        )
+    return list(sizes)
+
+
+def _nearest_divisors(number: int, near: int) -> str:
+    divides = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    return f"{max(d for d in divides if d < near)} or {min(d for d in divides if d > near)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A dataset dealt into experiences.
+
+    Attributes:
+        experiences: In the order in which they are met.
+        train_indices: Training images of each experience, in the order of Avalanche's experience datasets.
+        test_indices: Test images of each experience, likewise.
+        order: Original label at each position.
+        benchmark: Avalanche's ``NCScenario`` over the same images; its labels are positions too.
+    """
+
+    experiences: tuple[Experience, ...]
+    train_indices: tuple[Indices, ...]
+    test_indices: tuple[Indices, ...]
+    order: tuple[int, ...]
+    benchmark: Any
+
+
+def deal(
+    train: Source,
+    test: Source,
+    order: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    train_transform: Transform | None = None,
+    test_transform: Transform | None = None,
+) -> Stream:
+    """Deal the classes, in ``order``, into experiences of the given ``sizes``.
+
+    Args:
+        train: Training images; every class has at least one.
+        test: Test images, likewise.
+        order: Original label at each position.
+        sizes: Number of classes of each experience; they sum to the number of classes.
+        train_transform: What Avalanche's training experiences apply to an image; nothing if None.
+        test_transform: What Avalanche's test experiences apply, likewise.
+
+    Raises:
+        ValueError: If a class has no image, or an image has a label outside the order.
+    """
+    for name, source in (("training", train), ("test", test)):
+        _require_all_classes(name, source, len(order))
+    from avalanche.benchmarks import nc_benchmark
+
+    benchmark = nc_benchmark(
+        train,
+        test,
+        len(sizes),
+        task_labels=False,
+        shuffle=False,
+        fixed_class_order=list(order),
+        per_exp_classes=dict(enumerate(sizes)),
+        class_ids_from_zero_from_first_exp=True,
+        train_transform=train_transform,
+        eval_transform=test_transform,
+    )
+    return Stream(
+        experiences=tuple(
+            Experience(index, len(sizes), range(stop - size, stop))
+            for index, (size, stop) in enumerate(zip(sizes, accumulate(sizes), strict=True))
+        ),
+        train_indices=_arrays(benchmark.train_exps_patterns_assignment),
+        test_indices=_arrays(benchmark.test_exps_patterns_assignment),
+        order=tuple(order),
+        benchmark=benchmark,
+    )
+
+
+def _arrays(assignment: Sequence[Sequence[int]]) -> tuple[Indices, ...]:
+    return tuple(np.asarray(indices, dtype=np.int64) for indices in assignment)
+
+
+def _require_all_classes(name: str, source: Source, num_classes: int) -> None:
+    labels = set(np.unique(np.asarray(source.targets, dtype=np.int64)).tolist())
+    missing, foreign = sorted(set(range(num_classes)) - labels), sorted(labels - set(range(num_classes)))
+    if foreign:
+        raise ValueError(
+            f"The {name} images have labels {_some(foreign)}, which lie outside 0 to {num_classes - 1}: "
+            "number the classes from 0, without a gap."
+        )
+    if missing:
+        raise ValueError(
+            f"The {name} images show none of the classes {_some(missing)}: every class needs at least one "
+            "training image and one test image."
+        )

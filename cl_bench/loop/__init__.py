@@ -1,0 +1,1 @@
+"""The one loop over the experiences, what watches it, and how it resumes."""

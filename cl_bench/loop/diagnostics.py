@@ -1,0 +1,338 @@
+"""What happens inside a model over a stream: measured where it is asked for, and changing no result.
+
+After every experience one pass over its training images, as at test time, gives the second moment of the
+inputs of every adapted layer, the mean feature of each class and the angles between features and prototypes.
+From that and the weights before and after come, for each experience,
+
+* ``violation``: how far the update of each adapted projection, ``ΔW`` (m, n), moves its outputs for the
+  inputs ``X`` (N, n) of all earlier experiences. ``absolute`` is ``‖ΔW Xᵀ‖_F``, which grows with the number
+  of tokens N; ``relative`` is ``‖ΔW Xᵀ‖_F / (‖ΔW‖_F ‖X‖_F)``, in [0, 1], about ``1/√n`` for a random update.
+* ``basis_dims``: how many directions the method protects in each of the matrices that its memory is for.
+* ``danger_score``: mean cosine of a new feature to the nearest old prototype, and ``angular``, for up to 256
+  images evenly spread, that cosine beside the one to the own class's mean. Prototypes are the mean features
+  of old classes as they were when these had just been learnt.
+* ``held_out_ncm``: accuracy of the nearest class mean on classes that are no part of the stream, with the
+  backbone as it was before the experience and as it is after it, a fraction. It says what an experience costs
+  of what pre-training brought. The datamodule's ``held_out_classes`` holds classes out, of each of which
+  at most 32 training images make the mean and at most 32 test images are classified.
+
+Source: the violation score, the danger score and its scatter are diagnostics of JANUS-LoRA,
+https://arxiv.org/abs/2605.28495, which does not say over how many inputs its norm is taken; the scale-free
+form is ours. Accuracy outside of the stream is what KeepLoRA, https://arxiv.org/abs/2601.19659, calls forward
+stability, there by the text encoder of CLIP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from cl_bench.contracts.datamodule import StreamDataModule
+from cl_bench.contracts.strategy import Strategy
+from cl_bench.loop.trainer import StreamTrainer
+from cl_bench.maths.losses import cosine_similarities, danger_score
+from cl_bench.maths.rectification import null_space_violation, scale_free_violation
+from cl_bench.measure.measurements import ClassMeans, SecondMoments, Statistic, class_means, measure
+from cl_bench.network.adapters import AdaptedLinear
+from cl_bench.network.heads import Prototypes
+from cl_bench.processes.ranks import of_all, total
+
+POINTS = 256
+"""Most images whose two angles are kept for each experience."""
+
+
+class Diagnostics(Callback):
+    """Adds an entry to ``result.diagnostics`` after every experience, and its means to the loggers.
+
+    It costs one forward pass over the training images of an experience and one over the images held out, both
+    counted as the phase ``diagnostics``: with LoRA on digits, five epochs and nothing held out, 6 to 9 % of
+    training. Counts, parameters and random numbers are the same with and without.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[_Adapted] = []
+        self._known: _Known | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Look at the model before the first experience trains it, unless a checkpoint knows how it was."""
+        strategy, stream = _strategy(pl_module), _stream(trainer)
+        if stage != "fit":
+            return
+        assert isinstance(trainer, StreamTrainer)
+        strategy.to(trainer.strategy.root_device)  # as Lightning is about to do
+        self._layers = _adapted_layers(strategy)
+        if self._known is not None:
+            self._known.to(strategy.device)
+            return
+        if not stream.experience.is_first:
+            raise ValueError(
+                "Diagnostics look at every experience from the first, and the attempt that is gone on with "
+                "had none: leave them out, or start anew with --resume=false."
+            )
+        with _at_rest(trainer, strategy):
+            self._known = _Known(
+                weights=_weights(self._layers),
+                past=[_Past() for _ in self._layers],
+                prototypes=torch.zeros(0, strategy.backbone.feature_dim, device=strategy.device),
+                outside=_held_out_accuracy(trainer, strategy, stream),
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known of earlier experiences; nothing before the first."""
+        if self._known is None:
+            return {}
+        return {name: value for name, value in vars(self._known).items() if name != "past"} | {
+            "past": [vars(past) for past in self._known.past]
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what an earlier attempt knew."""
+        past = [_Past(**entry) for entry in state_dict["past"]]
+        self._known = _Known(**state_dict | {"past": past})
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the model after an experience."""
+        strategy, stream = _strategy(pl_module), _stream(trainer)
+        assert isinstance(trainer, StreamTrainer)
+        with _at_rest(trainer, strategy):
+            entry = self._entry(trainer, strategy, stream)
+        trainer.result.diagnostics.append(entry)
+        values = {"stream/experience": float(stream.experience.index + 1)} | scalars(entry)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _entry(self, trainer: StreamTrainer, strategy: Strategy, stream: StreamDataModule) -> dict[str, Any]:
+        known = self._known
+        assert known is not None
+        violation = self._violation(known)
+        means, angles = ClassMeans(stream.experience.classes), _Angles(known.prototypes)
+        moments = self._moments()
+        batches = trainer.on_device(stream.plain_dataloader())
+        measure(strategy.features, batches, means, angles, *moments.values())
+        for index, past in enumerate(known.past):
+            past.add(*_of_layer(moments, self._layers, index))
+        centres = means.mean()
+        angles.gather()
+        danger, angular = angles.mean(), angles.points(centres, stream.experience.classes.start)
+        known.prototypes = torch.cat([known.prototypes, centres])
+        before, known.outside = known.outside, _held_out_accuracy(trainer, strategy, stream)
+        return {
+            "basis_dims": None if strategy.memory is None else list(strategy.memory.dims),
+            "violation": violation,
+            "danger_score": danger,
+            "angular": angular,
+            "held_out_ncm": None if before is None else {"before": before, "after": known.outside},
+        }
+
+    def _violation(self, known: _Known) -> dict[str, list[dict[str, float]]]:
+        """Return the violations of the update since the last call, by projection and block."""
+        found: dict[str, list[dict[str, float]]] = {}
+        before, known.weights = known.weights, _weights(self._layers)
+        for layer, past, old, new in zip(self._layers, known.past, before, known.weights, strict=True):
+            if not past.tokens:
+                continue
+            assert past.sums is not None
+            moment = past.sums / past.tokens
+            for target, rows in layer.targets.items():
+                update = new[rows] - old[rows]
+                absolute = null_space_violation(update, moment, past.tokens)
+                relative = scale_free_violation(update, moment)
+                found.setdefault(target, []).append(
+                    {"absolute": float(absolute), "relative": float(relative)}
+                )
+        return found
+
+    def _moments(self) -> dict[int, SecondMoments]:
+        """Return a statistic for each width of inputs."""
+        widths: dict[int, list[AdaptedLinear]] = {}
+        for one in self._layers:
+            widths.setdefault(one.layer.weight.shape[1], []).append(one.layer)
+        return {width: SecondMoments(layers) for width, layers in widths.items()}
+
+
+def scalars(entry: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of one entry that curves are drawn of, by name; layers and targets as means.
+
+    >>> entry = {"basis_dims": [3, 5], "violation": {}, "danger_score": None, "angular": None}
+    >>> scalars(entry | {"held_out_ncm": {"before": 0.5, "after": 0.25}})
+    {'diagnostics/basis_dims': 4.0, 'retention/held_out_ncm': 0.25}
+    """
+    values = {}
+    if entry["basis_dims"]:
+        values["diagnostics/basis_dims"] = sum(entry["basis_dims"]) / len(entry["basis_dims"])
+    for target, by_layer in entry["violation"].items():
+        for form in ("absolute", "relative"):
+            values[f"diagnostics/violation/{target}/{form}"] = sum(one[form] for one in by_layer) / len(
+                by_layer
+            )
+    if entry["danger_score"] is not None:
+        values["diagnostics/danger_score"] = entry["danger_score"]
+    if entry["held_out_ncm"] is not None:
+        values["retention/held_out_ncm"] = entry["held_out_ncm"]["after"]
+    return values
+
+
+@dataclass(frozen=True)
+class _Adapted:
+    """An adapted layer, and the rows of each projection in it that an adapter adds to."""
+
+    layer: AdaptedLinear
+    targets: dict[str, slice]
+
+
+@dataclass
+class _Past:
+    """Inputs of a layer in all earlier experiences: ``XᵀX`` (n, n) in float64, and the number of tokens."""
+
+    sums: Tensor | None = None
+    tokens: int = 0
+
+    def add(self, sums: Tensor, tokens: int) -> None:
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.tokens += tokens
+
+
+@dataclass
+class _Known:
+    """What is known of the experiences so far: adapted weights, inputs, prototypes, accuracy outside."""
+
+    weights: list[Tensor]
+    past: list[_Past]
+    prototypes: Tensor
+    outside: float | None
+
+    def to(self, device: torch.device) -> None:
+        self.weights = [weight.to(device) for weight in self.weights]
+        self.prototypes = self.prototypes.to(device)
+        for past in self.past:
+            past.sums = None if past.sums is None else past.sums.to(device)
+
+
+class _Angles(Statistic):
+    """Cosines of features to the nearest of old prototypes (P, d); and some features with their labels."""
+
+    def __init__(self, prototypes: Tensor) -> None:
+        self._prototypes = prototypes
+        self._sum, self._count, self._stride = 0.0, 0, 1
+        self._kept: list[tuple[Tensor, int]] = []
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        if not len(self._prototypes) or not len(features):
+            return
+        self._sum += float(danger_score(features, self._prototypes)) * len(features)
+        for feature, label in zip(features, labels.tolist(), strict=True):
+            if self._count % self._stride == 0:
+                self._kept.append((feature.clone(), label))
+            self._count += 1
+        self._thin()
+
+    def gather(self) -> None:
+        """Take in what the other processes have seen."""
+        seen = of_all((self._sum, self._count, [(kept.cpu(), label) for kept, label in self._kept]))
+        self._sum, self._count = sum(one[0] for one in seen), sum(one[1] for one in seen)
+        self._kept = [(kept.to(self._prototypes), label) for one in seen for kept, label in one[2]]
+        self._thin()
+
+    def _thin(self) -> None:
+        while len(self._kept) > POINTS:
+            self._kept, self._stride = self._kept[::2], 2 * self._stride
+
+    def mean(self) -> float | None:
+        """Return the danger score, None without an old prototype."""
+        return self._sum / self._count if self._count else None
+
+    def points(self, centres: Tensor, first: int) -> dict[str, list[float]] | None:
+        """Return both cosines of the features kept.
+
+        Args:
+            centres: Mean features (C, d) of the new classes.
+            first: Position of the first of these.
+        """
+        if not self._kept:
+            return None
+        features = torch.stack([feature for feature, _ in self._kept])
+        own = torch.tensor([label - first for _, label in self._kept], device=features.device)
+        to_centres = cosine_similarities(features, centres).gather(1, own[:, None])[:, 0]
+        to_old = cosine_similarities(features, self._prototypes).amax(dim=1)
+        return {"nearest_old": to_old.tolist(), "own_centre": to_centres.tolist()}
+
+
+def _adapted_layers(strategy: Strategy) -> list[_Adapted]:
+    return [
+        _Adapted(module, _targets(name, module))
+        for name, module in strategy.backbone.named_modules()
+        if isinstance(module, AdaptedLinear)
+    ]
+
+
+def _targets(name: str, layer: AdaptedLinear) -> dict[str, slice]:
+    """Return the rows of each projection that carries an adapter; a fused layer is three projections."""
+    if not name.endswith("attn.qkv"):
+        return {name.rpartition(".")[2]: slice(0, layer.weight.shape[0])}
+    third = layer.weight.shape[0] // 3
+    projections = {target: slice(i * third, (i + 1) * third) for i, target in enumerate("qkv")}
+    return {
+        target: rows
+        for target, rows in projections.items()
+        if any(own.start < rows.stop and rows.start < own.stop for own in layer.rows.values())
+    }
+
+
+def _weights(layers: list[_Adapted]) -> list[Tensor]:
+    """Return copies of the weights with their adapters, float64: an update is a small difference."""
+    return [one.layer.effective_weight().double() for one in layers]
+
+
+def _of_layer(moments: dict[int, SecondMoments], layers: list[_Adapted], index: int) -> tuple[Tensor, int]:
+    """Return ``XᵀX`` and the number of tokens that the layer at ``index`` has seen."""
+    width = layers[index].layer.weight.shape[1]
+    place = sum(1 for one in layers[:index] if one.layer.weight.shape[1] == width)
+    return total(moments[width].products()[place]), int(total(moments[width].tokens[place]))
+
+
+def _held_out_accuracy(trainer: StreamTrainer, strategy: Strategy, stream: StreamDataModule) -> float | None:
+    """Return the accuracy of the nearest class mean on the classes held out, None if there are none."""
+    loaders = stream.held_out_dataloaders()
+    if loaders is None:
+        return None
+    train, test = loaders
+    classes = range(stream.held_out_classes)
+    nearest = Prototypes(strategy.backbone.feature_dim, "euclidean").to(strategy.device)
+    nearest.grow(len(classes))
+    nearest.write(class_means(strategy.features, trainer.on_device(train), classes), classes)
+    right = total = 0
+    for images, labels in trainer.on_device(test):
+        right += int((nearest(strategy.features(images)).argmax(dim=1) == labels).sum())
+        total += len(labels)
+    return right / total
+
+
+@contextmanager
+def _at_rest(trainer: StreamTrainer, strategy: Strategy) -> Iterator[None]:
+    """No gradients, layers in evaluation mode, random numbers as they were; seconds are counted apart."""
+    modes = [(module, module.training) for module in strategy.modules()]
+    devices = [strategy.device] if strategy.device.type == "cuda" else []
+    strategy.eval()
+    try:
+        with trainer.phase("diagnostics"), torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _strategy(module: LightningModule) -> Strategy:
+    assert isinstance(module, Strategy)
+    return module
+
+
+def _stream(trainer: Trainer) -> StreamDataModule:
+    stream = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(stream, StreamDataModule)
+    return stream

@@ -1,0 +1,1 @@
+"""What is frozen, what is trained inside it, and what classifies."""

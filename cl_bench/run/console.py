@@ -1,0 +1,131 @@
+"""What a person sees while a run goes on: one bar, and one line for every finished experience."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cl_bench.data.experience import Experience
+from cl_bench.loop.continuation import resumption
+from cl_bench.loop.trainer import StreamTrainer
+from cl_bench.results.result import FILE_NAME, Result
+from cl_bench.run.configuration import Configuration
+
+
+class RunConsole(Callback):
+    """Show the progress of a run on a terminal.
+
+    Args:
+        console: Where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None)
+        self._began = 0.0
+        self._said = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say once that the run goes on where another was cut off."""
+        assert isinstance(trainer, StreamTrainer)
+        if not self._said:
+            self._said = True
+            if (line := resumption(trainer.result)) is not None:
+                self.console.print(line, markup=False)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the experience that begins."""
+        self._began = time.perf_counter()
+        if self.console.is_terminal:  # elsewhere a bar would only leave blank lines
+            self._progress.start()
+        self._progress.reset(self._task, description=f"experience {_place(_experience(trainer))}", total=None)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the epoch that begins."""
+        epochs, place = trainer.max_epochs or 1, _place(_experience(trainer))
+        self._progress.update(
+            self._task,
+            description=f"experience {place} · epoch {trainer.current_epoch + 1}/{epochs}",
+            total=epochs * trainer.num_training_batches,
+        )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        self._progress.advance(self._task)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the line of the finished experience."""
+        if self.console.is_terminal:
+            self._progress.stop()
+        experience = _experience(trainer)
+        assert isinstance(trainer, StreamTrainer)
+        accuracy = trainer.result.metrics_after(len(trainer.result.rows) - 1)["acc/sample"]
+        classes = f"classes {experience.classes.start} to {experience.classes.stop - 1}"
+        self.console.print(
+            f"  experience {_place(experience)}  {classes:<18} "
+            f"accuracy over {experience.num_classes_seen} classes "
+            f"{accuracy:5.1f} %  {time.perf_counter() - self._began:6.1f} s",
+            highlight=False,
+        )
+
+
+def _experience(trainer: Trainer) -> Experience:
+    experience: Experience = trainer.datamodule.experience  # type: ignore[attr-defined]
+    return experience
+
+
+def _place(experience: Experience) -> str:
+    return f"{experience.index + 1}/{experience.num_experiences}"
+
+
+def opening_lines(configuration: Configuration) -> str:
+    """Return what is about to run, in two lines."""
+    values = configuration.namespace
+    weights = (
+        f"seeded random weights ({values.backbone.seed})"
+        if values.backbone.weights == "random"
+        else values.backbone.weights
+    )
+    regime = " (joint)" if values.regime == "joint" else ""
+    return (
+        f"{configuration.strategy_class.name}{regime} on {configuration.benchmark} · "
+        f"order {configuration.datamodule.order_name} · seed {values.seed} · cell {configuration.hash}\n"
+        f"backbone {values.backbone.model}, {weights}, inputs {values.backbone.normalisation}"
+        + _variants(configuration)
+    )
+
+
+def _variants(configuration: Configuration) -> str:
+    """Return which of its published meanings the dataset has, as a line of its own if there are several."""
+    data = configuration.datamodule
+    chosen = [f"{name.replace('_', ' ')} {value}" for name, value in data.variants.items()]
+    if data.evaluated_on == "validation":
+        chosen.append(f"evaluated on {data.val_fraction:.0%} of the training images, to choose settings by")
+    return f"\n{', '.join(chosen)}" if chosen else ""
+
+
+def closing_lines(result: Result, folder: Path) -> str:
+    """Return what came out, and where it is."""
+    named = {"ACC": "acc/sample", "MAA": "maa/sample", "BWT": "bwt/gem", "forgetting": "forgetting/chaudhry"}
+    values = result.metrics()
+    numbers = "  ".join(
+        f"{name} {values[key]:.2f}" for name, key in named.items() if values[key] == values[key]
+    )
+    seconds = ", ".join(
+        f"{phase.replace('_', ' ')} {value:.1f} s" for phase, value in result.seconds().items()
+    )
+    return f"{result.strategy}: {numbers}\n{seconds}\n{folder / FILE_NAME}"

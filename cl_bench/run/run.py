@@ -1,0 +1,146 @@
+"""One run: from a configuration to a finished result file."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback
+
+from cl_bench.errors import refusing, sentence
+from cl_bench.loop.checkpoint import Refused
+from cl_bench.loop.diagnostics import Diagnostics
+from cl_bench.processes.ranks import failed_first, first_hears, is_first
+from cl_bench.results.result import FILE_NAME, Result, read
+from cl_bench.run.claim import claim
+from cl_bench.run.configuration import Configuration
+from cl_bench.run.tracking import loggers, record
+
+ERROR_NAME = "error.txt"
+
+
+class RunFailed(RuntimeError):
+    """A run did not finish; its result file says why, and ``error.txt`` beside it holds the traceback."""
+
+
+def run(
+    configuration: Configuration,
+    callbacks: Sequence[Callback] = (),
+    wait: Callable[[str], None] | None = None,
+) -> Result:
+    """Run one cell to its end, unless it is done, and return its result.
+
+    At most one process runs a cell. Of those that wait for it, none runs it again once it is done.
+
+    Args:
+        configuration: The cell.
+        callbacks: Watchers of this run, such as a progress display.
+        wait: Told in one sentence which process runs the cell before waiting for it; None does not wait.
+
+    Raises:
+        ValueError: If configuration, data, backbone or device cannot be used; nothing has been trained then.
+        OSError: If data or weights are missing.
+        Held: If another process runs the cell and ``wait`` is None.
+        RunFailed: If training or evaluation failed; with no word where another process says why.
+    """
+    with refusing():
+        configuration.datamodule.setup("fit")
+        if is_first():
+            _require_writable(configuration.folder)
+    # Of the processes of one run, the first speaks for all.
+    with claim(_claim_path(configuration), wait) if is_first() else nullcontext():
+        done = finished(configuration)
+        return _run(configuration, callbacks) if done is None else read(done)
+
+
+def _claim_path(configuration: Configuration) -> Path:
+    """Return the file of the claim; the name of a setting does not make another cell."""
+    return configuration.results / configuration.benchmark / ".claims" / configuration.hash
+
+
+def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
+    """Run one cell that this process has claimed."""
+    folder, values = configuration.folder, configuration.namespace
+    if is_first():
+        (folder / ERROR_NAME).unlink(missing_ok=True)
+        (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
+    torch.set_num_threads(values.threads)
+    checkpoints = configuration.checkpoints
+    if is_first() and not values.resume:
+        checkpoints.clear()
+    with refusing(RunFailed), loggers(configuration) as (opened, watching):
+        watchers = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
+        strategy, trainer = configuration.build([*watching, *watchers], opened)
+        trainer.require_fit(strategy, configuration.datamodule)
+        try:
+            result = trainer.run(
+                strategy,
+                configuration.datamodule,
+                regime=values.regime,
+                config=configuration.cell,
+                setting=values.setting,
+                folder=folder,
+                checkpoints=checkpoints,
+            )
+        except Refused:
+            raise
+        except Exception as error:
+            said = trainer.result.error or sentence(error)
+            raise RunFailed(_reported(error, said, folder)) from error
+        record(result, opened)
+        return result
+
+
+def finished(configuration: Configuration) -> Path | None:
+    """Return the result file of this cell if it is done, whatever the name of its setting."""
+    benchmark = configuration.results / configuration.benchmark
+    for path in benchmark.glob(f"*/*-{configuration.hash}/{FILE_NAME}"):
+        try:
+            if read(path).status == "done":
+                return path
+        except ValueError:  # what cannot be read is not done: the cell runs again and writes it anew
+            continue
+    return None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' notices to themselves; errors still come through."""
+    lightning = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in lightning]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in lightning:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(lightning, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _reported(error: Exception, said: str, folder: Path) -> str:
+    """Leave the traceback where the failure began, and return what of ``said`` this process has to say."""
+    before, file = failed_first(sentence(error)), folder / ERROR_NAME
+    if before is None or (is_first() and not file.exists()):
+        with suppress(OSError):  # on a full disk, the error itself matters more
+            file.write_text(traceback.format_exc(), encoding="utf-8")
+    return said if is_first() or not (before or first_hears()) else ""
+
+
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"The results folder {folder} cannot be written ({error.strerror}): "
+            "choose another with --results."
+        ) from error

@@ -1,0 +1,170 @@
+"""Images a second, ours over a bare loop's in the same run: a busy machine slows both."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from cl_bench.contracts.datamodule import Sources
+from cl_bench.contracts.photographs import Augmentation, PhotographFiles
+from cl_bench.data.batches import copied
+from cl_bench.data.cache import CacheKind
+from cl_bench.data.images import FileSource
+from cl_bench.data.loading import StreamLoader
+
+pytestmark = pytest.mark.soak
+
+IMAGES = 512
+ROUNDS = 5
+PROCESSES = 2
+
+TRAIN = transforms.Compose(
+    [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+)
+TEST = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor()])
+
+
+class Pictures(PhotographFiles):
+    """The same pictures for training and for testing, as two classes."""
+
+    name = "pictures"
+
+    def sources(self) -> Sources:
+        root = Path(self.root)
+        files = sorted(path.name for path in root.glob("*.jpg"))
+        source = FileSource(root, files, [place % 2 for place in range(len(files))])
+        return Sources(source, source, ["even", "odd"])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of 500 × 375 pixels: clouds under a little noise, about as large as photographs are."""
+    root = tmp_path_factory.mktemp("pictures")
+    generator = np.random.RandomState(0)
+    for index in range(IMAGES):
+        clouds = Image.fromarray(generator.randint(256, size=(24, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(clouds.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.int16)
+        noisy = smooth + generator.randint(-12, 13, size=smooth.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(root / f"{index:04}.jpg", quality=90)
+    return root
+
+
+def bare(
+    paths: list[Path], transform: Callable[[Any], torch.Tensor], beginning: Barrier, end: Barrier
+) -> None:
+    torch.set_num_threads(1)  # as every process of a DataLoader
+    beginning.wait()
+    for path in paths:
+        with Image.open(path) as image:
+            transform(image.convert("RGB"))
+    end.wait()
+
+
+def bare_seconds(pictures: Path, transform: Callable[[Any], torch.Tensor]) -> float:
+    """Seconds of a bare loop over all pictures, one process a core, each over its share of them.
+
+    The processes are there before the clock starts, as our workers are.
+    """
+    paths = sorted(pictures.glob("*.jpg"))
+    context = multiprocessing.get_context("fork")
+    beginning, end = context.Barrier(PROCESSES + 1), context.Barrier(PROCESSES + 1)
+    children = [
+        context.Process(target=bare, args=(paths[place::PROCESSES], transform, beginning, end))
+        for place in range(PROCESSES)
+    ]
+    for child in children:
+        child.start()
+    beginning.wait()
+    began = time.perf_counter()
+    end.wait()
+    seconds = time.perf_counter() - began
+    for child in children:
+        child.join()
+    return seconds
+
+
+def our_seconds(data: Pictures, view: str) -> float:
+    """Seconds of one pass, the workers being there already; crops leave as they would for an accelerator."""
+    loader = data.train_dataloader() if view == "train" else data.test_dataloader()
+    if data.augmentation == "batched":
+        assert isinstance(loader, StreamLoader)
+        loader.finish = copied
+    began, count = time.perf_counter(), 0
+    for batch in loader:
+        count += len(batch[1])
+    assert count == IMAGES
+    return time.perf_counter() - began
+
+
+def test_the_next_experience_waits_for_no_process_to_start(pictures: Path) -> None:
+    data = Pictures(
+        root=str(pictures),
+        num_experiences=2,
+        num_workers=PROCESSES,
+        batch_size=2,
+        test_batch_size=2,
+        cache="pixels",
+    )
+    data.setup()
+    waited = []
+    for experience in data.experiences:
+        data.enter(experience)
+        for loader in (data.train_dataloader(), data.plain_dataloader()):
+            began = time.perf_counter()
+            batches = iter(loader)
+            next(batches)
+            waited.append(time.perf_counter() - began)
+            assert len(list(batches)) == IMAGES // 4 - 1
+    print(f"first batch after {', '.join(f'{1000 * seconds:.0f} ms' for seconds in waited)}")
+    assert max(waited[1:]) < waited[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("view", "cache", "augmentation", "least"),
+    [
+        ("train", "none", "exact", 1.0),
+        ("test", "none", "exact", 1.0),
+        ("train", "pixels", "exact", 2.5),
+        ("train", "pixels", "batched", 2.5),
+        ("test", "pixels", "exact", 4.0),
+        ("train", "jpeg", "exact", 1.0),
+        ("test", "jpeg", "exact", 1.0),
+    ],
+)
+def test_images_a_second_against_a_bare_loop(
+    pictures: Path, view: str, cache: CacheKind, augmentation: Augmentation, least: float
+) -> None:
+    data = Pictures(
+        root=str(pictures),
+        num_experiences=1,
+        num_workers=PROCESSES,
+        batch_size=32,
+        test_batch_size=32,
+        cache=cache,
+        augmentation=augmentation,
+    )
+    data.setup()
+    data.enter(data.experiences[0])
+    our_seconds(data, view)
+    ratios = []
+    for _ in range(ROUNDS):
+        theirs = bare_seconds(pictures, TRAIN if view == "train" else TEST)
+        ours = our_seconds(data, view)
+        ratios.append(theirs / ours)
+    load = os.getloadavg()[0]
+    print(
+        f"{view} views, cache {cache}, {augmentation}: {IMAGES / ours:.0f} images a second, bare loop "
+        f"{IMAGES / theirs:.0f}; ratios {', '.join(f'{ratio:.2f}' for ratio in ratios)}; load {load:.1f}"
+    )
+    assert sorted(ratios)[ROUNDS // 2] >= least

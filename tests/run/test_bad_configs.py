@@ -1,0 +1,410 @@
+"""Every shipped config, mutated: it works, or it is refused in one line; never a traceback, never a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import io
+import math
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import date
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from types import FrameType
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from cl_bench.__main__ import main
+from cl_bench.run.configuration import CONFIGS, layers, load, resolve
+
+SECONDS = 60  # for what takes a tenth of a second where nothing hangs and nobody else computes
+MEMORY = 12 * 2**30
+
+Config = dict[Any, Any]
+Place = tuple[Any, ...]
+
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2, 3, 7, 10**9, -(10**9), 2**31, 2**63, 2**64),
+    *(0.0, 0.5, -0.5, 1.5, 1e-30, 1e300, math.inf, -math.inf, math.nan),
+    *(
+        "",
+        " ",
+        "yes",
+        "null",
+        "3",
+        "1e3",
+        "-1",
+        "nan",
+        "é中",
+        "a b",
+        "a/b",
+        "..",
+        "/",
+        "~",
+        "x" * 3000,
+        "\0",
+        "\n",
+        "'",
+        "{",
+    ),
+    *(
+        "lora",
+        "identity",
+        "numpy:",
+        "numpy:-1",
+        "numpy:x",
+        "python:99999999999999999999",
+        "auto",
+        "gpu",
+        "cpu",
+    ),
+    *(
+        "os.system",
+        "strategies.lora.LoRA",
+        "torch.optim.SGD",
+        "strategies",
+        "strategies.",
+        ".LoRA",
+        "no.such.Thing",
+    ),
+    *(
+        [],
+        [1],
+        ["a"],
+        [None],
+        [[1]],
+        [0, 0],
+        [-1],
+        [5, 4, 3, 2, 1, 0],
+        list(range(8)),
+        ["q", "k"],
+        ["blocks.0"],
+    ),
+    *(
+        {},
+        {"a": 1},
+        {"class_path": "os.system"},
+        {"class_path": "torch.optim.SGD"},
+        {"class_path": 3},
+        {"class_path": None},
+    ),
+    {"class_path": "torch.optim.Adam", "init_args": {"lr": "fast"}},
+    {"class_path": "torch.optim.Adam", "init_args": {"lr": -1.0}},
+    {"class_path": "torch.optim.Adam", "init_args": {"speed": 1}},
+    {"class_path": "torch.optim.LBFGS", "init_args": {"lr": 1.0}},
+    {"class_path": "torch.optim.lr_scheduler.StepLR"},
+    {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 0}},
+    {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "init_args": {"T_max": 0}},
+    {"class_path": "cl_bench.maths.schedules.QuarterCosine", "init_args": {"epochs": -1}},
+    {"init_args": {"lr": 1}},
+    {"img_size": 16, "patch_size": 0, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 0, "num_heads": 2},
+    {"img_size": 16, "patch_size": 8, "embed_dim": 33, "depth": 1, "num_heads": 2},
+    {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 10**9, "num_heads": 2},
+    *(date(2020, 1, 1), b"bytes", {1: 2}, {None: 1}, {"": 1}),
+]
+
+
+KINDS = ("trainer", "strategies", "strategies", "datamodules", "recipes", "grids")
+SCRAPS = ["\t", ":", "[", "'", "&a ", "*a ", "!!python/object:os.system ", "\0", "- ", "{", "---\n"]
+
+DEEP = (  # enough blocks for every recipe
+    "--backbone.options={img_size: 16, patch_size: 8, embed_dim: 32, depth: 5, num_heads: 2}",
+)
+ONE_BATCH = (
+    "--results=results",
+    "--wandb=false",
+    "--num_workers=0",
+    "--trainer.devices=1",  # more are more processes, of which this one would be the first
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=1",
+)
+
+
+@cache
+def shipped(kind: str) -> list[tuple[str, Path]]:
+    """Return the shipped configs of a kind, each with the name of its folder, a dataset's for a recipe."""
+    found = [CONFIGS / "trainer.yaml"] if kind == "trainer" else sorted((CONFIGS / kind).rglob("*.yaml"))
+    return [(path.parent.name, path) for path in found]
+
+
+@cache
+def known(kind: str, stem: str) -> list[tuple[Place, Any]]:
+    """Return the places of a config where a value is read, each with its default."""
+    if kind == "grids":
+        lists = ("strategies", "datasets", "orders", "seeds")
+        return [((name,), []) for name in lists] + [
+            (("settings",), {}),
+            (("common",), {}),
+            (("results",), "a"),
+        ]
+    strategy = stem if kind in ("strategies", "recipes") else "lora"
+    configuration = resolve(layers(strategy, stem if stem == "digits" else "toy"))
+    return [(place(key), configuration.namespace.get(key)) for key in configuration.schema.keys]
+
+
+def place(key: str) -> Place:
+    group, _, rest = key.partition(".")
+    parts = tuple(rest.split(".")) if rest else ()
+    return (group, "init_args", *parts) if group in ("model", "data") and parts else (group, *parts)
+
+
+def places(config: Any) -> list[Place]:
+    """Return every place in a config, outermost first."""
+    found: list[Place] = []
+    items = (
+        config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    )
+    for key, value in items:
+        found += [(key,), *((key, *below) for below in places(value))]
+    return found
+
+
+def put(config: Config, where: Place, value: Any) -> None:
+    """Set the value at a place, making the mappings on the way to it."""
+    inside: Any = config
+    for key, following in pairwise(where):
+        below = inside.get(key) if isinstance(inside, dict) else inside[key]
+        if not isinstance(below, list if isinstance(following, int) else dict):
+            inside[key] = {}
+        inside = inside[key]
+    inside[where[-1]] = value
+
+
+def drop(config: Config, where: Place) -> Any:
+    """Remove a place and return what was there."""
+    inside: Any = config
+    for key in where[:-1]:
+        inside = inside[key]
+    return inside.pop(where[-1])
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A config that somebody got wrong.
+
+    Attributes:
+        kind: Of the config: trainer, strategies, datamodules, recipes or grids.
+        dataset: Config stem of the dataset of a recipe.
+        file: Its path below the configs.
+        text: What is written in it.
+        trained: Whether to train with it, too.
+    """
+
+    kind: str
+    dataset: str
+    file: Path
+    text: str
+    trained: bool
+
+    @property
+    def stem(self) -> str:
+        return self.file.stem
+
+
+def mutant(random: Random) -> Mutant:
+    """Draw a shipped config and mutate it, as a tree and sometimes as text."""
+    kind = random.choice(KINDS)
+    dataset, path = random.choice(shipped(kind))
+    config = load(path)
+    if kind == "grids":
+        config["seeds"] = [1]
+    plausible = random.random() < 0.5
+    for _ in range(random.choice([1, 1, 2, 3])):
+        if plausible:
+            where, default = random.choice(known(kind, path.stem))
+            put(config, where, near(random, default))
+        else:
+            mutate(random, kind, path.stem, config)
+    text = yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
+    if not plausible and random.random() < 0.1:
+        at = random.randint(0, len(text))
+        text = text[:at] + random.choice(SCRAPS) + text[at:]
+    trained = random.random() < (0.4 if plausible else 0.1)
+    return Mutant(kind, dataset, path.relative_to(CONFIGS), text, trained)
+
+
+def mutate(random: Random, kind: str, stem: str, config: Config) -> None:
+    """Change one place of a config."""
+    there = places(config)
+    how = random.choice(["replace", "replace", "known", "known", "drop", "rename", "extra"])
+    if how == "known" or not there:
+        where, default = random.choice(known(kind, stem))
+        put(config, where, other(random, default))
+        return
+    where = random.choice(there)
+    if how == "extra":
+        put(config, (*where[:-1], "extra" if isinstance(where[-1], str) else 0), chosen(random, VALUES))
+        return
+    old = drop(config, where)
+    if how == "rename" and isinstance(where[-1], str):
+        put(config, (*where[:-1], misspelt(random, where[-1])), old)
+    elif how == "replace" and isinstance(where[-1], str):
+        put(config, where, other(random, old))
+
+
+def misspelt(random: Random, word: str) -> str:
+    at = random.randrange(max(1, len(word)))
+    return random.choice([word[:at] + word[at + 1 :], word[:at] + "x" + word[at:], word.upper(), word + "_"])
+
+
+def other(random: Random, old: Any) -> Any:
+    """Draw a value to stand for ``old``: something like it, or anything."""
+    return near(random, old) if random.random() < 0.5 else chosen(random, VALUES)
+
+
+def near(random: Random, old: Any) -> Any:
+    """Draw a value close to ``old``, or of its type."""
+    close: list[Any] = []
+    if isinstance(old, str) and old:
+        close = [misspelt(random, old)]
+    elif isinstance(old, int | float):
+        close = [-old, old * 1000, old / 1000, old + 1, old - 1, old // 2]
+    elif isinstance(old, list):
+        close = [old * 2, old[:1], {"0": old}]
+    elif isinstance(old, dict):
+        close = [[old], list(old), {**old, "class_path": "torch.optim.SGD"}]
+    alike = [value for value in VALUES if isinstance(value, type(old)) or isinstance(old, type(value))]
+    return chosen(random, random.choice([close or alike or VALUES, alike or VALUES]))
+
+
+def chosen(random: Random, values: list[Any]) -> Any:
+    return deepcopy(random.choice(values))
+
+
+# Python shows a user no such warning; any other would be seen, and fails a test.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Hang(BaseException):
+    """A command took too long; no part of the product may catch it."""
+
+
+@contextlib.contextmanager
+def deadline() -> Iterator[None]:
+    """Raise Hang where Python is stuck; where it cannot even raise, say where, and end the tests."""
+
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise Hang(f"still at work after {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    assert sys.__stderr__ is not None
+    faulthandler.dump_traceback_later(2 * SECONDS, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the shipped configs, which the command line reads in their place; memory is bounded, too."""
+    folder = tmp_path_factory.mktemp("checkout") / "configs"
+    shutil.copytree(CONFIGS, folder)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cl_bench.run.configuration.CONFIGS", folder)
+        patch.chdir(folder.parent)
+        # What asks for too much is refused, as on a machine that has no more.
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, before[1]))
+        yield folder
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def require_success_or_one_line(words: list[str]) -> None:
+    """Run a command line in this process, and hold what it says to one line if it does not succeed."""
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors), deadline():
+        status = main(words)
+    said = errors.getvalue()
+    if status == 0:
+        assert not said
+        return
+    lines = said.splitlines()
+    assert "Traceback" not in said
+    if status == 1:
+        assert lines.pop().startswith("The traceback is in ")
+    assert status in (1, 2)
+    assert len(lines) == 1 and len(lines[0].removeprefix("error: ")) > 12, said
+
+
+def check(mutant: Mutant, configs: Path) -> None:
+    """Put a mutant in the place of the config that it was made of, and run the commands that read it."""
+    file = configs / mutant.file
+    shipped = file.read_text(encoding="utf-8")
+    file.write_text(mutant.text, encoding="utf-8")
+    try:
+        if mutant.kind == "grids":
+            require_success_or_one_line(["grid", mutant.stem, "--dry-run", "--results=results"])
+        elif mutant.kind == "recipes":
+            require_success_or_one_line(
+                ["run", mutant.stem, mutant.dataset, "--root=nowhere", "--print_protocol"]
+            )
+            # The data are not there; the toy's are, and a recipe for a pair is a recipe for any dataset.
+            recipe = configs / "recipes" / "toy" / file.name
+            recipe.parent.mkdir(exist_ok=True)
+            recipe.write_text(mutant.text, encoding="utf-8")
+            run(mutant, [mutant.stem, "toy", *DEEP])
+            recipe.unlink()
+        else:
+            pairs = {"strategies": [mutant.stem, "toy"], "datamodules": ["lora", mutant.stem]}
+            run(mutant, pairs.get(mutant.kind, ["lora", "toy"]))
+    finally:
+        file.write_text(shipped, encoding="utf-8")
+
+
+def run(mutant: Mutant, pair: list[str]) -> None:
+    """Parse and build, and train one batch of every experience where the mutant asks for it."""
+    require_success_or_one_line(["run", *pair, "--print_protocol"])
+    if mutant.trained:
+        require_success_or_one_line(["run", *pair, *ONE_BATCH])
+        shutil.rmtree("results", ignore_errors=True)
+
+
+def fuzz(examples: int, configs: Path) -> int:
+    """Check that many mutants and return how many different ones there were."""
+    different = set()
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,  # a deadline of ours stands around each command
+        phases=[Phase.generate],  # a failure is one line already
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.integers(0, 2**64 - 1))
+    def every_mutant_works_or_is_refused(seed: int) -> None:
+        # Choices of hypothesis itself stay close to one another, for the sake of shrinking.
+        drawn = mutant(Random(seed))
+        different.add(drawn)
+        check(drawn, configs)
+
+    every_mutant_works_or_is_refused()
+    return len(different)
+
+
+def test_some_mutated_configs_work_or_are_refused_in_one_line(configs: Path) -> None:
+    assert fuzz(40, configs) > 30
+
+
+@pytest.mark.soak
+def test_a_thousand_mutated_configs_work_or_are_refused_in_one_line(configs: Path) -> None:
+    assert fuzz(1500, configs) > 1000

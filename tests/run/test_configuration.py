@@ -1,0 +1,303 @@
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cl_bench.network.backbones import Backbone
+from cl_bench.run.configuration import CONFIGS, Configuration, config_file, layers, load, resolve, stems_of
+
+
+def toy(*overrides: str, strategy: str = "lora") -> Configuration:
+    return resolve(layers(strategy, "toy"), overrides)
+
+
+@pytest.mark.parametrize("stem", stems_of("datamodules"))
+def test_every_shipped_dataset_config_resolves(stem: str) -> None:
+    assert toy_or(stem).hash
+
+
+def toy_or(dataset: str, strategy: str = "lora") -> Configuration:
+    root = ["--root=somewhere"] if dataset == "image_folder" else []
+    experiences = ["--num_experiences=2"] if dataset == "image_folder" else []
+    return resolve(layers(strategy, dataset), [*root, *experiences])
+
+
+@pytest.mark.parametrize("stem", stems_of("strategies"))
+def test_every_shipped_strategy_config_resolves(stem: str) -> None:
+    assert toy_or("toy", stem).hash
+
+
+def test_a_printed_config_saved_and_run_alone_is_the_same_cell(tmp_path: Path) -> None:
+    first = toy("--rank=3", "--order=numpy:1993", "--trainer.gradient_clip_val=1", "--setting=1e3")
+    path = tmp_path / "saved.yaml"
+    path.write_text(first.yaml)
+    again = resolve([path])
+    assert again.cell == first.cell
+    assert again.folder == first.folder
+    assert again.yaml == first.yaml
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--rank=3",
+        "--seed=2",
+        "--order=numpy:1",
+        "--threads=2",
+        "--regime=joint",
+        "--batch_size=7",
+        "--trainer.max_epochs=9",
+        "--trainer.precision=bf16-mixed",
+        "--backbone.seed=5",
+        "--backbone.normalisation=unit",
+        "--model.optimizer.lr=0.7",
+    ],
+)
+def test_a_changed_setting_is_another_cell_in_another_folder(change: str) -> None:
+    assert toy(change).hash != toy().hash
+    assert toy(change).folder != toy().folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "--results=elsewhere",
+        "--num_workers=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+        "--trainer.log_every_n_steps=3",
+        "--setting=named",
+        "--wandb",
+    ],
+)
+def test_paths_devices_and_logging_do_not_make_a_new_cell(change: str) -> None:
+    assert toy(change).hash == toy().hash
+
+
+def test_another_data_root_is_the_same_cell_and_another_name_is_not() -> None:
+    def folder(*overrides: str) -> Configuration:
+        return resolve(layers("lora", "image_folder"), ["--num_experiences=2", *overrides])
+
+    assert folder("--root=/a/birds").hash == folder("--root=/b/birds").hash
+    assert folder("--root=/a/birds").hash != folder("--root=/a/fish").hash
+
+
+def test_a_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one.safetensors", "copy.safetensors", "other.safetensors")]
+    for file, content in zip(files, (b"x", b"x", b"y"), strict=True):
+        file.write_bytes(content)
+    one, copy, other = (toy(f"--backbone.weights={file}").hash for file in files)
+    assert one == copy != other
+
+
+def test_the_folder_names_benchmark_strategy_setting_order_and_seed() -> None:
+    configuration = toy("--setting=small", "--seed=3", "--order=numpy:1993", "--results=there")
+    assert configuration.folder == Path(f"there/toy-T3/lora-small/numpy-1993-seed3-{configuration.hash}")
+    assert toy(strategy="joint").folder.parent.name == "lora-joint"
+
+
+def test_later_layers_win_and_another_class_drops_the_arguments_of_the_first(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text(yaml.safe_dump({"model": {"init_args": {"rank": 3}}, "trainer": {"max_epochs": 2}}))
+    base = layers("lora", "toy")
+    assert resolve([*base, layer]).cell["model"]["init_args"]["rank"] == 3
+    layer.write_text(yaml.safe_dump({"model": {"class_path": "strategies.ncm.NearestClassMean"}}))
+    lora_with_rank = tmp_path / "ranked.yaml"
+    lora_with_rank.write_text(yaml.safe_dump({"model": {"init_args": {"rank": 3}}}))
+    assert "rank" not in resolve([*base, lora_with_rank, layer]).cell["model"]["init_args"]
+
+
+def test_defaults_of_torch_and_lightning_are_not_part_of_a_cell() -> None:
+    cell = toy("--model.optimizer.lr=0.7").cell
+    assert cell["model"]["init_args"]["optimizer"] == {
+        "class_path": "torch.optim.Adam",
+        "init_args": {"lr": 0.7},
+    }
+    assert cell["trainer"] == {"max_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("just words", "its top level must be a mapping"),
+        ("a: [", "is not valid YAML"),
+        (
+            "model: {class_path: strategies.lora.Lora}",
+            "'strategies.lora.Lora': .* Did you mean strategies.lora.LoRA",
+        ),
+        ("model: {class_path: datamodules.toy.Toy}", "'datamodules.toy.Toy': it is no subclass of Strategy"),
+        ("model: {class_path: LoRA}", r"broken.yaml cannot be 'LoRA': write module.Class"),
+        ("model: {class_path: 3}", r"model.class_path in .*broken.yaml cannot be 3: write module.Class"),
+        (
+            "model: {rank: 3}",
+            r"model.rank in .*broken.yaml is read by nobody: write it under model.init_args",
+        ),
+        ("model: 3", r"model in .*broken.yaml cannot be 3: write it as a mapping"),
+        ("model: {init_args: 3}", r"model.init_args in .*broken.yaml cannot be 3: write it as a mapping"),
+        ("trainer: [1]", r"trainer in .*broken.yaml cannot be \[1\]: write it as a mapping"),
+        ("1: 2", r"The key 1 in .*broken.yaml is not text: put it in quotes"),
+        ("backbone: {options: {1: 2}}", r"The key 1 in .*broken.yaml is not text: put it in quotes"),
+        ("code: 3", r"code in .*broken.yaml cannot be 3: write a list of folders"),
+        ("seed: 3", "No layer says which class to use"),
+    ],
+)
+def test_a_broken_config_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        resolve([path])
+
+
+def test_an_empty_group_sets_nothing(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text("{model: {init_args: null}, data: null, trainer: null, backbone: null}")
+    assert resolve([*layers("lora", "toy"), layer]).cell == toy().cell
+
+
+def test_a_backbone_of_one_word_takes_the_place_of_all_its_settings(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text("backbone: embedded")
+    backbone = resolve([*layers("lora", "toy"), layer]).cell["backbone"]
+    defaults = Backbone("embedded").protocol()
+    assert backbone["weights"] == f"sha256:{defaults['weights_sha256']}"
+    assert backbone["options"] is None
+    assert backbone["normalisation"] == defaults["normalisation"]
+
+
+def test_a_wrong_key_in_a_layer_is_found_in_its_file(tmp_path: Path) -> None:
+    layer = tmp_path / "layer.yaml"
+    layer.write_text("model: {init_args: {rnak: 3}}")
+    with pytest.raises(ValueError, match=r"no key model.rnak in .*layer.yaml. Did you mean model.rank\?"):
+        resolve([*layers("lora", "toy"), layer])
+
+
+MINIMAL = """
+from cl_bench.contracts.strategy import Strategy
+
+
+class Minimal(Strategy):
+    def __init__(self, backbone, *, strength: float = 0.5):
+        super().__init__(backbone)
+"""
+
+
+def minimal(folder: Path, module: str) -> Path:
+    (folder / f"{module}.py").write_text(MINIMAL)
+    config = folder / "minimal.yaml"
+    config.write_text(f"model: {{class_path: {module}.Minimal}}")
+    return config
+
+
+def test_a_strategy_that_takes_no_optimizer_says_so_where_a_layer_sets_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:
+        resolve(layers(str(minimal(tmp_path, "without_optimizer")), "digits"))
+    assert str(caught.value) == (
+        f"There is no key model.optimizer in {CONFIGS / 'datamodules' / 'digits.yaml'}. "
+        "Let Minimal take **kwargs and hand them to super().__init__."
+    )
+
+
+def hash_elsewhere(config: Path) -> str:
+    """Resolve a config file in a fresh process, in the folder of that file."""
+    code = (
+        "import sys, pathlib; from cl_bench.run.configuration import resolve; "
+        "print(resolve([pathlib.Path(sys.argv[1])]).hash)"
+    )
+    command = [sys.executable, "-c", code, str(config)]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=config.parent
+    ).stdout.strip()
+
+
+def test_a_printed_config_finds_the_strategy_that_lives_beside_another_config(tmp_path: Path) -> None:
+    first = resolve(layers(str(minimal(tmp_path, "beside_its_config")), "toy"))
+    saved = tmp_path / "elsewhere" / "saved.yaml"
+    saved.parent.mkdir()
+    saved.write_text(first.yaml)
+    assert first.resolved["code"] == [str(tmp_path)]
+    assert "code" not in first.cell
+    assert "code" not in toy().resolved
+    assert hash_elsewhere(saved) == first.hash
+    assert resolve([saved]).yaml == first.yaml
+
+
+def test_the_command_line_and_python_give_one_cell(tmp_path: Path) -> None:
+    words = ["lora", "toy", "--trainer.gradient_clip_val=1", "--trainer.precision=bf16", "--print_config"]
+    command = [sys.executable, "-m", "cl_bench", "run", *words]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(printed)
+    here = toy("--trainer.gradient_clip_val=1.0", "--trainer.precision=bf16-mixed")
+    assert resolve([saved]).hash == here.hash
+    assert printed == here.yaml
+
+
+@pytest.mark.parametrize(
+    "names", (("32", "32-true", None), ("16", "16-mixed"), ("bf16", "bf16-mixed"), ("64", "64-true"))
+)
+def test_every_name_of_a_precision_is_one_cell(tmp_path: Path, names: tuple[str | None, ...]) -> None:
+    hashes = {toy(*([f"--trainer.precision={name}"] if name else [])).hash for name in names}
+    layer = tmp_path / "layer.yaml"
+    for written in (names[0], f"'{names[0]}'") if names[0] != "bf16" else ("bf16",):
+        layer.write_text(f"trainer: {{precision: {written}}}")
+        hashes.add(resolve([*layers("lora", "toy"), layer]).hash)
+    assert len(hashes) == 1
+
+
+def test_text_that_looks_like_a_number_stays_text_in_a_printed_config(tmp_path: Path) -> None:
+    first = toy("--setting=1e3", "--results=1.5e3")
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(first.yaml)
+    again = resolve([saved])
+    assert (again.namespace.setting, again.results) == ("1e3", Path("1.5e3"))
+
+
+def test_an_unknown_stem_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"no config 'lroa' among strategies. Did you mean lora\?"):
+        config_file("strategies", "lroa")
+    with pytest.raises(FileNotFoundError, match=r"There is no config file nowhere\.yaml"):
+        resolve([Path("nowhere.yaml")])
+
+
+def opening(path: Path) -> list[str]:
+    return [line for line in path.read_text().splitlines() if line.startswith("#")]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
+)
+def test_every_config_opens_with_its_command(path: Path) -> None:
+    assert any("cl-bench " in line for line in opening(path))
+
+
+def test_resolved_values_are_plain() -> None:
+    def plain(value: Any) -> bool:
+        if isinstance(value, dict):
+            return all(isinstance(key, str) and plain(item) for key, item in value.items())
+        return (
+            all(map(plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
+        )
+
+    assert plain(toy().cell)
+
+
+RECIPES = sorted((CONFIGS / "recipes").glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_recipe_resolves_and_names_the_source_of_every_line(recipe: Path) -> None:
+    configuration = resolve(layers(recipe.stem, recipe.parent.name), ["--root=somewhere"])
+    assert configuration.resolved["trainer"]["max_epochs"] == load(recipe)["trainer"]["max_epochs"]
+    comment, *lines = (line for line in recipe.read_text().splitlines() if line.strip())
+    assert comment == f"# cl-bench run {recipe.stem} {recipe.parent.name} --root FOLDER --seed 1"
+    settings = [line for line in lines if not line.lstrip().startswith("#") and not line.endswith(":")]
+    assert settings and all("  # " in line for line in settings)
+
+
+def test_every_benchmark_has_a_recipe_for_every_method_with_adapters() -> None:
+    methods = {"lora", "lora_gpm", "inflora", "keeplora", "loda", "janus_lora"}
+    for benchmark in ("imagenet_r", "cifar100", "imagenet100", "domainnet"):
+        assert methods <= {path.stem for path in RECIPES if path.parent.name == benchmark}

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cl_bench.__main__ import main
+from cl_bench.contracts.photographs import Photographs
+from cl_bench.data.published import domainnet
+from cl_bench.results.result import FILE_NAME, read
+from cl_bench.run.configuration import layers, resolve
+from cl_bench.run.protocol import in_words
+from datamodules.toy import Toy
+
+
+def test_the_words_carry_the_fingerprint_of_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "ncm", "toy", "--results", str(tmp_path), "--trainer.accelerator", "cpu"]
+    assert main([*words, "--print_protocol"]) == 0
+    said = capsys.readouterr().out
+    assert not list(tmp_path.rglob(FILE_NAME))
+    assert main(words) == 0
+    (path,) = tmp_path.rglob(FILE_NAME)
+    assert f"protocol            {read(path).protocol.fingerprint}\n" in said
+    assert "evaluated on        the 36 test images, once after each experience" in said
+
+
+def test_every_part_of_the_identity_is_said() -> None:
+    configuration = resolve(layers("ncm", "toy"), ["--val_fraction", "0.25", "--trainer.accelerator", "cpu"])
+    said = in_words(configuration)
+    assert "18 images held out of training, 25% of each class; the test images stay closed" in said
+    data = configuration.datamodule
+    named = {key: value for key, value in data.protocol().items() if key != "evaluated_on"}
+    for value in named.values():
+        if isinstance(value, str):
+            assert " ".join(value.split())[:16] in said
+
+
+class Renditions(Toy, Photographs):
+    """Toy data under the name of a benchmark, with its preset."""
+
+    name = "domainnet"
+
+
+def test_what_a_reader_must_know_is_said(tmp_path: Path) -> None:
+    config = tmp_path / "renditions.yaml"
+    config.write_text(
+        f"data: {{class_path: {__name__}.Renditions, init_args: {{transforms: clip, num_experiences: 2}}}}\n"
+        "backbone: {model: vision_transformer, weights: random, normalisation: unit, options: "
+        "{img_size: 16, patch_size: 8, embed_dim: 32, depth: 1, num_heads: 1}}\n"
+    )
+    said = in_words(resolve(layers("ncm", str(config)), ["--trainer.accelerator", "cpu"]))
+    assert "transforms          clip\n" in said
+    assert "The transforms clip were published with the normalisation clip, and this run uses unit." in said
+    assert said.endswith(domainnet.UNSAID)

@@ -1,0 +1,55 @@
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+
+from cl_bench.results.result import FILE_NAME, read
+from cl_bench.run.configuration import Configuration, layers, resolve
+from cl_bench.run.run import finished, quiet, run
+
+
+def toy(folder: Path, *overrides: str) -> Configuration:
+    words = [f"--results={folder}", "--trainer.accelerator=cpu", *overrides]
+    return resolve(layers("linear_probe", "toy"), words)
+
+
+def test_only_a_finished_cell_counts_as_done_under_whatever_setting_name(tmp_path: Path) -> None:
+    configuration = toy(tmp_path)
+    assert finished(configuration) is None
+    run(configuration)
+    path = configuration.folder / FILE_NAME
+    assert finished(configuration) == path
+    assert finished(toy(tmp_path, "--setting=named")) == path
+    assert finished(toy(tmp_path, "--seed=2")) is None
+    result = read(path)
+    result.status = "failed"
+    result.write(configuration.folder)
+    assert finished(configuration) is None
+    path.write_text("broken")
+    assert finished(configuration) is None
+
+
+def test_a_second_attempt_replaces_what_the_first_left(tmp_path: Path) -> None:
+    configuration = toy(tmp_path)
+    first = run(configuration)
+    first.status = "failed"
+    first.write(configuration.folder)
+    (configuration.folder / "error.txt").write_text("of an earlier attempt")
+    second = run(toy(tmp_path))
+    assert first.rows == second.rows
+    assert not (configuration.folder / "error.txt").exists()
+    curves = (configuration.folder / "curves" / "metrics.csv").read_text().splitlines()
+    assert len([line for line in curves[1:] if line]) < 20
+
+
+def test_quiet_silences_notices_and_restores_what_it_found() -> None:
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    with pytest.raises(ArithmeticError), quiet():
+        warnings.warn("a notice", UserWarning, stacklevel=1)
+        assert not logger.isEnabledFor(logging.WARNING)
+        raise ArithmeticError
+    assert logger.level == level
+    with pytest.warns(UserWarning, match="heard again"):
+        warnings.warn("heard again", UserWarning, stacklevel=1)

@@ -1,0 +1,169 @@
+from pathlib import Path
+
+import pytest
+
+from cl_bench.run.schema import Schema
+from datamodules.image_folder import ImageFolder
+from datamodules.toy import Toy
+from strategies.lora import LoRA
+
+
+@pytest.fixture(scope="module")
+def schema() -> Schema:
+    return Schema(LoRA, Toy)
+
+
+def test_defaults_come_from_the_signatures(schema: Schema) -> None:
+    values = schema.parse({}, [])
+    assert (values.model.rank, values.model.variant, values.seed) == (10, "merge", 1)
+
+
+def test_the_command_line_wins_over_the_config(schema: Schema) -> None:
+    values = schema.parse({"model": {"rank": 3, "scale": 2.0}}, ["--model.rank", "4"])
+    assert (values.model.rank, values.model.scale) == (4, 2.0)
+
+
+@pytest.mark.parametrize(
+    "words", (["--rank", "4"], ["--rank=4"], ["--model.rank=4"], ["--model.init_args.rank", "4"])
+)
+def test_a_key_may_be_short_or_carry_its_group(schema: Schema, words: list[str]) -> None:
+    assert schema.parse({}, words).model.rank == 4
+
+
+def test_a_nested_class_takes_its_own_arguments(schema: Schema) -> None:
+    values = schema.parse(
+        {"model": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}}},
+        ["--model.optimizer.lr", "0.5"],
+    )
+    assert values.model.optimizer.init_args.lr == 0.5
+
+
+def test_seed_and_order_reach_the_datamodule(schema: Schema) -> None:
+    values = schema.parse({}, ["--seed", "7", "--order", "numpy:1993"])
+    assert (values.data.seed, values.data.order) == (7, "numpy:1993")
+
+
+@pytest.mark.parametrize(
+    "words", (["--wandb"], ["--wandb", "--rank", "4"], ["--wandb=true"], ["--wandb", "true"])
+)
+def test_wandb_is_a_flag_that_may_also_carry_its_value(schema: Schema, words: list[str]) -> None:
+    assert schema.parse({}, words).wandb is True
+
+
+def test_diagnostics_are_a_flag_too(schema: Schema) -> None:
+    assert schema.parse({}, ["--diagnostics", "--rank", "4"]).diagnostics is True
+    assert schema.parse({"diagnostics": True}, ["--no_diagnostics", "--wandb"]).diagnostics is False
+
+
+@pytest.mark.parametrize("words", (["--backbone", "embedded"], ["--backbone=embedded"]))
+def test_the_name_of_a_backbone_takes_the_place_of_all_its_settings(schema: Schema, words: list[str]) -> None:
+    config = {"backbone": {"model": "vision_transformer", "weights": "random", "options": {"depth": 2}}}
+    assert schema.parse(config, words).backbone == schema.parse({}, ["--backbone.model=embedded"]).backbone
+
+
+@pytest.mark.parametrize("words", (["--no_wandb"], ["--wandb=false"]))
+def test_a_flag_may_be_negated(schema: Schema, words: list[str]) -> None:
+    assert schema.parse({"wandb": True}, words).wandb is False
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--rnak", "4"], "There is no key rnak. Did you mean model.rank?"),
+        (["--model.rnak", "4"], "There is no key model.rnak. Did you mean model.rank?"),
+        (["--sede", "4"], "There is no key sede. Did you mean seed?"),
+        (["--trainer.max_epoch", "4"], "There is no key trainer.max_epoch. Did you mean trainer.max_epochs?"),
+        (["--backbone.weight", "x"], "There is no key backbone.weight. Did you mean backbone.weights?"),
+        (["--cache", "jpeg"], "There is no key cache. It is a key of domainnet, imagenet100, imagenet_r."),
+        (["--data.split", "coda"], "There is no key data.split. It is a key of imagenet_r."),
+        (["--similarity", "cosine"], "There is no key similarity. It is a key of ncm."),
+        (["--qqqqqq", "4"], "There is no key qqqqqq. The option --help lists the keys."),
+        (["--rank", "x"], "--model.rank cannot be 'x': expected int."),
+        (
+            ["--variant", "mrege"],
+            "--model.variant cannot be 'mrege': expected 'merge' or 'shared'. Did you mean merge?",
+        ),
+        (["--trainer.max_epochs", "many"], "--trainer.max_epochs cannot be 'many': expected int or null."),
+        (["--seed", "one"], "--seed cannot be 'one': expected int."),
+        (["--model.optimizer.lrr", "3"], "--model.optimizer has no argument 'lrr'."),
+        (["--rank"], "--model.rank needs a value."),
+        (["--model.optimizer.lr", "x"], "--model.optimizer.lr cannot be 'x': expected float."),
+        (
+            ["--model.optimizer", "adam"],
+            "--model.optimizer cannot be 'adam': there is no such class. Did you mean torch.optim.Adam?",
+        ),
+        (
+            ["--model.optimizer=torch.optim.Sgd"],
+            "--model.optimizer cannot be 'torch.optim.Sgd': there is no such class. "
+            "Did you mean torch.optim.SGD?",
+        ),
+        (
+            ["--model.scheduler=steplr"],
+            "--model.scheduler cannot be 'steplr': there is no such class. "
+            "Did you mean torch.optim.lr_scheduler.StepLR?",
+        ),
+        (
+            ["--model.optimizer=nowhere.Sgd"],
+            "--model.optimizer cannot be 'nowhere.Sgd': there is no such class. "
+            "Write the import path of one, such as torch.optim.SGD.",
+        ),
+        (
+            ["--model.optimizer=torch.nn.Linear"],
+            "--model.optimizer cannot be 'torch.nn.Linear': it is no subclass of Optimizer.",
+        ),
+        (["--model=x"], "--model is a group: set its keys one by one, as --model.KEY."),
+        (["--data.seed=3"], "There is no key data.seed. Did you mean seed?"),
+        (["stray"], "Nothing takes the value 'stray': write every setting as --KEY VALUE."),
+        (["--wandb=maybe"], "--wandb cannot be 'maybe': expected bool."),
+        (["--threads=0"], "--threads cannot be 0: expected 1 to 256."),
+        (
+            ["--setting=a/b"],
+            "--setting cannot be 'a/b': it names a folder, so write a word without slashes.",
+        ),
+        (["--setting=.."], "--setting cannot be '..': it names a folder, so write a word without slashes."),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_sentence_with_the_remedy(
+    schema: Schema, words: list[str], sentence: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        schema.parse({}, words)
+    assert str(caught.value) == sentence
+
+
+def test_a_wrong_key_in_a_config_is_found_too(schema: Schema) -> None:
+    with pytest.raises(ValueError, match=r"There is no key model.rnak. Did you mean model.rank\?"):
+        schema.parse({"model": {"rnak": 4}}, [])
+
+
+def test_a_wrong_value_in_a_config_is_one_sentence_that_names_its_file(schema: Schema) -> None:
+    def refusal(config: dict[str, object], key: str) -> str:
+        with pytest.raises(ValueError) as caught:
+            schema.parse(config, [], {key: Path("mine.yaml")})
+        return str(caught.value)
+
+    rank = refusal({"model": {"rank": "x"}}, "model.rank")
+    assert rank == "model.rank in mine.yaml cannot be 'x': expected int."
+    rate = {"class_path": "torch.optim.SGD", "init_args": {"lr": "x"}}
+    nested = refusal({"model": {"optimizer": rate}}, "model.optimizer")
+    assert nested == "model.optimizer.lr in mine.yaml cannot be 'x': expected float."
+    threads = refusal({"threads": 0}, "threads")
+    assert threads == "threads in mine.yaml cannot be 0: expected 1 to 256."
+    order = refusal({"order": ["a"]}, "order")
+    assert order == "order in mine.yaml cannot be 'a': expected str or int."
+
+
+def test_the_name_of_a_dataset_is_one_folder() -> None:
+    with pytest.raises(ValueError, match=r"--data.name cannot be 'a/b'"):
+        Schema(LoRA, ImageFolder).parse({"data": {"root": "x"}}, ["--data.name=a/b"])
+
+
+def test_help_names_the_arguments_with_their_meaning_and_leaves_the_trainer_to_lightning(
+    schema: Schema,
+) -> None:
+    text = schema.help()
+    assert "--model.rank" in text
+    assert "Rank of every adapter" in text
+    assert text.count("--trainer.") < 10
+    assert "CONFIG" not in text
+    assert "+ " not in text
