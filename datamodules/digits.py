@@ -10,7 +10,8 @@ import torch
 from sklearn.datasets import load_digits
 from torchvision.transforms import v2
 
-from cl_bench.contracts.datamodule import ArraySource, Sources, StreamDataModule
+from cl_bench.contracts.datamodule import StreamDataModule
+from cl_bench.data.sources import ArraySource, Sources
 from cl_bench.data.stream import Transform
 
 _TRAIN_SHARE = 0.8

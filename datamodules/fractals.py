@@ -13,8 +13,9 @@ import torch
 from torch import Generator, Tensor
 from torchvision.transforms import v2
 
-from cl_bench.contracts.datamodule import Sources, StreamDataModule
+from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data.attractors import Systems, attractors, placed, random_systems, varied
+from cl_bench.data.sources import Sources
 from cl_bench.data.stream import Transform
 
 _RENDERING = 1  # counted up when a change of the code changes a picture

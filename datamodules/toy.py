@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torchvision.transforms import v2
 
-from cl_bench.contracts.datamodule import ArraySource, Sources, StreamDataModule
+from cl_bench.contracts.datamodule import StreamDataModule
+from cl_bench.data.sources import ArraySource, Sources
 from cl_bench.data.stream import Transform
 
 Array = npt.NDArray[np.float64]

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import TrainingData
-from cl_bench.maths.subspace import GPM, DualGPM, Energy, energy_threshold
-from cl_bench.measure.measurements import second_moments
+from cl_bench.maths.memory import GPM, DualGPM
+from cl_bench.maths.subspace import Energy, energy_threshold
+from cl_bench.measure.moments import second_moments
 from cl_bench.network.backbones import Backbone
 
 

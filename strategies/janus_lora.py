@@ -42,7 +42,8 @@ from torch import Tensor
 from cl_bench.contracts.margin import DecoupledMargin
 from cl_bench.contracts.protection import ProtectedStrategy, RowSpace
 from cl_bench.contracts.strategy import Batch, TrainingData
-from cl_bench.measure.measurements import InputSketch, SecondMoments
+from cl_bench.measure.moments import SecondMoments
+from cl_bench.measure.sketch import InputSketch
 from cl_bench.network.backbones import Backbone
 
 

@@ -34,8 +34,11 @@ from torch import Tensor
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import Promises, TrainingData
 from cl_bench.data.experience import Experience
-from cl_bench.maths.subspace import GPM, principal_output_subspace, principal_subspace
-from cl_bench.measure.measurements import TokenAverages, full_weight_gradients, measure, second_moments
+from cl_bench.maths.memory import GPM
+from cl_bench.maths.subspace import principal_output_subspace, principal_subspace
+from cl_bench.measure.gradients import full_weight_gradients
+from cl_bench.measure.moments import TokenAverages, second_moments
+from cl_bench.measure.passes import measure
 from cl_bench.network.backbones import Backbone
 
 

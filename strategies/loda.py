@@ -39,7 +39,7 @@ from cl_bench.maths.losses import cosface
 from cl_bench.maths.recalibration import Recalibration, recalibration
 from cl_bench.maths.subspace import generalised_directions, leading_directions
 from cl_bench.measure.alignment import class_halves, looking_ahead
-from cl_bench.measure.measurements import second_moments
+from cl_bench.measure.moments import second_moments
 from cl_bench.network.adapters import LowRank
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import GrowingCosine

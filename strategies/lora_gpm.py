@@ -26,7 +26,7 @@ import torch
 from cl_bench.contracts.margin import DecoupledMargin
 from cl_bench.contracts.protection import ProtectedStrategy
 from cl_bench.contracts.strategy import TrainingData
-from cl_bench.measure.measurements import second_moments
+from cl_bench.measure.moments import second_moments
 from cl_bench.network.backbones import Backbone
 
 

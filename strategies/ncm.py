@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cl_bench.contracts.strategy import Strategy, TrainingData
-from cl_bench.measure.measurements import class_means
+from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import Prototypes
 

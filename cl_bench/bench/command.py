@@ -13,13 +13,13 @@ import torch
 from cl_bench.bench.group import EARLY, LATE, Group, Settings, Timed
 from cl_bench.bench.table import Bench, Row
 from cl_bench.bench.timing import Spread, matrix_rate
+from cl_bench.errors import suggestion
 from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.provenance import device_name
 from cl_bench.network.backbones import Backbone
 from cl_bench.run.configuration import CONFIGS, load, stems_of
 from cl_bench.run.run import quiet
 from cl_bench.run.schema import Config
-from cl_bench.spelling import suggestion
 
 SMALL = "small"
 """Names a transformer of 2.7 million parameters for images of 64 pixels."""

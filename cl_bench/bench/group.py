@@ -19,7 +19,8 @@ from cl_bench.bench.turn import turn
 from cl_bench.contracts.datamodule import Batch
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import Strategy
-from cl_bench.measure.measurements import SecondMoments, measure
+from cl_bench.measure.moments import SecondMoments
+from cl_bench.measure.passes import measure
 from cl_bench.network.adapters import AdaptedLinear, LowRank
 from cl_bench.network.frozen import Frozen
 from cl_bench.run.schema import Config

@@ -18,7 +18,7 @@ from cl_bench.bench.memory import Peak, held_bytes
 from cl_bench.bench.stream import NoiseStream
 from cl_bench.contracts.datamodule import Batch
 from cl_bench.loop.callbacks import StreamMetrics
-from cl_bench.maths.subspace import GPM
+from cl_bench.maths.memory import GPM
 from cl_bench.results.result import Protocol, Result
 from cl_bench.run.configuration import CONFIGS, Configuration, config_file, load, resolve
 from cl_bench.run.schema import Config

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from cl_bench.contracts.datamodule import ArraySource, Sources, StreamDataModule
+from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data.experience import Experience
+from cl_bench.data.sources import ArraySource, Sources
 from cl_bench.data.stream import Transform
 
 CLASSES_PER_EXPERIENCE = 2

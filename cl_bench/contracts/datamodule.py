@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from cl_bench.data.batches import copied
+from cl_bench.data.draws import DrawnImages, DrawSampler
 from cl_bench.data.experience import Experience
 from cl_bench.data.loading import RankBatches, StreamLoader, WorkerPool
-from cl_bench.data.regions import BatchedView, Region, Regions
+from cl_bench.data.regions import BatchedView, Regions
+from cl_bench.data.sources import Sources, of_classes
 from cl_bench.data.stream import (
     Indices,
-    Source,
     Stream,
     Transform,
     class_order,
@@ -39,91 +37,14 @@ from cl_bench.processes.ranks import place
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
+
 _HELD_OUT_IMAGES = 32  # of each class for its mean, and as many for the accuracy
+
+
 _MOST_WORKERS = 256
+
+
 _TRAINING, _TEST, _PLAIN, _AUGMENTED, _OUTSIDE = range(5)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """What a dataset brings.
-
-    Attributes:
-        train: Training images.
-        test: Test images.
-        class_names: Name of each original label.
-        domains: Names of the domains that the images come from, if the dataset has any.
-        train_domains: Place in ``domains`` of each training image, likewise.
-        test_domains: Place in ``domains`` of each test image, likewise.
-    """
-
-    train: Source
-    test: Source
-    class_names: Sequence[str]
-    domains: Sequence[str] = ()
-    train_domains: Sequence[int] = ()
-    test_domains: Sequence[int] = ()
-
-
-class ArraySource:
-    """A source held in memory.
-
-    Args:
-        images: Decoded images (N, 3, H, W), uint8.
-        targets: Original labels (N,).
-    """
-
-    def __init__(self, images: Tensor, targets: Sequence[int]) -> None:
-        self.images = images
-        self.targets = list(targets)
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256 of shape, pixels and labels."""
-        shape_and_labels = np.array([*self.images.shape, *self.targets], dtype="<i8")
-        return hashlib.sha256(shape_and_labels.tobytes() + self.images.numpy().tobytes()).hexdigest()
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return image ``index`` (3, H, W) with its original label."""
-        return self.images[index], self.targets[index]
-
-
-class ChosenClasses:
-    """The images of some classes of a source, which are numbered from 0 again.
-
-    Args:
-        source: Labelled images.
-        labels: Which classes.
-
-    Attributes:
-        indices: Which images of the source these are (n,).
-    """
-
-    def __init__(self, source: Source, labels: range) -> None:
-        targets = np.asarray(source.targets, dtype=np.int64)
-        self._source = source
-        self._labels = labels
-        self.indices = np.flatnonzero((targets >= labels.start) & (targets < labels.stop))
-        self.targets: list[int] = (targets[self.indices] - labels.start).tolist()
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256 of the fingerprint of the source and the labels."""
-        labels = f"{self._source.fingerprint} {self._labels.start} {self._labels.stop}"
-        return hashlib.sha256(labels.encode()).hexdigest()
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return image ``index`` with its new label."""
-        image, label = self._source[int(self.indices[index])]
-        return image, label - self._labels.start
 
 
 class StreamDataModule(LightningDataModule, ABC):
@@ -414,12 +335,12 @@ class StreamDataModule(LightningDataModule, ABC):
         """What is dealt: everything but the classes that are held out."""
         if not self.held_out_classes:
             return self._found
-        return _of_classes(self._found, range(len(self._found.class_names) - self.held_out_classes))
+        return of_classes(self._found, range(len(self._found.class_names) - self.held_out_classes))
 
     @cached_property
     def _held_out(self) -> tuple[DrawnImages, DrawnImages]:
         number = len(self._found.class_names)
-        sources = self._divided(_of_classes(self._found, range(number - self.held_out_classes, number)))
+        sources = self._divided(of_classes(self._found, range(number - self.held_out_classes, number)))
         labels, plain = range(self.held_out_classes), self.test_transform()
         return DrawnImages(sources.train, labels, plain), DrawnImages(sources.test, labels, plain)
 
@@ -542,96 +463,6 @@ class StreamDataModule(LightningDataModule, ABC):
         )
 
 
-class Draw(NamedTuple):
-    """One image to load.
-
-    Attributes:
-        image: Its index in the dataset.
-        seed: Seed of what its transform draws.
-    """
-
-    image: int
-    seed: int
-
-
-class DrawSampler(Sampler[Draw]):
-    """Draws of the images ``indices``, a function of the entropy and the epoch.
-
-    Args:
-        indices: Images of the dataset (N,).
-        entropy: What tells these draws from others: the seed, the experience, the pass over it.
-        shuffle: Whether the order changes with the epoch, too.
-    """
-
-    def __init__(self, indices: Indices, entropy: Sequence[int], *, shuffle: bool) -> None:
-        self.indices = indices
-        self.entropy = tuple(entropy)
-        self.shuffle = shuffle
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw for ``epoch`` from now on; Lightning calls this at the start of each."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        """Return the number of draws in an epoch."""
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[Draw]:
-        """Yield every image once."""
-        # RandomState is frozen: its numbers are the same under every version of NumPy.
-        bits = np.random.MT19937(np.random.SeedSequence((*self.entropy, self.epoch)))
-        generator = np.random.RandomState(bits)
-        seeds = generator.randint(2**63 - 1, size=len(self), dtype=np.int64)
-        places = generator.permutation(len(self)) if self.shuffle else np.arange(len(self))
-        for image, seed in zip(self.indices[places].tolist(), seeds[places].tolist(), strict=True):
-            yield Draw(image, seed)
-
-
-class DrawnImages(Dataset[tuple[Any, ...]]):
-    """The images of a whole source, transformed as drawn and labelled by position.
-
-    Args:
-        source: Decoded images with original labels.
-        order: Original label at each position.
-        transform: What is applied to each image.
-        domains: Place of each image's domain; empty where there are none, or nobody asks.
-    """
-
-    def __init__(
-        self, source: Source, order: Sequence[int], transform: Transform, domains: Sequence[int] = ()
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.positions: Indices = np.argsort(order)[np.asarray(source.targets, dtype=np.int64)]
-        self.domains: Indices = np.asarray(domains, dtype=np.int64)
-
-    def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
-        """Return the drawn image (3, H, W), its position in the class order, and its domain if it has one."""
-        return self.__getitems__([draw])[0]
-
-    def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[Any, ...]]:
-        """Return what is drawn, one after the other, and leave torch's generator as it was."""
-        with _kept_generator() as generator:
-            return [self._drawn(draw, generator) for draw in draws]
-
-    def _drawn(self, draw: Draw, generator: torch.Generator) -> tuple[Any, ...]:
-        generator.manual_seed(draw.seed)
-        image, _ = self.source[draw.image]
-        transformed = self._transformed(image)
-        position = int(self.positions[draw.image])
-        domain = (int(self.domains[draw.image]),) if len(self.domains) else ()
-        return (transformed, position, *domain)
-
-    def _transformed(self, image: Any) -> Tensor | Region:
-        """Return what of the transform is done for each image alone; the rest is done batch by batch."""
-        if isinstance(self.transform, BatchedView):
-            return self.transform.region(image)
-        if isinstance(self.transform, RandomView | CentreView):
-            return self.transform.pixels(image)
-        return self.transform(image)
-
-
 @dataclass(frozen=True)
 class _Served:
     """The stream, and the datasets its loaders serve from; each spans the whole stream."""
@@ -640,29 +471,6 @@ class _Served:
     train: DrawnImages
     plain: DrawnImages
     test: DrawnImages
-
-
-def _of_classes(found: Sources, labels: range) -> Sources:
-    train, test = ChosenClasses(found.train, labels), ChosenClasses(found.test, labels)
-    return replace(
-        found,
-        train=train,
-        test=test,
-        class_names=[found.class_names[label] for label in labels],
-        train_domains=[found.train_domains[i] for i in train.indices.tolist()] if found.domains else (),
-        test_domains=[found.test_domains[i] for i in test.indices.tolist()] if found.domains else (),
-    )
-
-
-@contextmanager
-def _kept_generator() -> Iterator[torch.Generator]:
-    """Give torch's CPU generator, and leave it as it was."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    try:
-        yield generator
-    finally:
-        generator.set_state(state)
 
 
 def _views_of(transform: Transform) -> float:

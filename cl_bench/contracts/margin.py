@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_bench.contracts.strategy import Strategy, TrainingData
 from cl_bench.data.experience import Experience
 from cl_bench.maths.losses import augmented_triplet, decoupled_margin
-from cl_bench.measure.measurements import class_means
+from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import Prototypes
 from cl_bench.processes.ranks import gathered

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import TrainingData
+from cl_bench.maths.memory import GPM
 from cl_bench.maths.rectification import Gauge, rectified
-from cl_bench.maths.subspace import GPM, Energy, energy_threshold
+from cl_bench.maths.subspace import Energy, energy_threshold
 from cl_bench.network.adapters import LowRank
 from cl_bench.network.backbones import Backbone
 

@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 
 from cl_bench.data.experience import Experience
 from cl_bench.maths.losses import local_cross_entropy
+from cl_bench.maths.memory import GPM
 from cl_bench.maths.schedules import QuarterCosine
-from cl_bench.maths.subspace import GPM
-from cl_bench.measure.measurements import class_means
+from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import GrowingLinear, Prototypes
 from cl_bench.processes.ranks import connected, part, totals

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 from cl_bench.data.experience import Experience
+from cl_bench.errors import by_likeness
 from cl_bench.results.result import digest
-from cl_bench.spelling import by_likeness
 
 Indices = npt.NDArray[np.int64]
 Transform = Callable[[Any], Tensor]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cl_bench.errors import suggestion
 from cl_bench.grid.cell import Cell
 from cl_bench.run.configuration import config_file, load
-from cl_bench.spelling import suggestion
 
 _KEYS = {
     "strategies": list,

@@ -37,8 +37,10 @@ from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.maths.losses import cosine_similarities, danger_score
-from cl_bench.maths.rectification import null_space_violation, scale_free_violation
-from cl_bench.measure.measurements import ClassMeans, SecondMoments, Statistic, class_means, measure
+from cl_bench.maths.violation import null_space_violation, scale_free_violation
+from cl_bench.measure.means import ClassMeans, class_means
+from cl_bench.measure.moments import SecondMoments
+from cl_bench.measure.passes import Statistic, measure
 from cl_bench.network.adapters import AdaptedLinear
 from cl_bench.network.heads import Prototypes
 from cl_bench.processes.ranks import of_all, total

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from cl_bench.errors import suggestion
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.frozen import Frozen
-from cl_bench.spelling import suggestion
 
 _LAYER_OF_TARGET = {
     "q": "attn.qkv",

@@ -26,9 +26,9 @@ from timm.models import get_deprecated_models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from cl_bench.errors import by_likeness, nearest, suggestion
 from cl_bench.network import embedded
 from cl_bench.network.frozen import Frozen, freeze_layers, refresh
-from cl_bench.spelling import by_likeness, nearest, suggestion
 
 Normalisation = Literal["unit", "half", "imagenet", "clip"]
 

@@ -15,6 +15,7 @@ from cl_bench.data import manifest
 from cl_bench.data.manifest import Variant
 from cl_bench.data.published import imagenet100
 from cl_bench.data.published.imagenet100 import Classes
+from cl_bench.errors import suggestion
 from cl_bench.prepare import imagenet
 from cl_bench.prepare.archives import Advance, Archive, human, require_whole
 from cl_bench.prepare.download import PATIENCE, Patience, download, partial
@@ -29,7 +30,6 @@ from cl_bench.prepare.recipes import (
 )
 from cl_bench.prepare.scanning import scan
 from cl_bench.prepare.unpacking import STAGING, require_space, unpack
-from cl_bench.spelling import suggestion
 
 _LOCK = ".preparing"
 

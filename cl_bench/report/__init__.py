@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from cl_bench.errors import suggestion
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.latex import latex
 from cl_bench.report.markdown import markdown
@@ -19,7 +20,6 @@ from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables
 from cl_bench.results.metrics import DEFINITIONS
 from cl_bench.results.result import FILE_NAME, Result, read_all
-from cl_bench.spelling import suggestion
 
 Format = Literal["md", "latex", "csv", "json", "html"]
 

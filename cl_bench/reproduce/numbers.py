@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from cl_bench.data.published.imagenet_r import Split
-from cl_bench.spelling import suggestion
+from cl_bench.errors import suggestion
 
 
 @dataclass(frozen=True)

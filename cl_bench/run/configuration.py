@@ -23,12 +23,12 @@ from lightning.pytorch.loggers import Logger
 
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
+from cl_bench.errors import suggestion
 from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone, weights_identity
 from cl_bench.results.result import digest
 from cl_bench.run.schema import GROUPS, Config, Schema, keys_of, nearest_class
-from cl_bench.spelling import suggestion
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

@@ -19,11 +19,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
+from cl_bench.errors import nearest
 from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Regime
-from cl_bench.spelling import nearest
 
 Config = dict[str, Any]
 

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cl_bench.bench.subject import Subject, fill
-from cl_bench.maths.subspace import GPM, DualGPM
+from cl_bench.maths.memory import GPM, DualGPM
 
 
 @pytest.mark.parametrize("stem", ["lora", "inflora", "keeplora", "janus_lora", "loda", "lora_gpm_gr"])

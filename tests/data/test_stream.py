@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cl_bench.contracts.datamodule import ArraySource
+from cl_bench.data.sources import ArraySource
 from cl_bench.data.stream import Stream, class_order, deal, experience_sizes, order_name
 from datamodules.toy import Toy
 

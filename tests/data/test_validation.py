@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cl_bench.contracts.datamodule import ArraySource, Sources
+from cl_bench.data.sources import ArraySource, Sources
 from cl_bench.data.stream import Source
 from cl_bench.data.validation import PartSource, held_out
 from datamodules.toy import Toy

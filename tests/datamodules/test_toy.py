@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cl_bench.contracts.datamodule import ArraySource
+from cl_bench.data.sources import ArraySource
 from datamodules.toy import Toy
 
 

@@ -12,7 +12,7 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.loop.diagnostics import POINTS, Diagnostics, scalars
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.maths.losses import danger_score
-from cl_bench.measure.measurements import class_means
+from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Result
 from datamodules.toy import Toy

@@ -9,16 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_bench.maths.rectification import (
-    Gauge,
-    _inverse,
-    composite,
-    null_space_violation,
-    rectified,
-    relative_violation,
-    scale_free_violation,
-)
+from cl_bench.maths.rectification import Gauge, _inverse, composite, rectified
 from cl_bench.maths.subspace import orthonormal, right_residual
+from cl_bench.maths.violation import null_space_violation, relative_violation, scale_free_violation
 
 GAUGES: tuple[Gauge, ...] = get_args(Gauge)
 M, N, R, K = 24, 20, 4, 6

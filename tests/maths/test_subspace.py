@@ -10,11 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cl_bench.maths.memory import GPM, DualGPM, FirstCount
 from cl_bench.maths.subspace import (
-    GPM,
-    DualGPM,
     Energy,
-    FirstCount,
     complement,
     directions_needed,
     energy_shares,

@@ -6,18 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_bench.maths.subspace import GPM
-from cl_bench.measure.measurements import (
-    ClassMeans,
-    InputSketch,
-    SecondMoments,
-    TokenAverages,
-    _spread,
-    class_means,
-    full_weight_gradients,
-    measure,
-    second_moments,
-)
+from cl_bench.maths.memory import GPM
+from cl_bench.measure.gradients import full_weight_gradients
+from cl_bench.measure.means import ClassMeans, class_means
+from cl_bench.measure.moments import SecondMoments, TokenAverages, second_moments
+from cl_bench.measure.passes import measure
+from cl_bench.measure.sketch import InputSketch, _spread
 from cl_bench.network.adapters import AdaptedLinear, inject
 from cl_bench.network.backbones import Backbone
 

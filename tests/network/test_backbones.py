@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from cl_bench.loop.trainer import StreamTrainer
-from cl_bench.measure.measurements import second_moments
+from cl_bench.measure.moments import second_moments
 from cl_bench.network import embedded
 from cl_bench.network.adapters import inject
 from cl_bench.network.backbones import Backbone, Normalisation, weights_identity

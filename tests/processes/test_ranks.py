@@ -21,8 +21,9 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.loading import RankBatches
 from cl_bench.loop.diagnostics import Diagnostics
 from cl_bench.loop.trainer import StreamTrainer
-from cl_bench.maths.subspace import GPM
-from cl_bench.measure.measurements import InputSketch, SecondMoments
+from cl_bench.maths.memory import GPM
+from cl_bench.measure.moments import SecondMoments
+from cl_bench.measure.sketch import InputSketch
 from cl_bench.network.backbones import Backbone
 from cl_bench.processes.ranks import _prints, is_first
 from cl_bench.results.result import FILE_NAME, read

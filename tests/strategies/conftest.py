@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.loop.trainer import StreamTrainer
-from cl_bench.maths.subspace import GPM
+from cl_bench.maths.memory import GPM
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Result
 from datamodules.toy import Toy

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from cl_bench.contracts.strategy import TrainingData
-from cl_bench.maths.rectification import relative_violation
 from cl_bench.maths.subspace import leading_directions
+from cl_bench.maths.violation import relative_violation
 from cl_bench.network.backbones import Backbone
 from strategies.inflora import InfLoRA
 

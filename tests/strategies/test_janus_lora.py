@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from cl_bench.contracts.strategy import Batch, TrainingData
-from cl_bench.maths.rectification import relative_violation
-from cl_bench.maths.subspace import GPM
-from cl_bench.measure.measurements import class_means, full_weight_gradients
+from cl_bench.maths.memory import GPM
+from cl_bench.maths.violation import relative_violation
+from cl_bench.measure.gradients import full_weight_gradients
+from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from strategies.janus_lora import JanusLoRA
 from strategies.lora import LoRA

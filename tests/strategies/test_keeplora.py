@@ -10,7 +10,7 @@ from torch import Tensor
 from cl_bench.contracts.strategy import TrainingData
 from cl_bench.data.experience import Experience
 from cl_bench.maths.subspace import principal_output_subspace, principal_subspace
-from cl_bench.measure.measurements import full_weight_gradients
+from cl_bench.measure.gradients import full_weight_gradients
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import GrowingLinear
 from strategies.keeplora import KeepLoRA

@@ -8,8 +8,8 @@ import torch
 
 from cl_bench.contracts.strategy import TrainingData
 from cl_bench.maths.losses import decoupled_margin
-from cl_bench.maths.rectification import relative_violation
-from cl_bench.measure.measurements import second_moments
+from cl_bench.maths.violation import relative_violation
+from cl_bench.measure.moments import second_moments
 from cl_bench.network.backbones import Backbone
 from strategies.lora_gpm import LoRAGPM
 

@@ -1,0 +1,121 @@
+"""Which image is loaded next, and with which seed its transform draws."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from cl_bench.data.regions import BatchedView, Region
+from cl_bench.data.stream import (
+    Indices,
+    Source,
+    Transform,
+)
+from cl_bench.data.views import CentreView, RandomView
+
+
+class Draw(NamedTuple):
+    """One image to load.
+
+    Attributes:
+        image: Its index in the dataset.
+        seed: Seed of what its transform draws.
+    """
+
+    image: int
+    seed: int
+
+
+class DrawSampler(Sampler[Draw]):
+    """Draws of the images ``indices``, a function of the entropy and the epoch.
+
+    Args:
+        indices: Images of the dataset (N,).
+        entropy: What tells these draws from others: the seed, the experience, the pass over it.
+        shuffle: Whether the order changes with the epoch, too.
+    """
+
+    def __init__(self, indices: Indices, entropy: Sequence[int], *, shuffle: bool) -> None:
+        self.indices = indices
+        self.entropy = tuple(entropy)
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw for ``epoch`` from now on; Lightning calls this at the start of each."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of draws in an epoch."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Draw]:
+        """Yield every image once."""
+        # RandomState is frozen: its numbers are the same under every version of NumPy.
+        bits = np.random.MT19937(np.random.SeedSequence((*self.entropy, self.epoch)))
+        generator = np.random.RandomState(bits)
+        seeds = generator.randint(2**63 - 1, size=len(self), dtype=np.int64)
+        places = generator.permutation(len(self)) if self.shuffle else np.arange(len(self))
+        for image, seed in zip(self.indices[places].tolist(), seeds[places].tolist(), strict=True):
+            yield Draw(image, seed)
+
+
+class DrawnImages(Dataset[tuple[Any, ...]]):
+    """The images of a whole source, transformed as drawn and labelled by position.
+
+    Args:
+        source: Decoded images with original labels.
+        order: Original label at each position.
+        transform: What is applied to each image.
+        domains: Place of each image's domain; empty where there are none, or nobody asks.
+    """
+
+    def __init__(
+        self, source: Source, order: Sequence[int], transform: Transform, domains: Sequence[int] = ()
+    ) -> None:
+        self.source = source
+        self.transform = transform
+        self.positions: Indices = np.argsort(order)[np.asarray(source.targets, dtype=np.int64)]
+        self.domains: Indices = np.asarray(domains, dtype=np.int64)
+
+    def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
+        """Return the drawn image (3, H, W), its position in the class order, and its domain if it has one."""
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[Any, ...]]:
+        """Return what is drawn, one after the other, and leave torch's generator as it was."""
+        with _kept_generator() as generator:
+            return [self._drawn(draw, generator) for draw in draws]
+
+    def _drawn(self, draw: Draw, generator: torch.Generator) -> tuple[Any, ...]:
+        generator.manual_seed(draw.seed)
+        image, _ = self.source[draw.image]
+        transformed = self._transformed(image)
+        position = int(self.positions[draw.image])
+        domain = (int(self.domains[draw.image]),) if len(self.domains) else ()
+        return (transformed, position, *domain)
+
+    def _transformed(self, image: Any) -> Tensor | Region:
+        """Return what of the transform is done for each image alone; the rest is done batch by batch."""
+        if isinstance(self.transform, BatchedView):
+            return self.transform.region(image)
+        if isinstance(self.transform, RandomView | CentreView):
+            return self.transform.pixels(image)
+        return self.transform(image)
+
+
+@contextmanager
+def _kept_generator() -> Iterator[torch.Generator]:
+    """Give torch's CPU generator, and leave it as it was."""
+    generator = torch.default_generator
+    state = generator.get_state()
+    try:
+        yield generator
+    finally:
+        generator.set_state(state)

@@ -1,0 +1,150 @@
+"""A sketch of the inputs of layers, in less memory than their second moments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cl_bench.maths.memory import GPM
+from cl_bench.measure.passes import InputStatistic, tokens_heard
+from cl_bench.network.adapters import AdaptedLinear
+from cl_bench.processes.ranks import total
+
+
+class InputSketch(InputStatistic):
+    """A sketch of the inputs of each layer outside of what a memory protects, in ``rows`` vectors.
+
+    Between the steps of training it holds (rows, d) numbers for each layer instead of (d, d). A batch is
+    stacked below the sketch, and the singular values of both together are shrunk until no more than ``rows``
+    are left. What shrinking took away is known as a whole, and put back evenly: energies inside and outside
+    of the memory are exact, directions beyond those of the sketch are not. A memory takes no more than these.
+    Of several processes each keeps a sketch of its own images, and what stands for all is their sum: energies
+    are those of one process, directions need not be.
+
+    Source: frequent directions, https://arxiv.org/abs/1501.01711.
+
+    Args:
+        layers: Layers with one number of inputs, ``d``.
+        memory: What is protected in each of them.
+        rows: Directions that are kept; never more than d.
+        every: Take in every so many forward passes, the first among them.
+        most_tokens: Tokens of a batch that are taken in, spread over images and places alike.
+
+    Attributes:
+        sketch: ``Y`` (L, rows, d), so that ``Y^T Y`` is nearly ``P X^T X P`` of the inputs ``X``.
+        inside: Energy of the inputs in the protected directions, (L,) in float64.
+        outside: Their energy elsewhere, (L,) in float64.
+        tokens: Number of tokens that each layer has taken in, (L,).
+
+    Raises:
+        ValueError: If the layers differ in their number of inputs, the sketch has no row, or the memory
+            measures the energy of the covariance, of which a sketch does not know the whole.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> inputs = InputSketch([layer], GPM(num_layers=1, dim=2), rows=1)
+    >>> with inputs.listening():
+    ...     _ = layer(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
+    >>> inputs.mean().round(decimals=4)
+    tensor([[[5., 0.],
+             [0., 0.]]], dtype=torch.float64)
+    """
+
+    sketch: Tensor
+    inside: Tensor
+    outside: Tensor
+    tokens: Tensor
+
+    def __init__(
+        self,
+        layers: Sequence[AdaptedLinear | nn.Linear],
+        memory: GPM,
+        rows: int = 64,
+        every: int = 1,
+        most_tokens: int = 256,
+    ) -> None:
+        super().__init__(layers, every)
+        if rows < 1:
+            raise ValueError(f"A sketch of {rows} rows holds nothing: give it at least one.")
+        if memory.energy != "features":
+            raise ValueError(
+                "A sketch knows the energy of features as a whole and that of their covariance in part: "
+                "set energy to features, or estimate exact moments."
+            )
+        self._memory = (memory,)  # in a tuple, it does not become a part of this module
+        self.rows = min(rows, self.width)
+        self.most_tokens = most_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every token."""
+        super().clear()
+        count, device = len(self.layers), self.layers[0].weight.device
+        self.register_buffer("sketch", torch.zeros(count, self.rows, self.width, device=device))
+        for name in ("inside", "outside"):
+            self.register_buffer(name, torch.zeros(count, dtype=torch.float64, device=device))
+        self.register_buffer("tokens", torch.zeros(count, dtype=torch.int64, device=device))
+
+    def mean(self) -> Tensor:
+        """Return what stands for the second moments (L, d, d), in float64: their energies are exact.
+
+        Raises:
+            ValueError: If no token has been heard.
+        """
+        tokens = tokens_heard(self.tokens)
+        kept = self.sketch.double()
+        found = total(kept.mT @ kept)
+        inside, outside = total(self.inside), total(self.outside)
+        missing = (outside - found.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=0)
+        for index, moment in enumerate(found):
+            basis = self._memory[0].basis(index).double()
+            held, free = basis.shape[1], self.width - basis.shape[1]
+            protected = basis @ basis.mT
+            moment += protected * (inside[index] / max(held, 1))
+            moment += (torch.eye(self.width).to(protected) - protected) * (missing[index] / max(free, 1))
+        return found / tokens[:, None, None]
+
+    def take(self, index: int, tokens: Tensor) -> None:
+        """Take their energies, and stack what is outside of the memory below the sketch."""
+        tokens = tokens[_spread(len(tokens), self.most_tokens)].float()
+        rest = self._memory[0].right_residual(tokens, index)
+        energy = rest.double().square().sum()
+        self.inside[index] += (tokens.double().square().sum() - energy).clamp(min=0)
+        self.outside[index] += energy
+        self.tokens[index] += len(tokens)
+        self._stack(index, rest)
+
+    def include(self, share: Mapping[str, Tensor]) -> None:
+        """Add energies, and stack the sketches."""
+        if bool(self.tokens.any()):
+            for index, rows in enumerate(share["sketch"]):
+                self._stack(index, rows)
+        else:
+            self.sketch = share["sketch"].clone()
+        for name in ("inside", "outside", "tokens"):
+            setattr(self, name, getattr(self, name) + share[name])
+
+    def _stack(self, index: int, rows: Tensor) -> None:
+        """Stack rows (N, d) below the sketch of a layer and shrink both together."""
+        stacked = torch.cat([self.sketch[index], rows]).double()
+        values, vectors = torch.linalg.eigh(stacked @ stacked.mT)  # weakest first
+        beyond = values[-self.rows - 1].clamp(min=0) if len(values) > self.rows else values.new_zeros(())
+        values, vectors = values[-self.rows :], vectors[:, -self.rows :]
+        shrunk = ((values - beyond).clamp(min=0) / values.clamp(min=torch.finfo(values.dtype).tiny)).sqrt()
+        self.sketch[index] = (shrunk[:, None] * (vectors.mT @ stacked)).float()
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Return at most ``most`` of ``count`` places, far apart, and in step with no period of them.
+
+    The places of a token repeat from image to image: a stride that divided their number would pick the same
+    ones from every image. This one shares no factor with the count, near the golden section of it.
+    """
+    if count <= most:
+        return list(range(count))
+    step = round(count * 0.618)
+    while math.gcd(step, count) != 1:
+        step += 1
+    return [place * step % count for place in range(most)]
