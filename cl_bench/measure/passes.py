@@ -131,6 +131,8 @@ def measure(
         batches: Images and labels (B,).
         statistics: What to measure; each is asked for its mean afterwards.
 
+    >>> from cl_bench.measure.means import ClassMeans
+    >>> from cl_bench.measure.moments import SecondMoments
     >>> layer = nn.Linear(1, 1, bias=False)
     >>> _ = nn.init.ones_(layer.weight)
     >>> means, moments = ClassMeans(range(2, 4)), SecondMoments([layer])
