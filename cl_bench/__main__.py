@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from cl_bench.bench import options as bench
 from cl_bench.errors import sentence
 from cl_bench.processes.launcher import launched, rank, with_launcher
 
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[:1] == ["reproduce"]:
             return _reproduce(*_parser().parse_known_args(words))
         options = _parser().parse_args(words)
-        verbs = {"grid": _grid, "report": _report, "prepare": _prepare, "bench": _bench}
+        verbs = {"grid": _grid, "report": _report, "prepare": _prepare, "bench": bench.run}
         return verbs[options.verb](options)
     except (ValueError, OSError) as error:
         if "-v" in words:
@@ -99,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("-v", action="store_true", help="show tracebacks")
     _add_reproduce(verbs)
     _add_prepare(verbs.add_parser("prepare", help="fetch, check and scan a dataset"))
-    _add_bench(verbs.add_parser("bench", help="measure training steps beside a hand-written loop"))
+    bench.add_arguments(verbs.add_parser("bench", help="measure training steps beside a hand-written loop"))
     return parser
 
 
@@ -190,32 +189,6 @@ def _add_prepare(prepare: argparse.ArgumentParser) -> None:
         help="imagenet100: the class lists to build (default: all)",
     )
     prepare.add_argument("-v", action="store_true", help="show tracebacks")
-
-
-def _add_bench(bench: argparse.ArgumentParser) -> None:
-    # What is not given is left to cl_bench.bench.command.Wanted, which costs the import of torch.
-    def add(*names: str, dest: str, **how: Any) -> None:
-        bench.add_argument(*names, dest=dest, default=argparse.SUPPRESS, **how)
-
-    add(
-        "--strategy",
-        dest="strategies",
-        nargs="+",
-        help="config stems (default: those with published settings)",
-    )
-    add(
-        "--backbone",
-        dest="backbone",
-        help="a timm model, or small, 2.7 million parameters; its weights are random (default: ViT-B/16)",
-    )
-    add("--device", dest="device", help="cpu or cuda (default: cuda where there is one)")
-    add("--precision", dest="precisions", nargs="+", help="32-true or bf16-mixed (default: both)")
-    add("--batch", dest="batches", nargs="+", type=int, help="images (default: by the device)")
-    add("--rounds", dest="rounds", type=int, help="how often each call is timed (default: 6)")
-    add("--compile", dest="compiled", action="store_true", help="compile the backbone, not the floor")
-    bench.add_argument("--threads", type=int, default=None, help="CPU threads (default: as PyTorch chooses)")
-    bench.add_argument("--json", action="store_true", help="print JSON; the table goes to standard error")
-    bench.add_argument("-v", action="store_true", help="show tracebacks")
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -388,28 +361,6 @@ def _prepare(options: argparse.Namespace) -> int:
         source=options.source,
         classes=options.classes,
     )
-    return DONE
-
-
-def _bench(options: argparse.Namespace) -> int:
-    # Torch's profiler announces every measurement. The first is read when torch is imported, the second when
-    # the profiler starts for the first time.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    import torch
-
-    from cl_bench.bench.command import Wanted, bench
-
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"{options.threads} threads cannot measure: give --threads 1 or more.")
-        torch.set_num_threads(options.threads)
-    beside = _console(stderr=True)
-    given = vars(options).keys() & {field.name for field in fields(Wanted)}
-    found = bench(Wanted(**{name: getattr(options, name) for name in given}), beside.print)
-    (beside if options.json else _console()).print(found.text(), markup=False)
-    if options.json:
-        sys.stdout.write(found.json() + "\n")
     return DONE
 
 
