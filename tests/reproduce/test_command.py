@@ -13,7 +13,7 @@ import pytest
 from cl_bench.__main__ import main
 from cl_bench.data.published import domainnet
 from cl_bench.data.published.imagenet_r import SHA256, Split
-from cl_bench.grid.cell import Cell
+from cl_bench.grid.cells import Cell
 from cl_bench.reproduce.command import Wanted
 from cl_bench.results.result import Cost, Protocol, Result, Row
 
