@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.run.configuration import layers, resolve, stems_of
+from cl_bench.run.configs import stems_of
+from cl_bench.run.configuration import layers, resolve
 
 
 @pytest.fixture(scope="module")

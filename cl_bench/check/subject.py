@@ -21,8 +21,8 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
-from cl_bench.run.configuration import CONFIGS, Configuration, resolve
-from cl_bench.run.schema import Config
+from cl_bench.run.configs import CONFIGS, Config
+from cl_bench.run.configuration import Configuration, resolve
 
 RANK = 4
 """Rank of the adapters of a strategy that has one; a published rank would fill the tiny transformer."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_bench.errors import suggestion
+from cl_bench.run.configs import config_file, load
 
 if TYPE_CHECKING:
     from cl_bench.run.configuration import Configuration
@@ -99,8 +100,6 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
         ValueError: If the file is no grid.
         FileNotFoundError: If there is no such file.
     """
-    from cl_bench.run.configuration import config_file, load
-
     path = config_file("grids", name)
     content = load(path)
     if not {"strategies", "datasets"} <= content.keys():

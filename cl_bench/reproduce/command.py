@@ -27,7 +27,7 @@ from cl_bench.reproduce.cost import duration, seconds, speed
 from cl_bench.reproduce.numbers import Published, Source
 from cl_bench.reproduce.verdicts import TOLERANCE, Claim, Level, standing
 from cl_bench.results.result import Result, read
-from cl_bench.run.configuration import CONFIGS, config_file, load
+from cl_bench.run.configs import CONFIGS, config_file, load
 
 
 @dataclass(frozen=True)

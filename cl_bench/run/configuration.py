@@ -16,23 +16,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import Namespace, get_loader
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
-from cl_bench.errors import suggestion
 from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone, weights_identity
 from cl_bench.results.result import digest
-from cl_bench.run.schema import GROUPS, Config, Schema, keys_of, nearest_class
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-_load_yaml = get_loader("yaml")  # PyYAML's own loader takes 5e-4 for a word
+from cl_bench.run.configs import CONFIGS, Config, config_file, dumped, load
+from cl_bench.run.schema import GROUPS, Schema, keys_of, nearest_class
 
 _RUN_KEYS_OUTSIDE_THE_CELL = {
     "checkpoint_every",
@@ -124,8 +119,7 @@ class Configuration:
     @property
     def yaml(self) -> str:
         """The resolved config as YAML: saved and run alone, it is the same cell."""
-        text: str = yaml.dump(self.resolved, Dumper=_Dumper, sort_keys=False)
-        return text
+        return dumped(self.resolved)
 
     @property
     def results(self) -> Path:
@@ -220,47 +214,6 @@ def layers(strategy: str, dataset: str) -> list[Path]:
     return [CONFIGS / "trainer.yaml", first, second, *([recipe] if recipe.exists() else [])]
 
 
-def config_file(kind: str, name: str) -> Path:
-    """Return the file of config ``name``, a stem under ``configs/<kind>`` or the path of a YAML file.
-
-    Raises:
-        ValueError: If there is no such stem.
-        FileNotFoundError: If there is no such file.
-    """
-    if name.endswith((".yaml", ".yml")):
-        return Path(name)
-    stems = stems_of(kind)
-    if name not in stems:
-        raise ValueError(f"There is no config {name!r} among {kind}. {suggestion(name, stems)}")
-    return CONFIGS / kind / f"{name}.yaml"
-
-
-def stems_of(kind: str) -> list[str]:
-    """Return the names of the configs under ``configs/<kind>``."""
-    return sorted(path.stem for path in (CONFIGS / kind).glob("*.yaml"))
-
-
-def load(path: Path) -> Config:
-    """Return the content of a config file.
-
-    Raises:
-        ValueError: If it is not a mapping in YAML, of names to plain values.
-        FileNotFoundError: If there is no such file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no config file {path}.")
-    try:
-        config = _load_yaml(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{path} is not a config: its top level must be a mapping of groups such as model and data."
-        )
-    _require_plain(config, path)
-    return config
-
-
 def _merge(config: Config, layer: Config) -> None:
     """Put ``layer`` over ``config``; another class path drops the arguments of the one before."""
     for key, value in layer.items():
@@ -306,18 +259,6 @@ def _mapping(value: Any, key: str, path: Path) -> Config:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"{key} in {path} cannot be {value!r}: write it as a mapping, KEY: VALUE.")
     return value or {}
-
-
-def _require_plain(value: Any, path: Path) -> None:
-    """Refuse keys that are not text, and values that no command could hold, such as dates."""
-    if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str):
-                raise ValueError(f"The key {key!r} in {path} is not text: put it in quotes.")
-    elif not (value is None or isinstance(value, str | int | float | list)):
-        raise ValueError(f"The value {value!r} in {path} is neither text nor number: put it in quotes.")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _require_plain(item, path)
 
 
 def _arguments(config: Config) -> Config:
@@ -406,18 +347,3 @@ def _without_torch_defaults(value: Any) -> Any:
     module, _, name = value["class_path"].rpartition(".")
     arguments = _without_defaults(value.get("init_args", {}), getattr(importlib.import_module(module), name))
     return {"class_path": value["class_path"], "init_args": arguments}
-
-
-class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes text in quotes where the loader would not take it for text, such as 1e3."""
-
-
-def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    try:
-        is_text = isinstance(_load_yaml(text), str)
-    except yaml.YAMLError:
-        is_text = True  # PyYAML itself quotes what is no YAML at all
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_text else "'")
-
-
-_Dumper.add_representer(str, _text)

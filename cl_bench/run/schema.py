@@ -23,8 +23,7 @@ from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Regime
-
-Config = dict[str, Any]
+from cl_bench.run.configs import Config
 
 GROUPS = ("model", "data", "backbone", "trainer")
 

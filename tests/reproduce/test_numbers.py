@@ -6,7 +6,7 @@ import pytest
 
 from cl_bench.reproduce.numbers import by_source, published, reconstructed, rows, sizes, sources
 from cl_bench.results.metrics import DEFINITIONS
-from cl_bench.run.configuration import stems_of
+from cl_bench.run.configs import stems_of
 
 
 def _mean(method: str, dataset: str, length: int, metric: str) -> float:
