@@ -127,18 +127,18 @@ def test_defaults_of_torch_and_lightning_are_not_part_of_a_cell() -> None:
             "model: {class_path: strategies.lora.Lora}",
             "'strategies.lora.Lora': .* Did you mean strategies.lora.LoRA",
         ),
-        ("model: {class_path: datamodules.toy.Toy}", "'datamodules.toy.Toy': it is no subclass of Strategy"),
+        ("model: {class_path: datamodules.toy.Toy}", "'datamodules.toy.Toy': it is not a subclass of Strategy"),
         ("model: {class_path: LoRA}", r"broken.yaml cannot be 'LoRA': write module.Class"),
         ("model: {class_path: 3}", r"model.class_path in .*broken.yaml cannot be 3: write module.Class"),
         (
             "model: {rank: 3}",
-            r"model.rank in .*broken.yaml is read by nobody: write it under model.init_args",
+            r"model.rank in .*broken.yaml has no effect: write it as model.init_args.rank",
         ),
         ("model: 3", r"model in .*broken.yaml cannot be 3: write it as a mapping"),
         ("model: {init_args: 3}", r"model.init_args in .*broken.yaml cannot be 3: write it as a mapping"),
         ("trainer: [1]", r"trainer in .*broken.yaml cannot be \[1\]: write it as a mapping"),
         ("code: 3", r"code in .*broken.yaml cannot be 3: write a list of folders"),
-        ("seed: 3", "No layer says which class to use"),
+        ("seed: 3", "No layer names the class of model"),
     ],
 )
 def test_a_broken_config_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
