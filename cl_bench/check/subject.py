@@ -21,6 +21,7 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
+from cl_bench.network.heads import pooled
 from cl_bench.run.configuration import CONFIGS, Configuration, resolve
 from cl_bench.run.schema import Config
 
@@ -87,7 +88,7 @@ class Run:
         """Look at the strategy; it stays as it is."""
         images = self.stream.probe()[0]
         with _at_test_time(self.strategy):
-            features = self.strategy.features(images).clone()
+            features = pooled(self.strategy.features(images)).clone()
             seen = self.strategy.head.num_classes
             logits = self.strategy(images).clone() if seen else features.new_zeros(len(images), 0)
         trained = frozenset(n for n, p in self.strategy.named_parameters() if p.requires_grad)

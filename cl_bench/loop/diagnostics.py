@@ -34,6 +34,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from cl_bench.contracts.datamodule import StreamDataModule
+from cl_bench.contracts.low_rank import memory_of
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.maths.losses import cosine_similarities, danger_score
@@ -125,7 +126,7 @@ class Diagnostics(Callback):
         known.prototypes = torch.cat([known.prototypes, centres])
         before, known.outside = known.outside, _held_out_accuracy(trainer, strategy, stream)
         return {
-            "basis_dims": None if strategy.memory is None else list(strategy.memory.dims),
+            "basis_dims": None if (memory := memory_of(strategy)) is None else memory.dims,
             "violation": violation,
             "danger_score": danger,
             "angular": angular,

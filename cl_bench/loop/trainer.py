@@ -286,6 +286,7 @@ class StreamTrainer(Trainer):
             experience: The next one.
         """
         on_cpu = self.strategy.root_device.type == "cpu"
+        strategy.backbone.compute_in(self.precision_plugin.forward_context)
         strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
         next_phase = self._next_phase
         if self._continuation is None or self._continuation.resumed is None:

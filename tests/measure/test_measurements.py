@@ -114,7 +114,7 @@ def test_float64_takes_in_tokens_as_they_come_and_float32_as_they_are_multiplied
     x = torch.randn(500, 40, generator=torch.Generator().manual_seed(0))
     layer, before = nn.Linear(40, 3), torch.get_float32_matmul_precision()
     doubles, singles = SecondMoments([layer]), SecondMoments([layer], dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), doubles.listening(), singles.listening():
+    with torch.autocast("cpu", torch.bfloat16), doubles.recording(), singles.recording():
         assert layer(x).dtype == torch.bfloat16
     whole, rounded = x.double(), x.bfloat16().double()
     torch.testing.assert_close(doubles.mean()[0], whole.T @ whole / 500, rtol=0, atol=1e-12)
@@ -148,7 +148,7 @@ def test_a_pass_for_inputs_alone_goes_no_further_than_the_last_of_them() -> None
         layer = backbone.vit.get_submodule(f"blocks.{place}.attn.qkv")
         layer.register_forward_hook(lambda *_, name=name: reached.append(name))
     whole = SecondMoments(layers)
-    with whole.listening():
+    with whole.recording():
         for images, _ in batches(5):
             backbone(images)
     assert reached == ["first", "last"] * 3
@@ -197,7 +197,7 @@ def test_listening_while_training_leaves_the_gradients_as_they_are() -> None:
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     expected = torch.autograd.grad(loss_of(backbone)(images, labels), trained)
     moments = SecondMoments(layers)
-    with moments.listening():
+    with moments.recording():
         heard = torch.autograd.grad(loss_of(backbone)(images, labels), trained)
     assert all(torch.equal(one, other) for one, other in zip(expected, heard, strict=True))
     assert not moments.sums.requires_grad
@@ -207,7 +207,7 @@ def test_listening_while_training_leaves_the_gradients_as_they_are() -> None:
 def test_every_second_pass_is_heard_from_the_first_on() -> None:
     layer = nn.Linear(1, 1)
     moments = SecondMoments([layer], every=2)
-    with moments.listening():
+    with moments.recording():
         for value in (1.0, 2.0, 3.0, 4.0, 5.0):
             layer(torch.tensor([[value]]))
     assert moments.tokens.tolist() == [3]
@@ -217,12 +217,12 @@ def test_every_second_pass_is_heard_from_the_first_on() -> None:
 def test_sums_survive_a_checkpoint_in_the_middle_of_training() -> None:
     layer, x = nn.Linear(3, 1), torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     whole, interrupted, resumed = SecondMoments([layer]), SecondMoments([layer]), SecondMoments([layer])
-    with whole.listening():
+    with whole.recording():
         layer(x[:5]), layer(x[5:])
-    with interrupted.listening():
+    with interrupted.recording():
         layer(x[:5])
     resumed.load_state_dict(interrupted.state_dict())
-    with resumed.listening():
+    with resumed.recording():
         layer(x[5:])
     assert torch.equal(resumed.mean(), whole.mean())
     resumed.clear()
@@ -414,7 +414,7 @@ def test_a_sketch_takes_tokens_from_every_place_of_an_image(images: int, places:
     heard: list[Tensor] = []
     sketch.take = lambda index, tokens: heard.append(tokens)  # type: ignore[method-assign]
     marked = torch.arange(places).float()[None, :, None].expand(images, places, 8)
-    with sketch.listening():
+    with sketch.recording():
         layer(marked)
     drawn = heard[0][_spread(images * places, 256)][:, 0]
     assert len(drawn) == min(256, images * places)
