@@ -414,14 +414,14 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from cl_bench.report import report
+    from cl_bench.report.command import report
 
     written = report(options.results, options.format, options.metrics)
     _console().print(written.text, markup=False)
     notices = _console(stderr=True)  # so that a table can be sent on, and nothing but it
     notices.print("\n".join(f"wrote {path}" for path in written.files), markup=False)
     if options.wandb is not None:
-        from cl_bench.report import FOLDER, METRICS, results_below
+        from cl_bench.report.command import FOLDER, METRICS, results_below
         from cl_bench.report.upload import upload
 
         results, _ = results_below(options.results)

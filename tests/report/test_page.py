@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from cl_bench.report import report
+from cl_bench.report.command import report
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.page import page
 from cl_bench.report.tables import tables

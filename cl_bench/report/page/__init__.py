@@ -61,7 +61,7 @@ def page(tables: Sequence[Table], title: str, unreadable: Sequence[str] = ()) ->
 
 
 def _part(name: str) -> str:
-    return (resources("cl_bench.report") / name).read_text(encoding="utf-8")
+    return (resources("cl_bench.report.page") / name).read_text(encoding="utf-8")
 
 
 def _plotly() -> str:
