@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cl_bench.report.comparison import DISAGREEING, Block, Comparison
-from cl_bench.report.settings import differences, flat, plain, shortened
+from cl_bench.report.comparison import DISAGREEING, Block, Comparison, differences, flat, plain, shortened
 from cl_bench.results import metrics
 from cl_bench.results.result import Result
 
