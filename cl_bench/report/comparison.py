@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from cl_bench.report.statistics import Statistic, statistic
+from cl_bench.report.statistics import Contrast, Statistic, statistic, tested
 from cl_bench.results.result import COSTS, Regime, Result, Row
 
 RANKING = "acc/sample"
@@ -43,6 +44,7 @@ WIDTH = 40
 
 _CONTEXT = 8
 
+_DIGITS = 9  # decimals of a point of percent that are kept: what differs beyond them differs by rounding
 _OF_A_DEVICE = tuple(name for name in COSTS if name.startswith("seconds") or name == "peak_megabytes")
 
 
@@ -184,6 +186,27 @@ def comparisons(results: Iterable[Result]) -> list[Comparison]:
     ]
 
 
+def contrasts(comparison: Comparison, metric: str) -> list[Contrast]:
+    """Compare every two finished entries of ``comparison`` in ``metric``, on the blocks they share.
+
+    Upper bounds are left out: nothing competes with them. Of each pair the entry that ranks higher comes
+    first; pairs are in the order of the ranking. Their p values are not corrected yet: the tests that a
+    reader sees together are those of a table.
+    """
+    entries = [entry for entry in comparison.finished if not entry.is_joint]
+    made = [contrast(first, second, metric) for first, second in itertools.combinations(entries, 2)]
+    p = tested([made_one.difference for made_one in made])
+    return [replace(made_one, p=p_one) for made_one, p_one in zip(made, p, strict=True)]
+
+
+def contrast(first: Entry, second: Entry, metric: str) -> Contrast:
+    """Return the difference of two entries on the blocks they share, without a test."""
+    ours, theirs = _by_block(first, metric), _by_block(second, metric)
+    shared = sorted(ours.keys() & theirs.keys())
+    values = (round(ours[block] - theirs[block], _DIGITS) for block in shared)
+    return Contrast(first.label, second.label, metric, statistic(values))
+
+
 def _by_length(gathered: tuple[tuple[str, str], Mapping[str, Sequence[Result]]]) -> tuple[str, int, str]:
     (_, fingerprint), groups = gathered
     run = next(iter(groups.values()))[0]
@@ -252,6 +275,12 @@ def _device(run: Result) -> str:
 
 def _block(run: Result) -> Block:
     return run.seed, run.order
+
+
+def _by_block(entry: Entry, metric: str) -> Mapping[Block, float]:
+    return {
+        block: values[metric] for block, values in entry.measured.items() if not math.isnan(values[metric])
+    }
 
 
 def _labelled(representatives: Mapping[str, Result]) -> tuple[dict[str, str], dict[str, list[str]]]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from cl_bench.report.comparison import RANKING
-from cl_bench.report.contrasts import Contrast
 from cl_bench.report.sentences import (
     absent,
     compared,
@@ -15,7 +14,14 @@ from cl_bench.report.sentences import (
     protocol_differences,
     unnamed_differences,
 )
-from cl_bench.report.statistics import BOOTSTRAP_BLOCKS, PERMUTATION_BLOCKS, TOO_SMALL, Interval, Statistic
+from cl_bench.report.statistics import (
+    BOOTSTRAP_BLOCKS,
+    PERMUTATION_BLOCKS,
+    TOO_SMALL,
+    Contrast,
+    Interval,
+    Statistic,
+)
 from cl_bench.report.tables import COST_HEADINGS, INCOMPLETE, UNDEFINED, UPPER_BOUND, Row, Table
 from cl_bench.results.result import COSTS
 

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cl_bench.report.comparison import RANKING, Comparison, Entry
-from cl_bench.report.contrasts import Contrast, against, contrasts, corrected
-from cl_bench.report.statistics import NO_VALUES, Statistic
+from cl_bench.report.comparison import RANKING, Comparison, Entry, contrasts
+from cl_bench.report.statistics import NO_VALUES, Contrast, Statistic, against, corrected
 from cl_bench.results.metrics import HIGHER_IS_BETTER
 from cl_bench.results.result import COSTS, PHASES, digest
 
