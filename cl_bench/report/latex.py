@@ -9,9 +9,19 @@ from collections.abc import Sequence
 
 from cl_bench.report.comparison import Comparison
 from cl_bench.report.markdown import HOW_TO_READ_DIFFERENCES, p_value, quantity
-from cl_bench.report.sentences import absent, compared, definitions, protocol_differences
 from cl_bench.report.statistics import TOO_SMALL, Contrast
-from cl_bench.report.tables import COST_HEADINGS, INCOMPLETE, SHORT_NAMES, UNDEFINED, Row, Table
+from cl_bench.report.tables import (
+    COST_HEADINGS,
+    INCOMPLETE,
+    SHORT_NAMES,
+    UNDEFINED,
+    Row,
+    Table,
+    absent,
+    compared,
+    definitions,
+    protocol_differences,
+)
 from cl_bench.results.result import COSTS
 
 _DAGGER = r"$^\dagger$"

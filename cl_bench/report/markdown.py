@@ -6,14 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from cl_bench.report.comparison import RANKING
-from cl_bench.report.sentences import (
-    absent,
-    compared,
-    definitions,
-    mixed_provenance,
-    protocol_differences,
-    unnamed_differences,
-)
 from cl_bench.report.statistics import (
     BOOTSTRAP_BLOCKS,
     PERMUTATION_BLOCKS,
@@ -22,7 +14,20 @@ from cl_bench.report.statistics import (
     Interval,
     Statistic,
 )
-from cl_bench.report.tables import COST_HEADINGS, INCOMPLETE, UNDEFINED, UPPER_BOUND, Row, Table
+from cl_bench.report.tables import (
+    COST_HEADINGS,
+    INCOMPLETE,
+    UNDEFINED,
+    UPPER_BOUND,
+    Row,
+    Table,
+    absent,
+    compared,
+    definitions,
+    mixed_provenance,
+    protocol_differences,
+    unnamed_differences,
+)
 from cl_bench.results.result import COSTS
 
 HOW_TO_READ_DIFFERENCES = (
