@@ -12,12 +12,11 @@ from typing import Literal, get_args
 
 from cl_bench.errors import suggestion
 from cl_bench.report.comparison import Comparison, comparisons
-from cl_bench.report.latex import latex
-from cl_bench.report.markdown import markdown
 from cl_bench.report.page import page
 from cl_bench.report.pictures import pictures
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables
+from cl_bench.report.text import latex, markdown
 from cl_bench.results.metrics import DEFINITIONS
 from cl_bench.results.result import FILE_NAME, Result, read_all
 

@@ -18,7 +18,6 @@ import numpy.typing as npt
 
 from cl_bench import __version__
 from cl_bench.report.comparison import Comparison, Entry, flat
-from cl_bench.report.markdown import HOW_TO_READ_DIFFERENCES
 from cl_bench.report.records import finite, statistic_record
 from cl_bench.report.statistics import Contrast, statistic
 from cl_bench.report.tables import (
@@ -30,6 +29,7 @@ from cl_bench.report.tables import (
     mixed_provenance,
     protocol_differences,
 )
+from cl_bench.report.text import HOW_TO_READ_DIFFERENCES
 from cl_bench.results.metrics import DEFINITIONS, HIGHER_IS_BETTER, accuracy_matrix, incremental_accuracy
 from cl_bench.results.result import COSTS, Result
 
