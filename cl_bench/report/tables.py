@@ -138,7 +138,7 @@ class Table:
         orders that one was spared make no record. What is equal as printed, to two decimals, is equal: a
         mark may not hang on a digit that nobody sees.
         """
-        ranked_lines = self._ranked(index)
+        ranked_lines = self.ranked(index)
         means = [
             round(row.statistic(index, name).mean, 2) if ranks else math.nan
             for row, ranks in zip(self.rows, ranked_lines, strict=True)
@@ -151,10 +151,14 @@ class Table:
         return any(
             row.was_run(index) and not row.is_joint and not ranks
             for index in range(len(self.comparisons))
-            for row, ranks in zip(self.rows, self._ranked(index), strict=True)
+            for row, ranks in zip(self.rows, self.ranked(index), strict=True)
         )
 
-    def _ranked(self, index: int) -> list[bool]:
+    def ranked(self, index: int) -> list[bool]:
+        """Return for every row whether it is ranked on benchmark ``index``.
+
+        Upper bounds are not, nor is a row that lacks a block if another row has them all.
+        """
         complete = [not row.is_joint and self._is_complete(row, index) for row in self.rows]
         return complete if any(complete) else [not row.is_joint for row in self.rows]
 
