@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cl_bench.data.published import domainnet, imagenet_r
 from cl_bench.errors import sentence
-from cl_bench.grid.cell import Cell
+from cl_bench.grid.cells import Cell
 from cl_bench.grid.command import Entry as CellEntry
 from cl_bench.grid.command import known, run_waiting
 from cl_bench.grid.engine import Engine
