@@ -154,29 +154,6 @@ def plasticity(R: Matrix) -> float:
     return _mean(np.diagonal(R))
 
 
-def intransigence(R: Matrix, reference: Vector) -> float:
-    """Return how far ``R`` (T, T) stays behind ``reference`` (T,) on new experiences, in points of percent.
-
-    ``1/T Σ_j (reference[j] - R[j, j])``, where ``reference[j]`` is the accuracy on experience ``j`` of a
-    model trained on experiences 0 to ``j`` together. Negative if the stream learns new experiences better.
-
-    Source: Riemannian Walk, https://arxiv.org/abs/1801.10112, there for one experience; here their mean.
-
-    Raises:
-        ValueError: If there is not one reference for each experience.
-
-    >>> intransigence(np.array([[80.0, np.nan], [50.0, 70.0]]), np.array([80.0, 84.0]))
-    7.0
-    """
-    length = _length(R)
-    if reference.shape != (length,):
-        raise ValueError(
-            f"A reference of shape {reference.shape} does not go with {length} experiences: "
-            "give the joint model's accuracy on each of them."
-        )
-    return _mean(reference - np.diagonal(R))
-
-
 def backward_transfer_gem(R: Matrix) -> float:
     """Return the change of ``R`` (T, T) from learning an experience to the end, in points of percent.
 

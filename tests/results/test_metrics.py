@@ -255,11 +255,6 @@ def test_a_missing_evaluation_undefines_exactly_what_rests_on_it() -> None:
     }
 
 
-def test_intransigence_is_the_mean_gap_to_the_joint_models() -> None:
-    reference = np.array([90.0, 70.0, 78.0, 70.0])
-    assert metrics.intransigence(WITH_ZERO_SHOT, reference) == pytest.approx((0 + 10 + 10 - 5) / 4)
-
-
 def test_transfer_average_and_last_of_a_multi_domain_stream() -> None:
     assert metrics.mtil_transfer(WITH_ZERO_SHOT) == pytest.approx((40 + 142 / 2 + 110 / 3) / 3)
     assert metrics.mtil_average(WITH_ZERO_SHOT) == pytest.approx(1007 / 16)
@@ -313,8 +308,3 @@ def test_counts_that_cannot_be_are_refused(correct: Matrix, total: Vector, messa
 def test_an_array_that_is_not_square_is_refused(function: Callable[[Matrix], object]) -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 4\) is no accuracy matrix"):
         function(WITH_ZERO_SHOT[:2])
-
-
-def test_a_reference_of_another_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="does not go with 4 experiences"):
-        metrics.intransigence(WITH_ZERO_SHOT, np.array([90.0, 80.0]))
