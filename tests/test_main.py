@@ -271,7 +271,9 @@ def test_an_accelerator_that_is_not_there_is_one_sentence(
     assert "MisconfigurationException: " in refusal(capsys)
 
 
-@pytest.mark.parametrize("words", (["--help"], ["run", "--help"], ["grid", "--help"], ["report", "--help"]))
+@pytest.mark.parametrize(
+    "words", (["--help"], *([verb, "--help"] for verb in ("run", "check", "grid", "report", "prepare")))
+)
 def test_help_is_short_enough_to_read(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         assert main(words) == 0
