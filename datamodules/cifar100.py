@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from cl_bench.contracts.photographs import Photographs
-from cl_bench.data.images import PixelSource
 from cl_bench.data.published import cifar100
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import PixelSource, Sources
 
 
 class Cifar100(Photographs):

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cl_bench.contracts.photographs import PhotographFiles
-from cl_bench.data.images import FileSource, require_files
 from cl_bench.data.published import domainnet
 from cl_bench.data.published.domainnet import Variant
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import FileSource, Sources, require_files
 
 
 class DomainNet(PhotographFiles):

@@ -11,8 +11,7 @@ import torch
 from torchvision.transforms import v2
 
 from cl_bench.contracts.datamodule import StreamDataModule
-from cl_bench.data.images import FileSource
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import FileSource, Sources
 from cl_bench.data.stream import Transform
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]

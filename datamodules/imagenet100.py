@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cl_bench.contracts.photographs import PhotographFiles
-from cl_bench.data.images import FileSource
 from cl_bench.data.published import imagenet100
 from cl_bench.data.published.imagenet100 import Classes, Split
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import FileSource, Sources
 
 
 class ImageNet100(PhotographFiles):

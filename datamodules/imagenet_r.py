@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from cl_bench.contracts.photographs import PhotographFiles
-from cl_bench.data.images import FileSource, require_files
 from cl_bench.data.published import imagenet_r
 from cl_bench.data.published.imagenet_r import LabelOrder, Split
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import FileSource, Sources, require_files
 
 
 class ImageNetR(PhotographFiles):

@@ -14,14 +14,12 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cl_bench.data.batches import copied
 from cl_bench.data.draws import DrawnImages, DrawSampler
 from cl_bench.data.experience import Experience
-from cl_bench.data.loading import RankBatches, StreamLoader, WorkerPool
+from cl_bench.data.loading import RankBatches, StreamLoader, WorkerPool, copied
 from cl_bench.data.regions import BatchedView, Regions
-from cl_bench.data.sources import Sources, of_classes
+from cl_bench.data.sources import Indices, PartSource, Sources, held_out, of_classes
 from cl_bench.data.stream import (
-    Indices,
     Stream,
     Transform,
     class_order,
@@ -30,7 +28,6 @@ from cl_bench.data.stream import (
     order_name,
     require_one_division,
 )
-from cl_bench.data.validation import PartSource, held_out
 from cl_bench.data.views import CentreView, RandomView, scaled
 from cl_bench.processes.ranks import place
 

@@ -10,10 +10,9 @@ from typing import Any, Literal
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data import manifest
 from cl_bench.data.cache import CachedSource, CacheKind, description
-from cl_bench.data.images import FileSource
 from cl_bench.data.regions import BatchedView
-from cl_bench.data.sources import Sources
-from cl_bench.data.stream import Source, Transform
+from cl_bench.data.sources import FileSource, Source, Sources
+from cl_bench.data.stream import Transform
 from cl_bench.data.views import NORMALISATION, Preset, PresetName, RandomView, preset
 
 Augmentation = Literal["exact", "batched"]

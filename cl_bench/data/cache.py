@@ -26,8 +26,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from cl_bench.data.images import FileSource, Picture, Pixels, decoded, opened
-from cl_bench.data.views import CentreView, resized_shape
+from cl_bench.data.sources import FileSource, decoded, opened
+from cl_bench.data.views import CentreView, Picture, Pixels, resized_shape
 
 CacheKind = Literal["none", "pixels", "jpeg"]
 

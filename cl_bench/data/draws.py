@@ -12,11 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from cl_bench.data.regions import BatchedView, Region
-from cl_bench.data.stream import (
-    Indices,
-    Source,
-    Transform,
-)
+from cl_bench.data.sources import Indices, Source
+from cl_bench.data.stream import Transform
 from cl_bench.data.views import CentreView, RandomView
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from cl_bench.data.images import Picture
-from cl_bench.data.views import RandomView, cropped, pixels_of
+from cl_bench.data.views import Picture, RandomView, cropped, pixels_of
 
 
 class Region(NamedTuple):

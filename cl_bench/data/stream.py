@@ -11,43 +11,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from cl_bench.data.experience import Experience
+from cl_bench.data.sources import Indices, Source
 from cl_bench.errors import by_likeness
 from cl_bench.results.result import digest
 
-Indices = npt.NDArray[np.int64]
 Transform = Callable[[Any], Tensor]
 """From a decoded image to a float tensor (3, H, W) in [0, 1]."""
 
 _LARGEST_NUMPY_SEED = 2**32 - 1
-
-
-class Source(Protocol):
-    """Labelled images, decoded and not yet transformed."""
-
-    @property
-    def targets(self) -> Sequence[int]:
-        """Original label of every image; reading them decodes nothing."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256 of what identifies the images: the list of files, or the bytes of an array."""
-        ...
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        ...
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return image ``index``, a PIL image or a tensor (3, H, W), with its original label."""
-        ...
 
 
 def class_order(order: str | Sequence[int], num_classes: int) -> tuple[int, ...]:

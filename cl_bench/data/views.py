@@ -12,11 +12,10 @@ from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-
-from cl_bench.data.images import Picture, Pixels
 
 PresetName = Literal["inflora", "pilot", "clip"]
 
@@ -28,6 +27,40 @@ _ATTEMPTS = 10  # of a random crop, before the centre is taken: torchvision's nu
 
 NORMALISATION = {"inflora": "unit", "pilot": "unit", "clip": "clip"}
 """The backbone's normalisation that each preset was published with."""
+
+
+class Pixels:
+    """An image that is an array already; only what is asked of it becomes a Pillow image.
+
+    Args:
+        array: RGB (H, W, 3), uint8.
+    """
+
+    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+        self.array = array
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return int(self.array.shape[0])
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return int(self.array.shape[1])
+
+    def crop(self, box: tuple[int, int, int, int]) -> Pixels:
+        """Return the part from column and row to column and row, as Pillow counts them."""
+        left, top, right, bottom = box
+        return Pixels(self.array[top:bottom, left:right])
+
+    def pillow(self) -> Image.Image:
+        """Return the image as Pillow's."""
+        return Image.fromarray(self.array)
+
+
+Picture = Image.Image | Pixels
+"""An image in RGB."""
 
 
 class Box(NamedTuple):

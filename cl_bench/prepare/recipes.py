@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cl_bench.data.filelists import fingerprint
-from cl_bench.data.images import PixelSource, require_files
-from cl_bench.data.manifest import Scanned, Variant, images_sha256
+from cl_bench.data.manifest import Scanned, Variant, fingerprint, images_sha256
 from cl_bench.data.published import cifar100, domainnet, imagenet100, imagenet_r
 from cl_bench.data.published.imagenet100 import Classes, Split
+from cl_bench.data.sources import PixelSource, require_files
 from cl_bench.prepare.archives import CIFAR100, DOMAINNET, IMAGENET_R, Archive
 
 Images = Mapping[str, Scanned]

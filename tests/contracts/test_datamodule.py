@@ -398,17 +398,3 @@ def test_a_transform_without_a_text_of_its_own_is_refused() -> None:
 def test_the_protocol_is_plain_data() -> None:
     protocol = toy().protocol()
     assert json.loads(json.dumps(protocol)) == protocol
-
-
-def test_a_fingerprint_tells_pixels_labels_and_shapes_apart() -> None:
-    images = torch.zeros(2, 3, 2, 4, dtype=torch.uint8)
-    other = images.clone()
-    other[1, 2, 1, 3] = 1
-    sources = [
-        ArraySource(images, [0, 1]),
-        ArraySource(other, [0, 1]),
-        ArraySource(images, [1, 0]),
-        ArraySource(images.reshape(2, 3, 4, 2), [0, 1]),
-    ]
-    assert len({source.fingerprint for source in sources}) == 4
-    assert ArraySource(images.clone(), [0, 1]).fingerprint == sources[0].fingerprint

@@ -13,9 +13,8 @@ from torch import Tensor
 from cl_bench.contracts.photographs import PhotographFiles
 from cl_bench.contracts.strategy import Batch
 from cl_bench.data import manifest
-from cl_bench.data.images import FileSource
 from cl_bench.data.manifest import Variant
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import FileSource, Sources
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.run.configuration import layers, resolve

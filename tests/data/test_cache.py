@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.stats import ks_2samp
 
 from cl_bench.data.cache import CachedSource, CacheKind
-from cl_bench.data.images import FileSource
+from cl_bench.data.sources import FileSource
 from cl_bench.data.views import CentreView, PresetName, RandomView, pixels_of, preset
 
 SHAPES = [(40, 60), (60, 40), (33, 33), (50, 130)]

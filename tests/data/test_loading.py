@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cl_bench.contracts.strategy import TrainingData
-from cl_bench.data.batches import collate, copied
-from cl_bench.data.loading import WorkerPool
+from cl_bench.data.loading import WorkerPool, collate, copied
 from cl_bench.data.regions import Region, Regions
 from cl_bench.data.stream import Transform
 from cl_bench.loop.trainer import StreamTrainer

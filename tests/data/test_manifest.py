@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cl_bench.data import manifest
-from cl_bench.data.manifest import Manifest, Scanned, Variant
+from cl_bench.data.manifest import (
+    Manifest,
+    Scanned,
+    Variant,
+    fingerprint,
+    order_fingerprint,
+    require_fingerprint,
+    require_order,
+)
 
 IMAGES = [Scanned("b.jpg", 2, "22", 3, 4), Scanned("a.jpg", 1, "11", 5, 6)]
 VARIANT = Variant("split coda", 24_000, 6_000, 200, "a" * 64, "b" * 64)
@@ -76,3 +85,20 @@ def test_variants_are_read_without_the_list(tmp_path: Path) -> None:
     manifest.write(tmp_path, "mine", IMAGES, [VARIANT])
     (tmp_path / manifest.LIST_NAME).unlink()
     assert manifest.variants(tmp_path, "mine") == [VARIANT]
+
+
+def test_the_order_of_a_list_does_not_matter_and_its_content_does() -> None:
+    assert fingerprint(["b", "a"]) == fingerprint(["a", "b"]) == hashlib.sha256(b"a\nb").hexdigest()
+    assert fingerprint(["a", "c"]) != fingerprint(["a", "b"])
+
+
+def test_another_list_is_refused_by_name() -> None:
+    require_fingerprint("mine", ["a"], fingerprint(["a"]))
+    with pytest.raises(ValueError, match="The list mine has the sha256"):
+        require_fingerprint("mine", ["b"], fingerprint(["a"]))
+
+
+def test_another_order_is_refused_where_it_matters() -> None:
+    require_order("mine", ["b", "a"], order_fingerprint(["b", "a"]))
+    with pytest.raises(ValueError, match="The list mine has the sha256"):
+        require_order("mine", ["a", "b"], order_fingerprint(["b", "a"]))

@@ -17,11 +17,9 @@ from PIL import Image
 from torchvision import transforms
 
 from cl_bench.contracts.photographs import Augmentation, PhotographFiles
-from cl_bench.data.batches import copied
 from cl_bench.data.cache import CacheKind
-from cl_bench.data.images import FileSource
-from cl_bench.data.loading import StreamLoader
-from cl_bench.data.sources import Sources
+from cl_bench.data.loading import StreamLoader, copied
+from cl_bench.data.sources import FileSource, Sources
 
 pytestmark = pytest.mark.soak
 

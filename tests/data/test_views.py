@@ -7,8 +7,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from cl_bench.data.images import Pixels
-from cl_bench.data.views import PRESETS, CentreView, PresetName, RandomView, preset
+from cl_bench.data.views import PRESETS, CentreView, Pixels, PresetName, RandomView, preset
 
 SHAPES = [(375, 500), (500, 375), (224, 224), (40, 300), (31, 33)]
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cl_bench.data.images import FileSource
 from cl_bench.data.published import imagenet_r
 from cl_bench.data.published.imagenet_r import SPLITS, Split
+from cl_bench.data.sources import FileSource
 from datamodules.imagenet_r import ImageNetR
 
 

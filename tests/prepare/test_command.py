@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cl_bench.__main__ import main
 from cl_bench.data import manifest
-from cl_bench.data.filelists import fingerprint
+from cl_bench.data.manifest import fingerprint
 from cl_bench.data.published import cifar100, domainnet, imagenet100, imagenet_r
 from cl_bench.prepare.archives import Archive
 from cl_bench.prepare.command import prepare

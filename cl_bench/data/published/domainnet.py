@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from cl_bench.data.filelists import require_order
+from cl_bench.data.manifest import require_order
 
 Variant = Literal["official345", "no_quickdraw"]
 

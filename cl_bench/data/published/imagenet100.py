@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Literal, get_args
 
-from cl_bench.data.filelists import require_fingerprint
+from cl_bench.data.manifest import require_fingerprint
 
 Classes = Literal["first100", "numpy1993", "cmc"]
 

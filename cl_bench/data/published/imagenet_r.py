@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cl_bench.data.filelists import require_fingerprint, require_order
+from cl_bench.data.manifest import require_fingerprint, require_order
 
 Split = Literal["coda", "inflora", "sorted80"]
 LabelOrder = Literal["sorted", "published"]

@@ -1,18 +1,80 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from cl_bench.data.sources import ArraySource, Sources
-from cl_bench.data.stream import Source
-from cl_bench.data.validation import PartSource, held_out
+from cl_bench.data.sources import (
+    ArraySource,
+    FileSource,
+    PartSource,
+    PixelSource,
+    Source,
+    Sources,
+    held_out,
+    require_files,
+)
 from datamodules.toy import Toy
 
 TARGETS = [0] * 10 + [1] * 25 + [2] * 2
+
+
+def test_a_file_is_decoded_when_it_is_asked_for(tmp_path: Path) -> None:
+    source = FileSource(tmp_path, ["a/1.png"], [3])
+    (tmp_path / "a").mkdir()
+    Image.new("L", (5, 4), 200).save(tmp_path / "a" / "1.png")
+    image, label = source[0]
+    assert (image.mode, image.size, image.getpixel((0, 0)), label) == ("RGB", (5, 4), (200, 200, 200), 3)
+
+
+def test_pixels_in_memory_are_pillow_images() -> None:
+    pixels = np.random.RandomState(0).randint(256, size=(2, 4, 5, 3), dtype=np.uint8)
+    source = PixelSource(pixels, [1, 0])
+    image, label = source[1]
+    assert label == 0
+    np.testing.assert_array_equal(np.asarray(image), pixels[1])
+
+
+def test_a_fingerprint_tells_pixels_labels_and_shapes_apart() -> None:
+    pixels = np.zeros((2, 4, 6, 3), dtype=np.uint8)
+    other = pixels.copy()
+    other[1, 3, 5, 2] = 1
+    sources = [
+        PixelSource(pixels, [0, 1]),
+        PixelSource(other, [0, 1]),
+        PixelSource(pixels, [1, 0]),
+        PixelSource(pixels.reshape(2, 6, 4, 3), [0, 1]),
+    ]
+    assert len({source.fingerprint for source in sources}) == 4
+
+
+def test_missing_files_are_counted_and_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").touch()
+    require_files(tmp_path, ["a/1.jpg"], "prepare again.")
+    with pytest.raises(
+        FileNotFoundError, match=r"2 of 3 images are missing below .*, such as a/2.jpg: prepare"
+    ):
+        require_files(tmp_path, ["a/1.jpg", "b/1.jpg", "a/2.jpg"], "prepare again.")
+
+
+def test_a_fingerprint_of_an_array_tells_pixels_labels_and_shapes_apart() -> None:
+    images = torch.zeros(2, 3, 2, 4, dtype=torch.uint8)
+    other = images.clone()
+    other[1, 2, 1, 3] = 1
+    sources = [
+        ArraySource(images, [0, 1]),
+        ArraySource(other, [0, 1]),
+        ArraySource(images, [1, 0]),
+        ArraySource(images.reshape(2, 3, 4, 2), [0, 1]),
+    ]
+    assert len({source.fingerprint for source in sources}) == 4
+    assert ArraySource(images.clone(), [0, 1]).fingerprint == sources[0].fingerprint
 
 
 def test_a_share_of_every_class_is_held_out() -> None:
