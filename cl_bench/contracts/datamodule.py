@@ -401,6 +401,7 @@ class StreamDataModule(LightningDataModule, ABC):
             sources.test,
             class_order(self.order, len(sources.class_names)),
             self._sizes(),
+            class_names=sources.class_names,
             train_transform=self.train_transform(),
             test_transform=self.test_transform(),
         )

@@ -229,6 +229,7 @@ def deal(
     order: Sequence[int],
     sizes: Sequence[int],
     *,
+    class_names: Sequence[str] = (),
     train_transform: Transform | None = None,
     test_transform: Transform | None = None,
 ) -> Stream:
@@ -239,6 +240,7 @@ def deal(
         test: Test images, likewise.
         order: Original label at each position.
         sizes: Number of classes of each experience; they sum to the number of classes.
+        class_names: Name of each original label; empty if the classes have none.
         train_transform: What Avalanche's training experiences apply to an image; nothing if None.
         test_transform: What Avalanche's test experiences apply, likewise.
 
@@ -261,9 +263,10 @@ def deal(
         train_transform=train_transform,
         eval_transform=test_transform,
     )
+    names = [class_names[label] for label in order] if class_names else ()
     return Stream(
         experiences=tuple(
-            Experience(index, len(sizes), range(stop - size, stop))
+            Experience(index, len(sizes), range(stop - size, stop), tuple(names[stop - size : stop]))
             for index, (size, stop) in enumerate(zip(sizes, accumulate(sizes), strict=True))
         ),
         train_indices=_arrays(benchmark.train_exps_patterns_assignment),

@@ -104,7 +104,10 @@ def test_one_experience_of_all_classes_serves_every_image() -> None:
 
 
 def test_class_names_follow_the_order() -> None:
-    assert toy().class_names == [f"spot {label}" for label in ORDER]
+    data = toy()
+    assert data.class_names == [f"spot {label}" for label in ORDER]
+    names = [name for experience in data.experiences for name in experience.class_names]
+    assert names == data.class_names
 
 
 def test_test_batches_are_twice_as_large_unless_given() -> None:

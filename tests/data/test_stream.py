@@ -161,6 +161,13 @@ def test_experiences_take_contiguous_positions() -> None:
     assert {experience.num_experiences for experience in stream.experiences} == {2}
 
 
+def test_an_experience_names_its_own_classes_and_no_others() -> None:
+    names = ["ant", "bee", "cat", "dog"]
+    stream = deal(source(TRAIN), source(TEST), (2, 3, 1, 0), [3, 1], class_names=names)
+    assert [experience.class_names for experience in stream.experiences] == [("cat", "dog", "bee"), ("ant",)]
+    assert [experience.class_names for experience in unequal_stream().experiences] == [(), ()]
+
+
 def test_every_image_is_dealt_once_to_the_experience_of_its_class() -> None:
     stream = unequal_stream()
     for labels, dealt in ((TRAIN, stream.train_indices), (TEST, stream.test_indices)):
