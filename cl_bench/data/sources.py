@@ -1,4 +1,4 @@
-"""Where labelled images come from, and parts of them."""
+"""Sources of labelled images: files, arrays in memory, and parts of other sources."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from PIL import Image
 
 from cl_bench.data.manifest import fingerprint
 
-if TYPE_CHECKING:  # what prepares a dataset needs no torch
+if TYPE_CHECKING:  # cl-bench prepare reads sources without torch
     from torch import Tensor
 
 Indices = npt.NDArray[np.int64]
 
 
 class Source(Protocol):
-    """Labelled images, decoded and not yet transformed."""
+    """Labelled images, decoded but not yet transformed."""
 
     @property
     def targets(self) -> Sequence[int]:
@@ -46,15 +46,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Sources:
-    """What a dataset brings.
+    """The images, classes and domains of a dataset.
 
     Attributes:
         train: Training images.
         test: Test images.
         class_names: Name of each original label.
-        domains: Names of the domains that the images come from, if the dataset has any.
-        train_domains: Place in ``domains`` of each training image, likewise.
-        test_domains: Place in ``domains`` of each test image, likewise.
+        domains: Names of the domains that the images come from; empty if the dataset has none.
+        train_domains: Index in ``domains`` of each training image.
+        test_domains: Index in ``domains`` of each test image.
     """
 
     train: Source
@@ -66,7 +66,7 @@ class Sources:
 
 
 class FileSource:
-    """A source of image files, each decoded when it is asked for.
+    """A source of image files, each decoded when it is read.
 
     Args:
         root: Folder below which the files lie.
@@ -112,20 +112,19 @@ class PixelSource:
     @property
     def fingerprint(self) -> str:
         """Sha256 of shape, labels and pixels."""
-        shape_and_labels = np.array([*self.pixels.shape, *self.targets], dtype="<i8")
-        return hashlib.sha256(shape_and_labels.tobytes() + self.pixels.tobytes()).hexdigest()
+        return _sha256(self.pixels, self.targets)
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """Return image ``index`` with its original label."""
+        """Return image ``index`` as a Pillow image with its original label."""
         return Image.fromarray(self.pixels[index]), self.targets[index]
 
 
 class ArraySource:
-    """A source held in memory.
+    """A source of tensors of one size, held in memory.
 
     Args:
         images: Decoded images (N, 3, H, W), uint8.
@@ -138,9 +137,8 @@ class ArraySource:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 of shape, pixels and labels."""
-        shape_and_labels = np.array([*self.images.shape, *self.targets], dtype="<i8")
-        return hashlib.sha256(shape_and_labels.tobytes() + self.images.numpy().tobytes()).hexdigest()
+        """Sha256 of shape, labels and pixels."""
+        return _sha256(self.images.numpy(), self.targets)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -152,11 +150,11 @@ class ArraySource:
 
 
 class PartSource:
-    """Some images of a source.
+    """Some images of another source.
 
     Args:
-        whole: The source.
-        indices: Which of its images, in which order (n,).
+        whole: The other source.
+        indices: Its images that belong to the part, in the order of the part (n,).
     """
 
     def __init__(self, whole: Source, indices: Indices) -> None:
@@ -166,7 +164,7 @@ class PartSource:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 of the source's own and of the indices."""
+        """Sha256 of the fingerprint of the whole and of the indices."""
         chosen = self.indices.astype("<i8").tobytes()
         return hashlib.sha256(self.whole.fingerprint.encode() + chosen).hexdigest()
 
@@ -179,58 +177,73 @@ class PartSource:
         return self.whole[int(self.indices[index])]
 
 
-class ChosenClasses:
-    """The images of some classes of a source, which are numbered from 0 again.
+class ChosenClasses(PartSource):
+    """The images of some classes of another source, their labels numbered from 0.
 
     Args:
-        source: Labelled images.
-        labels: Which classes.
-
-    Attributes:
-        indices: Which images of the source these are (n,).
+        whole: The other source.
+        labels: Original labels of the classes.
     """
 
-    def __init__(self, source: Source, labels: range) -> None:
-        targets = np.asarray(source.targets, dtype=np.int64)
-        self._source = source
-        self._labels = labels
-        self.indices = np.flatnonzero((targets >= labels.start) & (targets < labels.stop))
-        self.targets: list[int] = (targets[self.indices] - labels.start).tolist()
+    def __init__(self, whole: Source, labels: range) -> None:
+        targets = np.asarray(whole.targets, dtype=np.int64)
+        super().__init__(whole, np.flatnonzero((targets >= labels.start) & (targets < labels.stop)))
+        self.labels = labels
+        self.targets = [target - labels.start for target in self.targets]
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 of the fingerprint of the source and the labels."""
-        labels = f"{self._source.fingerprint} {self._labels.start} {self._labels.stop}"
+        """Sha256 of the fingerprint of the whole and of the labels."""
+        labels = f"{self.whole.fingerprint} {self.labels.start} {self.labels.stop}"
         return hashlib.sha256(labels.encode()).hexdigest()
 
-    def __len__(self) -> int:
-        """Return the number of images."""
-        return len(self.targets)
-
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return image ``index`` with its new label."""
-        image, label = self._source[int(self.indices[index])]
-        return image, label - self._labels.start
+        """Return image ``index`` of the part with its new label."""
+        image, label = super().__getitem__(index)
+        return image, label - self.labels.start
 
 
-def of_classes(found: Sources, labels: range) -> Sources:
-    """Return the part of ``found`` that belongs to the classes ``labels``, numbered from 0 again."""
-    train, test = ChosenClasses(found.train, labels), ChosenClasses(found.test, labels)
+def of_classes(sources: Sources, labels: range) -> Sources:
+    """Return the images of the classes ``labels``, their labels numbered from 0."""
+    train, test = ChosenClasses(sources.train, labels), ChosenClasses(sources.test, labels)
     return replace(
-        found,
+        sources,
         train=train,
         test=test,
-        class_names=[found.class_names[label] for label in labels],
-        train_domains=[found.train_domains[i] for i in train.indices.tolist()] if found.domains else (),
-        test_domains=[found.test_domains[i] for i in test.indices.tolist()] if found.domains else (),
+        class_names=[sources.class_names[label] for label in labels],
+        train_domains=_at(train.indices, sources.train_domains),
+        test_domains=_at(test.indices, sources.test_domains),
+    )
+
+
+def for_validation(sources: Sources, fraction: float, seed: int) -> Sources:
+    """Return ``sources`` with held-out training images in place of the test images.
+
+    Args:
+        sources: The training and test images.
+        fraction: Share of each class to hold out, as in :func:`held_out`; ``sources`` are unchanged if 0.
+        seed: Seed of the choice.
+
+    Raises:
+        ValueError: If a class has a single training image.
+    """
+    if not fraction:
+        return sources
+    kept, held = held_out(sources.train.targets, fraction, seed)
+    return replace(
+        sources,
+        train=PartSource(sources.train, kept),
+        test=PartSource(sources.train, held),
+        train_domains=_at(kept, sources.train_domains),
+        test_domains=_at(held, sources.train_domains),
     )
 
 
 def held_out(targets: Sequence[int], fraction: float, seed: int) -> tuple[Indices, Indices]:
     """Return the indices of the images that are kept (n,) and of those held out (m,), both ascending.
 
-    Of every class the same share is held out, rounded, but at least one image, and at least one is kept.
-    Which ones depends on the seed and the label alone, not on the other classes.
+    The same share of every class is held out, rounded, but at least one image is held out and one is kept.
+    The choice within a class depends on the seed and the label only, not on the other classes.
 
     Args:
         targets: Label of every image.
@@ -252,18 +265,6 @@ def held_out(targets: Sequence[int], fraction: float, seed: int) -> tuple[Indice
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
 
 
-def _chosen(of_class: Indices, fraction: float, entropy: tuple[int, int]) -> Indices:
-    if len(of_class) < 2:
-        raise ValueError(
-            f"Class {entropy[1]} has a single training image, which cannot be both learnt and held out: "
-            "set val_fraction to 0, or add images."
-        )
-    number = min(max(1, round(fraction * len(of_class))), len(of_class) - 1)
-    # RandomState is frozen: its numbers are the same under every version of NumPy.
-    generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))
-    return of_class[generator.permutation(len(of_class))[:number]]
-
-
 def decoded(path: Path) -> Image.Image:
     """Return the image in ``path``, in RGB.
 
@@ -277,10 +278,10 @@ def decoded(path: Path) -> Image.Image:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Image.Image]:
-    """Give the image in ``path``, of which nothing but the size is read yet.
+    """Yield the image in ``path`` with its size read but its pixels not yet decoded.
 
     Raises:
-        ValueError: If the file cannot be read as an image, then or inside.
+        ValueError: If the file cannot be read as an image, at once or later in the context.
     """
     try:
         with Image.open(path) as image:
@@ -292,7 +293,7 @@ def opened(path: Path) -> Iterator[Image.Image]:
 
 
 def require_files(root: Path, files: Collection[str], remedy: str) -> None:
-    """Refuse a root below which a file is missing; folders are listed, and no file is opened.
+    """Check that every file exists; folders are listed, and no file is opened.
 
     Args:
         root: Folder below which the files must lie.
@@ -300,7 +301,7 @@ def require_files(root: Path, files: Collection[str], remedy: str) -> None:
         remedy: What to do, as the end of a sentence.
 
     Raises:
-        FileNotFoundError: If one is missing.
+        FileNotFoundError: If a file is missing.
     """
     present = {
         f"{folder}/{name}"
@@ -313,6 +314,27 @@ def require_files(root: Path, files: Collection[str], remedy: str) -> None:
             f"{len(missing):,} of {len(files):,} images are missing below {root}, such as {missing[0]}: "
             + remedy
         )
+
+
+def _sha256(pixels: npt.NDArray[np.uint8], targets: Sequence[int]) -> str:
+    shape_and_labels = np.array([*pixels.shape, *targets], dtype="<i8")
+    return hashlib.sha256(shape_and_labels.tobytes() + pixels.tobytes()).hexdigest()
+
+
+def _at(indices: Indices, domains: Sequence[int]) -> Sequence[int]:
+    return [domains[index] for index in indices.tolist()] if domains else ()
+
+
+def _chosen(of_class: Indices, fraction: float, entropy: tuple[int, int]) -> Indices:
+    if len(of_class) < 2:
+        raise ValueError(
+            f"Class {entropy[1]} has a single training image, which cannot be both learnt and held out: "
+            "set val_fraction to 0, or add images."
+        )
+    number = min(max(1, round(fraction * len(of_class))), len(of_class) - 1)
+    # RandomState is frozen: its numbers are the same under every version of NumPy.
+    generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))
+    return of_class[generator.permutation(len(of_class))[:number]]
 
 
 def _names(folder: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """Class orders, the sizes of experiences, and dealing a dataset into a stream.
 
-The stream is made of Avalanche's own objects. Nothing else in the suite sees Avalanche, and it is imported
-only when a stream is dealt.
+A stream is built from Avalanche's own objects. No other module of the suite imports Avalanche, and this one
+imports it only when a stream is dealt.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LARGEST_NUMPY_SEED = 2**32 - 1
 
 
 def class_order(order: str | Sequence[int], num_classes: int) -> tuple[int, ...]:
-    """Return the original label that stands at each position.
+    """Return the original label at each position.
 
     Args:
         order: ``identity``; ``numpy:SEED``, the permutation that most published code draws;
@@ -36,7 +36,7 @@ def class_order(order: str | Sequence[int], num_classes: int) -> tuple[int, ...]
         num_classes: Number of classes of the dataset.
 
     Raises:
-        ValueError: If the order is unknown, or names other labels than 0 to ``num_classes - 1``, once each.
+        ValueError: If the order is unknown, or does not list each label from 0 to ``num_classes - 1`` once.
 
     >>> class_order("numpy:1993", 100)[:8]
     (68, 56, 78, 8, 23, 84, 90, 65)
@@ -55,7 +55,7 @@ def class_order(order: str | Sequence[int], num_classes: int) -> tuple[int, ...]
 
 
 def order_name(order: str | Sequence[int]) -> str:
-    """Return a short name of ``order`` that can stand in a path; a list is named by a hash of its labels.
+    """Return a short name of ``order``, fit for a path; a list is named by a hash of its labels.
 
     Raises:
         ValueError: If the order is unknown.
@@ -70,18 +70,18 @@ def order_name(order: str | Sequence[int]) -> str:
 
 
 def _parts(order: str) -> tuple[str, int | None]:
-    """Return the generator that ``order`` names and its seed; the identity has none."""
+    """Return the generator that ``order`` names and its seed, which is None for the identity."""
     if order == "identity":
         return order, None
     match = re.fullmatch(r"(numpy|python):(\d+)", order, flags=re.ASCII)
     if match is None:
         raise ValueError(
-            f"There is no class order {order!r}: did you mean {_nearest_order(order)}? "
+            f"The class order {order!r} is unknown: did you mean {_nearest_order(order)}? "
             "An order is identity, numpy:SEED, python:SEED or a list of labels."
         )
     generator, seed = match[1], int(match[2])
     if generator == "numpy" and seed > _LARGEST_NUMPY_SEED:
-        raise ValueError(f"NumPy takes no seed above {_LARGEST_NUMPY_SEED}: choose a lower one than {order}.")
+        raise ValueError(f"NumPy takes no seed above {_LARGEST_NUMPY_SEED}: choose a smaller one.")
     return generator, seed
 
 
@@ -113,7 +113,7 @@ def experience_sizes(
     num_experiences: int | None = None,
     num_classes_per_experience: int | Sequence[int] | None = None,
 ) -> list[int]:
-    """Return the number of classes that each experience brings; one of the last two arguments says how.
+    """Return the number of classes that each experience brings, from one of the last two arguments.
 
     Args:
         num_classes: Number of classes of the dataset.
@@ -140,14 +140,15 @@ def experience_sizes(
 def require_one_division(
     num_experiences: int | None, num_classes_per_experience: int | Sequence[int] | None
 ) -> None:
-    """Refuse a stream that is divided in no way, or in two.
+    """Refuse a division that is missing, or given twice.
 
     Raises:
         ValueError: If not exactly one argument is given.
     """
     if num_experiences is None and num_classes_per_experience is None:
         raise ValueError(
-            "Nothing says how the classes are dealt: give num_experiences or num_classes_per_experience."
+            "The number or the size of the experiences is missing: give num_experiences or "
+            "num_classes_per_experience."
         )
     if num_experiences is not None and num_classes_per_experience is not None:
         raise ValueError(
@@ -209,11 +210,11 @@ class Stream:
     """A dataset dealt into experiences.
 
     Attributes:
-        experiences: In the order in which they are met.
+        experiences: In the order of training.
         train_indices: Training images of each experience, in the order of Avalanche's experience datasets.
-        test_indices: Test images of each experience, likewise.
+        test_indices: Test images of each experience, in the same order.
         order: Original label at each position.
-        benchmark: Avalanche's ``NCScenario`` over the same images; its labels are positions too.
+        benchmark: Avalanche's ``NCScenario`` over the same images; its labels are positions as well.
     """
 
     experiences: tuple[Experience, ...]
@@ -237,12 +238,12 @@ def deal(
 
     Args:
         train: Training images; every class has at least one.
-        test: Test images, likewise.
+        test: Test images; every class has at least one.
         order: Original label at each position.
         sizes: Number of classes of each experience; they sum to the number of classes.
         class_names: Name of each original label; empty if the classes have none.
         train_transform: What Avalanche's training experiences apply to an image; nothing if None.
-        test_transform: What Avalanche's test experiences apply, likewise.
+        test_transform: What Avalanche's test experiences apply to an image; nothing if None.
 
     Raises:
         ValueError: If a class has no image, or an image has a label outside the order.
@@ -285,11 +286,11 @@ def _require_all_classes(name: str, source: Source, num_classes: int) -> None:
     missing, foreign = sorted(set(range(num_classes)) - labels), sorted(labels - set(range(num_classes)))
     if foreign:
         raise ValueError(
-            f"The {name} images have labels {_some(foreign)}, which lie outside 0 to {num_classes - 1}: "
-            "number the classes from 0, without a gap."
+            f"The {name} images have labels {_some(foreign)}, outside 0 to {num_classes - 1}: "
+            "number the classes from 0 without gaps."
         )
     if missing:
         raise ValueError(
-            f"The {name} images show none of the classes {_some(missing)}: every class needs at least one "
-            "training image and one test image."
+            f"The {name} images lack the classes {_some(missing)}: give every class at least one training "
+            "image and one test image."
         )

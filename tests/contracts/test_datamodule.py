@@ -255,17 +255,17 @@ def test_the_constructor_leaves_errors_to_setup() -> None:
     ("arguments", "fault"),
     [
         ({"num_experiences": 4}, "6 classes cannot be dealt evenly into 4 experiences"),
-        ({"num_experiences": None}, "Nothing says how"),
+        ({"num_experiences": None}, "The number or the size of the experiences is missing"),
         ({"order": "numpi:3"}, "did you mean numpy:3"),
         ({"order": [0, 1]}, "lacks 2, 3, 4, 5"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"test_batch_size": 0}, "test_batch_size is 0"),
         ({"image_size": 0}, "image_size is 0"),
         ({"num_workers": -1}, "num_workers is -1"),
-        ({"num_workers": 10**6}, "num_workers is 1000000, a process each: choose 256 or fewer"),
+        ({"num_workers": 10**6}, "num_workers is 1000000, and each is a process: choose 256 or fewer"),
         ({"seed": -1}, "seed is -1"),
         ({"held_out_classes": -1}, "held_out_classes is -1"),
-        ({"held_out_classes": 6}, "6 of 6 classes cannot be held out"),
+        ({"held_out_classes": 6}, "held_out_classes is 6 of 6 classes: leave at least one"),
         ({"held_out_classes": 2, "order": "identity"}, "4 classes cannot be dealt evenly into 3 experiences"),
     ],
 )
@@ -394,7 +394,7 @@ def test_a_transform_without_a_text_of_its_own_is_refused() -> None:
     data = Described(num_experiences=2)
     data.description = lambda image: image / 255
     data.setup()
-    with pytest.raises(ValueError, match="train transform is described by a memory address"):
+    with pytest.raises(ValueError, match="text of the train transform holds a memory address"):
         data.protocol()
 
 
