@@ -21,7 +21,7 @@ def imagenet(root: Path, **arguments: Any) -> ImageNet100:
 def test_a_variant_is_served_from_a_root_of_more_classes(imagenet100_root: Path, classes: Classes) -> None:
     data = imagenet(imagenet100_root, classes=classes)
     assert data.class_names == imagenet100.wnids(classes)
-    assert data.test_images == [1] * 100  # and not the files beside the images
+    assert data.test_images == [1] * 100  # other files are ignored
     assert [len(indices) for indices in data.stream.train_indices] == [30] * 10
     assert data.variants == {"classes": classes, "transforms": "inflora"}
 

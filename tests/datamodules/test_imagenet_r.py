@@ -70,13 +70,13 @@ def test_another_label_order_deals_other_experiences(imagenet_r_root: Path) -> N
     assert len(classes[0] & classes[1]) < 10
 
 
-def test_test_images_are_counted_as_the_list_has_them(imagenet_r_root: Path) -> None:
+def test_test_images_are_counted_as_in_the_list(imagenet_r_root: Path) -> None:
     data = imagenet(imagenet_r_root)
     counts = Counter(file.partition("/")[0] for file in imagenet_r.split("coda")[1])
     assert data.test_images == [counts[name] for name in data.class_names]
 
 
-def test_images_are_served_at_the_size_asked_for(imagenet_r_root: Path) -> None:
+def test_images_are_served_at_the_requested_size(imagenet_r_root: Path) -> None:
     data = imagenet(imagenet_r_root, batch_size=4)
     data.enter(data.experiences[9])
     images, labels = next(iter(data.train_dataloader()))
