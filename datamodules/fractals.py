@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torchvision.transforms import v2
 
 from cl_bench.contracts.datamodule import StreamDataModule
-from cl_bench.data.attractors import Systems, attractors, placed, random_systems, varied
+from cl_bench.data.attractors import Systems, attractors, placed, random_systems, seeded, varied
 from cl_bench.data.sources import Sources
 from cl_bench.data.stream import Transform
 
@@ -118,11 +118,11 @@ class Pictures:
 
     def block(self, label: int, block: int) -> Tensor:
         """Render the images (32, 3, size, size), uint8, of a class from number ``32 * block`` on."""
-        of_class = _generator(self.data_seed, label)
+        of_class = seeded(self.data_seed, label)
         maps = _MAPS[label % len(_MAPS)]
         system = random_systems(1, maps, mirrored=True, generator=of_class)
         colours = torch.rand(2, 3, 1, 1, generator=of_class)
-        generator = _generator(self.data_seed, label, 1 + self.split, block)
+        generator = seeded(self.data_seed, label, 1 + self.split, block)
         systems = varied(_repeated(system), self.variation, generator)
         coverage, hue = placed(*attractors(systems, self.size, generator), _OCTAVES, _REACH, generator)
         ground = torch.rand(_BLOCK, 3, 1, 1, generator=generator)
@@ -173,9 +173,3 @@ def _block(pictures: Pictures, label: int, block: int) -> Tensor:
 
 def _repeated(system: Systems) -> Systems:
     return system[torch.zeros(_BLOCK, dtype=torch.int64)]
-
-
-def _generator(*entropy: int) -> Generator:
-    """Return a generator that is seeded by all of ``entropy``."""
-    (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64).tolist()
-    return torch.Generator().manual_seed(state >> 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
@@ -49,6 +50,12 @@ class Systems:
         """Number of maps of each system that mirror a picture (B,)."""
         mirrors: Tensor = torch.linalg.det(self.matrices) < 0
         return mirrors.sum(dim=1)
+
+
+def seeded(*entropy: int, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator that is seeded by all of ``entropy``."""
+    (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64).tolist()
+    return torch.Generator(device).manual_seed(state >> 1)
 
 
 def random_systems(number: int, maps: int, *, mirrored: bool, generator: Generator) -> Systems:
