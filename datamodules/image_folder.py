@@ -104,7 +104,7 @@ class ImageFolder(StreamDataModule):
         root = Path(self.root)
         if not root.is_dir():
             raise FileNotFoundError(
-                f"There is no folder {root}: set --root to the folder that holds train and test."
+                f"The folder {root} does not exist: set --root to the folder that holds train and test."
             )
         return root
 
@@ -144,7 +144,7 @@ def _shared_classes(root: Path) -> list[str]:
 
 def _classes(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}: put one folder for each class into it.")
+        raise FileNotFoundError(f"The folder {folder} does not exist: put one folder for each class into it.")
     classes = _names(folder, folders=True)
     if not classes:
         raise ValueError(f"The folder {folder} has no classes: put one folder for each class into it.")

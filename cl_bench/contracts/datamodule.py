@@ -257,7 +257,7 @@ class StreamDataModule(LightningDataModule, ABC):
     def experience(self) -> Experience:
         """The current experience."""
         if self._experience is None:
-            raise RuntimeError("There is no current experience yet: call enter(experience) first.")
+            raise RuntimeError("No experience is served yet: call enter(experience) first.")
         return self._experience
 
     def train_dataloader(self) -> DataLoader[Batch]:

@@ -89,7 +89,7 @@ class Photographs(StreamDataModule):
             )
         root = Path(self.root)
         if not root.is_dir():
-            raise FileNotFoundError(f"There is no folder {root}: {self._remedy}")
+            raise FileNotFoundError(f"The folder {root} does not exist: {self._remedy}")
         return root
 
     @property

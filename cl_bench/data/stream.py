@@ -130,20 +130,22 @@ def experience_sizes(
     """
     require_one_division(num_experiences, num_classes_per_experience)
     if num_experiences is not None:
-        return _equal_experiences(num_classes, num_experiences)
+        number, parts = num_experiences, f"{num_experiences} experiences"
+        return [_quotient(num_classes, number, parts, "{} experiences")] * number
     if isinstance(num_classes_per_experience, int):
-        return _experiences_of_size(num_classes, num_classes_per_experience)
+        size, parts = num_classes_per_experience, f"experiences of {num_classes_per_experience}"
+        return [size] * _quotient(num_classes, size, parts, "a size of {}")
     assert num_classes_per_experience is not None
-    return _listed_experiences(num_classes, num_classes_per_experience)
+    return _listed_sizes(num_classes, num_classes_per_experience)
 
 
 def require_one_division(
     num_experiences: int | None, num_classes_per_experience: int | Sequence[int] | None
 ) -> None:
-    """Refuse a division that is missing, or given twice.
+    """Check that the division is given, in exactly one of two ways.
 
     Raises:
-        ValueError: If not exactly one argument is given.
+        ValueError: If both arguments are None, or neither.
     """
     if num_experiences is None and num_classes_per_experience is None:
         raise ValueError(
@@ -157,39 +159,24 @@ def require_one_division(
         )
 
 
-def _equal_experiences(num_classes: int, num_experiences: int) -> list[int]:
-    if not 1 <= num_experiences <= num_classes:
+def _quotient(num_classes: int, divisor: int, parts: str, choice: str) -> int:
+    """Return ``num_classes`` over ``divisor``; ``parts`` and ``choice`` are the words of an error."""
+    if not 1 <= divisor <= num_classes:
         raise ValueError(
-            f"{num_classes} classes cannot be dealt into {num_experiences} experiences: "
-            f"choose a number from 1 to {num_classes}."
+            f"{num_classes} classes cannot be dealt into {parts}: "
+            f"choose {choice.format(f'1 to {num_classes}')}."
         )
-    size, remainder = divmod(num_classes, num_experiences)
+    quotient, remainder = divmod(num_classes, divisor)
     if remainder:
         raise ValueError(
-            f"{num_classes} classes cannot be dealt evenly into {num_experiences} experiences, {remainder} "
-            f"would remain: choose {_nearest_divisors(num_classes, num_experiences)} experiences, "
+            f"{num_classes} classes cannot be dealt evenly into {parts}, {remainder} would remain: choose "
+            f"{choice.format(_nearest_divisors(num_classes, divisor))}, "
             "or list the sizes in num_classes_per_experience."
         )
-    return [size] * num_experiences
+    return quotient
 
 
-def _experiences_of_size(num_classes: int, size: int) -> list[int]:
-    if not 1 <= size <= num_classes:
-        raise ValueError(
-            f"Experiences of {size} classes cannot be dealt from {num_classes} classes: "
-            f"choose a size from 1 to {num_classes}."
-        )
-    number, remainder = divmod(num_classes, size)
-    if remainder:
-        raise ValueError(
-            f"{num_classes} classes cannot be dealt evenly into experiences of {size}, {remainder} would "
-            f"remain: choose a size of {_nearest_divisors(num_classes, size)}, "
-            "or list the sizes in num_classes_per_experience."
-        )
-    return [size] * number
-
-
-def _listed_experiences(num_classes: int, sizes: Sequence[int]) -> list[int]:
+def _listed_sizes(num_classes: int, sizes: Sequence[int]) -> list[int]:
     if not sizes or min(sizes) < 1:
         raise ValueError(f"The sizes {list(sizes)} leave an experience empty: give each at least one class.")
     if sum(sizes) != num_classes:
@@ -210,7 +197,7 @@ class Stream:
     """A dataset dealt into experiences.
 
     Attributes:
-        experiences: In the order of training.
+        experiences: The experiences, in the order of training.
         train_indices: Training images of each experience, in the order of Avalanche's experience datasets.
         test_indices: Test images of each experience, in the same order.
         order: Original label at each position.

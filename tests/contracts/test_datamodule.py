@@ -125,8 +125,8 @@ LOADERS: list[Callable[[Toy], DataLoader[Batch]]] = [
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_workers_change_no_batch(loader: Callable[[Toy], DataLoader[Batch]]) -> None:
-    alone, helped = loader(toy(1)), loader(toy(1, num_workers=2))
-    assert all(equal(one, other) for one, other in zip(alone, helped, strict=True))
+    single, several = loader(toy(1)), loader(toy(1, num_workers=2))
+    assert all(equal(one, other) for one, other in zip(single, several, strict=True))
 
 
 @pytest.mark.parametrize("loader", LOADERS)

@@ -85,11 +85,11 @@ def test_a_batch_holds_images_from_0_to_1_and_positions(root: Path, way: dict[st
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_workers_change_no_batch(root: Path, way: dict[str, Any]) -> None:
-    alone, helped = pictures(root, **way), pictures(root, num_workers=2, **way)
+    single, several = pictures(root, **way), pictures(root, num_workers=2, **way)
     for one, other in (
-        (alone.train_dataloader(), helped.train_dataloader()),
-        (alone.augmented_dataloader(1), helped.augmented_dataloader(1)),
-        (alone.test_dataloader(), helped.test_dataloader()),
+        (single.train_dataloader(), several.train_dataloader()),
+        (single.augmented_dataloader(1), several.augmented_dataloader(1)),
+        (single.test_dataloader(), several.test_dataloader()),
     ):
         for (images, labels), (other_images, other_labels) in zip(one, other, strict=True):
             assert torch.equal(images, other_images)

@@ -183,14 +183,14 @@ def test_a_missing_option_root_is_an_error_with_a_remedy() -> None:
 
 
 def test_a_missing_root_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"There is no folder {tmp_path}/nowhere: set --root"):
+    with pytest.raises(FileNotFoundError, match=f"The folder {tmp_path}/nowhere does not exist: set --root"):
         image_folder(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_missing_split_is_named(root: Path, split: str) -> None:
     shutil.rmtree(root / split)
-    with pytest.raises(FileNotFoundError, match=f"There is no folder {root}/{split}"):
+    with pytest.raises(FileNotFoundError, match=f"The folder {root}/{split} does not exist"):
         image_folder(root)
 
 

@@ -32,5 +32,5 @@ def test_variants_are_different_protocols(imagenet100_root: Path) -> None:
 
 
 def test_a_missing_class_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no image \*.JPEG in .*/train/n01440764: prepare"):
+    with pytest.raises(FileNotFoundError, match=r"folder .*/train/n01440764 has no image \*.JPEG: prepare"):
         imagenet(tmp_path)

@@ -91,7 +91,7 @@ def test_an_incomplete_root_names_a_missing_image(imagenet_r_root: Path, tmp_pat
     ):
         imagenet(tmp_path)
     shutil.rmtree(tmp_path / "imagenet-r")
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"The folder .* does not exist: fetch"):
         imagenet(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="No root is given: fetch the data with cl-bench prepare imagenet_r"):
         ImageNetR(num_experiences=10).setup()

@@ -62,7 +62,7 @@ def _read(root: Path, name: str) -> dict[str, Any]:
     path = root / FOLDER / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no file {path}: fetch it with cl-bench prepare cifar100 --root {root}"
+            f"The file {path} does not exist: fetch it with cl-bench prepare cifar100 --root {root}"
         )
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[name]:

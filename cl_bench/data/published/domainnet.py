@@ -103,7 +103,7 @@ def listed(root: Path, split: Literal["train", "test"], domain_names: Sequence[s
 def _official_lines(path: Path, md5: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no list {path}: fetch it with cl-bench prepare domainnet --root {path.parent}"
+            f"The list {path} does not exist: fetch it with cl-bench prepare domainnet --root {path.parent}"
         )
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:

@@ -56,7 +56,7 @@ def images(root: Path, split: Split, wnid: str) -> list[str]:
     """Return the images of one class of a split, as paths below ``root`` in byte order; none is opened.
 
     Raises:
-        FileNotFoundError: If there is no image.
+        FileNotFoundError: If the class has no image.
         ValueError: If a class cannot have so many images.
     """
     folder = root / split / wnid
@@ -64,7 +64,7 @@ def images(root: Path, split: Split, wnid: str) -> list[str]:
     found = sorted((name for name in entries if name.endswith(EXTENSION)), key=os.fsencode)
     remedy = f"prepare it with cl-bench prepare imagenet100 --root {root} --source FOLDER_OF_IMAGENET"
     if not found:
-        raise FileNotFoundError(f"There is no image *{EXTENSION} in {folder}: {remedy}")
+        raise FileNotFoundError(f"The folder {folder} has no image *{EXTENSION}: {remedy}")
     published = PER_CLASS[split]
     if len(found) not in published:
         numbers = dict.fromkeys((published[0], published[-1]))

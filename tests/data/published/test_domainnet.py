@@ -51,7 +51,7 @@ def test_another_list_than_the_official_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_list_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"There is no list {tmp_path}/real_test.txt"):
+    with pytest.raises(FileNotFoundError, match=f"The list {tmp_path}/real_test.txt does not exist"):
         domainnet.listed(tmp_path, "test", ["real"])
 
 
