@@ -261,5 +261,5 @@ def test_prompts_for_another_kind_of_transformer_are_refused(model: str) -> None
     backbone, images = Backbone(model, "random", options), torch.zeros(1, 3, 32, 32)
     assert backbone.tokens(images).shape == (1, 1 + 4, 32)
     for run in (backbone, backbone.tokens):
-        with pytest.raises(ValueError, match=r"Prompts need a plain vision transformer.*choose another model"):
+        with pytest.raises(ValueError, match=r"need a plain vision transformer.*choose another model"):
             run(images, Prompts(normal(3, 32)))
