@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
-from cl_bench.check import cost, data, freezing, function, precision, prediction, reproduction
-from cl_bench.check.observation import Observed, observed
-from cl_bench.check.optimizer import optimizer
+from cl_bench.check import cost, data, reproduction, stability
 from cl_bench.check.reproduction import Plain, plain
-from cl_bench.check.subject import LONG, Run, Subject
-from cl_bench.check.verdict import Broken, Verdict
+from cl_bench.check.stability import Observed, observed
+from cl_bench.check.subject import LONG, Broken, Run, Subject, Verdict
 from cl_bench.errors import sentence
 
 
@@ -42,19 +40,19 @@ class Evidence:
 
 
 CLAIMS: dict[str, Callable[[Evidence], str]] = {
-    "the function is unchanged at the start of an experience": lambda e: function.start(
+    "the function is unchanged at the start of an experience": lambda e: stability.start(
         e.observed, e.promises
     ),
-    "frozen parts stay frozen": lambda e: freezing.frozen(e.observed, e.subject.fresh),
-    "old heads are untouched": lambda e: freezing.old_head(e.observed, e.promises),
-    "merged equals unmerged": lambda e: function.merge(e.observed, e.promises),
-    "the optimizer's parameters are the strategy's own": lambda e: optimizer(e.observed),
-    "no task id at test": lambda e: prediction.prediction(e.plain.run),
+    "frozen parts stay frozen": lambda e: stability.frozen(e.observed, e.subject.fresh),
+    "old heads are untouched": lambda e: stability.old_head(e.observed, e.promises),
+    "merged equals unmerged": lambda e: stability.merge(e.observed, e.promises),
+    "the optimizer's parameters are the strategy's own": lambda e: stability.optimizer(e.observed),
+    "no task id at test": lambda e: data.prediction(e.plain.run),
     "no data of other experiences is seen": lambda e: data.data(e.plain.sightings),
     "the same seed gives the same bits": lambda e: reproduction.seed(e.plain, plain(e.subject)),
     "a run that is cut off ends in the same bits": lambda e: reproduction.checkpoint(e.subject),
     "memory is bounded as declared": lambda e: cost.memory(*e.long),
-    "float32 and bfloat16 both run": lambda e: precision.precision(e.subject),
+    "float32 and bfloat16 both run": lambda e: reproduction.precision(e.subject),
     f"a step costs in experience {LONG} what it costs in experience 2": lambda e: cost.step(
         e.long[1], e.promises
     ),

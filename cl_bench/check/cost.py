@@ -10,8 +10,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from cl_bench.check.subject import LONG, Run, Subject
-from cl_bench.check.verdict import Broken
+from cl_bench.check.subject import LONG, Broken, Run, Subject
 from cl_bench.contracts.strategy import Promises, Strategy
 
 _FLOAT = 4  # bytes

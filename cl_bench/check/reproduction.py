@@ -9,8 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from cl_bench.check.data import Sightings
-from cl_bench.check.subject import Moment, Run, Subject, differing, some
-from cl_bench.check.verdict import Broken
+from cl_bench.check.subject import Broken, Moment, Run, Subject, copied_state, differing, some
 from cl_bench.loop.checkpoint import Checkpoint, Checkpoints
 from cl_bench.loop.continuation import resumption
 from cl_bench.loop.snapshot import NoPlace
@@ -127,3 +126,30 @@ def _require_equal(found: Moment, expected: Moment, phase: str) -> None:
         raise Broken(
             f"logits {when}, although parameters and buffers agree: keep what they depend on in a buffer"
         )
+
+
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def precision(subject: Subject) -> str:
+    """Claim: in float32 and in mixed bfloat16 a stream runs to its end, and what is kept stays precise."""
+    accuracies = []
+    for name in PRECISIONS:
+        run = subject.run({"trainer.precision": name})
+        result = run.trainer.run(run.strategy, run.stream)
+        _require_precise(run, name)
+        accuracies.append(f"{name} ends at {result.metrics()['acc/sample']:.0f} %")
+    return ", ".join(accuracies)
+
+
+def _require_precise(run: Run, name: str) -> None:
+    state = copied_state(run.strategy)
+    coarse = [key for key, value in state.items() if value.dtype in (torch.bfloat16, torch.float16)]
+    if coarse:
+        raise Broken(
+            f"under {name} the strategy keeps {some(coarse)} in half precision: convert to float32 before "
+            "storing"
+        )
+    endless = [key for key, value in state.items() if not value.isfinite().all()]
+    if endless:
+        raise Broken(f"under {name} {some(endless)} end up not finite: find where, with --detect_anomaly")
