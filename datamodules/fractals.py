@@ -1,4 +1,4 @@
-"""Generated fractals: as many classes, images, pixels and experiences as a test or a long stream needs."""
+"""Generated fractals, with any number of classes, images, pixels and experiences."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torchvision.transforms import v2
 
 from cl_bench.contracts.datamodule import StreamDataModule
-from cl_bench.data.attractors import Systems, attractors, placed, random_systems, varied
+from cl_bench.data.attractors import Systems, attractors, placed, random_systems, seeded, varied
 from cl_bench.data.sources import Sources
 from cl_bench.data.stream import Transform
 
-_RENDERING = 1  # counted up when a change of the code changes a picture
+_RENDERING = 1  # to be increased when a change of the code changes a picture
 _BLOCK = 32  # images that are rendered together
-_CACHED = 512  # blocks kept
+_CACHED = 512  # blocks in memory
 _MAPS = (2, 3, 4)
-_OCTAVES, _REACH = (-0.2, 0.5), 0.2  # by which images of a class differ in size and place
+_OCTAVES, _REACH = (-0.2, 0.5), 0.2  # differences in size and place within a class
 _TRAIN, _TEST = range(2)
 
 
 class Fractals(StreamDataModule):
-    """Every class is an iterated function system with two colours; its images are variations of it.
+    """Images of fractals: each class is an iterated function system with two colours, its images variations.
 
-    An image is a function of ``data_seed``, its class and its number alone, so a dataset with more classes or
-    more images holds a smaller one. It is rendered when it is first asked for. Of the maps of a system an odd
-    number mirrors; of those that the embedded backbone was pre-trained on an even number does: no class is
-    in both. Training shifts an image by up to an eighth of its width.
+    An image depends only on ``data_seed``, its class and its number, so a dataset with more classes or more
+    images contains the smaller one. An image is rendered when it is first read. An odd number of the maps of
+    a system mirrors; in the systems that the embedded backbone was pre-trained on, an even number does, so
+    the two share no class. Training shifts an image by up to an eighth of its width.
 
     Source: FractalDB, https://arxiv.org/abs/2101.08515.
 
@@ -40,8 +40,8 @@ class Fractals(StreamDataModule):
         num_classes: Number of classes.
         images_per_class: Training images of each class.
         test_images_per_class: Test images of each class.
-        variation: How far the maps of an image may lie from those of its class.
-        data_seed: Seed of the classes; another one is another dataset.
+        variation: How far the maps of an image may deviate from those of its class.
+        data_seed: Seed of the classes; each seed is another dataset.
         num_experiences: Number of equal experiences, T; null if num_classes_per_experience is given.
         image_size: Height and width of the images, in pixels.
         kwargs: As in every dataset.
@@ -70,7 +70,7 @@ class Fractals(StreamDataModule):
         self.data_seed = data_seed
 
     def sources(self) -> Sources:
-        """Describe the images; each is rendered when it is asked for."""
+        """Describe the images; each is rendered when it is read."""
         for name in ("num_classes", "images_per_class", "test_images_per_class"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -89,7 +89,7 @@ class Fractals(StreamDataModule):
         )
 
     def train_transform(self) -> Transform:
-        """Shift at random; what is shifted in repeats the border."""
+        """Shift at random; the border is repeated."""
         shift = v2.RandomCrop(self.image_size, padding=self.image_size // 8, padding_mode="edge")
         transform: Transform = v2.Compose([shift, v2.ToDtype(torch.float32, scale=True)])
         return transform
@@ -102,13 +102,13 @@ class Fractals(StreamDataModule):
 
 @dataclass(frozen=True)
 class Pictures:
-    """What decides how the images of a split look.
+    """The settings that the images of a split depend on.
 
     Attributes:
         size: Height and width in pixels.
-        variation: How far the maps of an image may lie from those of its class.
+        variation: How far the maps of an image may deviate from those of its class.
         data_seed: Seed of the classes.
-        split: Place of the split, which has images of its own.
+        split: Index of the split: 0 for training, 1 for testing.
     """
 
     size: int
@@ -117,12 +117,12 @@ class Pictures:
     split: int
 
     def block(self, label: int, block: int) -> Tensor:
-        """Render the images (_BLOCK, 3, size, size), uint8, of a class from number ``block * _BLOCK`` on."""
-        of_class = _generator(self.data_seed, label)
+        """Render the images (32, 3, size, size), uint8, of a class from number ``32 * block`` on."""
+        of_class = seeded(self.data_seed, label)
         maps = _MAPS[label % len(_MAPS)]
         system = random_systems(1, maps, mirrored=True, generator=of_class)
         colours = torch.rand(2, 3, 1, 1, generator=of_class)
-        generator = _generator(self.data_seed, label, 1 + self.split, block)
+        generator = seeded(self.data_seed, label, 1 + self.split, block)
         systems = varied(_repeated(system), self.variation, generator)
         coverage, hue = placed(*attractors(systems, self.size, generator), _OCTAVES, _REACH, generator)
         ground = torch.rand(_BLOCK, 3, 1, 1, generator=generator)
@@ -133,12 +133,12 @@ class Pictures:
 
 
 class Rendered:
-    """A source that renders a block of images when one of them is asked for, and keeps the latest blocks.
+    """A source that renders a block of images when one of them is read, and caches the latest blocks.
 
     Args:
-        pictures: How the images look.
+        pictures: Settings of the images.
         num_classes: Number of classes.
-        images_per_class: Images of each.
+        images_per_class: Number of images of each class.
     """
 
     def __init__(self, pictures: Pictures, num_classes: int, images_per_class: int) -> None:
@@ -148,12 +148,12 @@ class Rendered:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 of what the images are a function of."""
-        what = asdict(self.pictures) | {
+        """Sha256 of everything that the images depend on."""
+        settings = asdict(self.pictures) | {
             "rendering": _RENDERING,
             "targets": [len(self), self.images_per_class],
         }
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -173,9 +173,3 @@ def _block(pictures: Pictures, label: int, block: int) -> Tensor:
 
 def _repeated(system: Systems) -> Systems:
     return system[torch.zeros(_BLOCK, dtype=torch.int64)]
-
-
-def _generator(*entropy: int) -> Generator:
-    """Return a generator whose numbers depend on all of ``entropy``."""
-    (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64).tolist()
-    return torch.Generator().manual_seed(state >> 1)

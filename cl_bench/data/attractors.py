@@ -1,11 +1,11 @@
-"""Iterated function systems in the plane: random ones, and the pictures of their attractors.
+"""Random iterated function systems in the plane, and pictures of their attractors.
 
-A system is a few affine contractions. Jumping from point to point by one of them at random, the chaos game,
-fills the set that the contractions together map onto itself: a fractal, one for each system. A class of
-generated images is such a system; changed a little, it is another image of the class.
+A system consists of a few affine contractions. The chaos game moves a point by one of them at random, again
+and again, and so fills the set that the contractions together map onto itself: the attractor, a fractal. A
+class of generated images is one system, and each of its images a small variation of it.
 
-Source: FractalDB, https://arxiv.org/abs/2101.08515; singular values of the maps, their sum in particular, are
-drawn as in https://arxiv.org/abs/2110.03091, which leaves few degenerate shapes.
+Source: FractalDB, https://arxiv.org/abs/2101.08515; the singular values of the maps, and in particular their
+sum, are drawn as in https://arxiv.org/abs/2110.03091, which avoids most degenerate shapes.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-_FORGOTTEN = 12  # steps after which a walker is on the attractor, or as good as
-_LARGEST = 0.95  # singular value: a map that hardly contracts makes the game wander for long
+_BURN_IN = 12  # steps that take a walker practically onto the attractor
+_LARGEST = 0.95  # singular value: a map that hardly contracts slows the game down
 _RETRIES = 64
 
 
@@ -29,7 +30,7 @@ class Systems:
     Attributes:
         matrices: The ``A`` (B, N, 2, 2).
         offsets: The ``b`` (B, N, 2).
-        hues: Colour coordinate of each map, in [0, 1] (B, N).
+        hues: Colour coordinate of each map (B, N), in [0, 1].
     """
 
     matrices: Tensor
@@ -46,18 +47,24 @@ class Systems:
 
     @property
     def reflections(self) -> Tensor:
-        """How many maps of each system turn a picture into its mirror image (B,)."""
+        """Number of maps of each system that mirror a picture (B,)."""
         mirrors: Tensor = torch.linalg.det(self.matrices) < 0
         return mirrors.sum(dim=1)
 
 
+def seeded(*entropy: int, device: torch.device | str = "cpu") -> Generator:
+    """Return a generator that is seeded by all of ``entropy``."""
+    (state,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64).tolist()
+    return torch.Generator(device).manual_seed(state >> 1)
+
+
 def random_systems(number: int, maps: int, *, mirrored: bool, generator: Generator) -> Systems:
-    """Draw systems of ``maps`` maps, of which an odd number mirrors if ``mirrored``, else an even one."""
+    """Draw systems of ``maps`` maps; the number of maps that mirror is odd if ``mirrored``, else even."""
     device = generator.device
     values = _singular_values(number, maps, generator)
     angles = 2 * math.pi * torch.rand(2, number, maps, generator=generator, device=device)
     signs = torch.randint(2, (number, maps), generator=generator, device=device) * 2.0 - 1
-    # The last map makes the parity of the reflections what it should be.
+    # The sign of the last map sets the parity of the reflections.
     signs[:, -1] *= torch.prod(signs, dim=1) * (-1.0 if mirrored else 1.0)
     diagonal = torch.stack([values[..., 0], values[..., 1] * signs], dim=-1)
     matrices = _rotations(angles[0]) @ torch.diag_embed(diagonal) @ _rotations(angles[1])
@@ -67,9 +74,9 @@ def random_systems(number: int, maps: int, *, mirrored: bool, generator: Generat
 
 
 def varied(systems: Systems, strength: float, generator: Generator) -> Systems:
-    """Return ``systems`` with every map scaled, turned and moved by up to about ``strength``, at random.
+    """Return ``systems`` with every map randomly scaled, turned and moved by up to about ``strength``.
 
-    The determinants keep their signs, so the reflections stay what they were.
+    The determinants keep their signs, so the number of reflections does not change.
     """
 
     def noise(*shape: int) -> Tensor:
@@ -85,17 +92,15 @@ def varied(systems: Systems, strength: float, generator: Generator) -> Systems:
 
 
 def attractors(systems: Systems, size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Play the chaos game and count, on a square grid that the attractor fills.
+    """Play the chaos game with one point for each pixel, and count points on a grid that the attractor fills.
 
     Args:
         systems: B systems.
         size: Height and width of the grid.
-        generator: Of the jumps, on the device of the systems.
-
-    As many points are drawn as there are pixels.
+        generator: Generator of the moves, on the device of the systems.
 
     Returns:
-        Coverage of each pixel in [0, 1] (B, size, size), and its mean colour coordinate (B, size, size).
+        Coverage of each pixel (B, size, size), in [0, 1], and its mean colour coordinate (B, size, size).
     """
     points, hues = _orbit(systems, 2 * size, max(size // 2, 1), generator)
     lowest, highest = points.amin(dim=1, keepdim=True), points.amax(dim=1, keepdim=True)
@@ -115,14 +120,14 @@ def attractors(systems: Systems, size: int, generator: Generator) -> tuple[Tenso
 def placed(
     coverage: Tensor, hue: Tensor, octaves: tuple[float, float], reach: float, generator: Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return attractors (B, size, size) reduced and moved at random, each (B, 1, size, size).
+    """Return attractors at random scales and positions: coverage and hue, (B, 1, size, size) each.
 
     Args:
-        coverage: Of each pixel.
-        hue: Of each pixel.
-        octaves: Least and most that an attractor is reduced by; a negative number enlarges it.
+        coverage: Coverage of each pixel (B, size, size).
+        hue: Colour coordinate of each pixel (B, size, size).
+        octaves: Smallest and largest reduction, as a power of two; a negative number enlarges.
         reach: Farthest move, in halves of the reduced image.
-        generator: Of sizes and moves.
+        generator: Generator of scales and positions.
     """
     number, device = len(coverage), coverage.device
 
@@ -141,21 +146,21 @@ def placed(
 def _orbit(systems: Systems, walkers: int, steps: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Return points on each attractor (B, P, 2), P = walkers · steps, and their colour coordinates (B, P)."""
     number, device = len(systems), systems.matrices.device
-    # Maps are chosen by the area that they cover, so that the points spread evenly.
+    # A map is chosen in proportion to the area that it covers, so that the points spread evenly.
     weights = torch.linalg.det(systems.matrices).abs().clamp(min=0.02)
     edges = (weights.cumsum(1) / weights.sum(1, keepdim=True))[:, :-1].contiguous()
-    draws = torch.rand(number, (_FORGOTTEN + steps) * walkers, generator=generator, device=device)
-    choices = torch.searchsorted(edges, draws).view(number, _FORGOTTEN + steps, walkers)
+    draws = torch.rand(number, (_BURN_IN + steps) * walkers, generator=generator, device=device)
+    choices = torch.searchsorted(edges, draws).view(number, _BURN_IN + steps, walkers)
     affine = torch.cat([systems.matrices.flatten(2), systems.offsets, systems.hues[..., None]], dim=2)
     taken = torch.gather(
         affine[:, None].expand(-1, choices.shape[1], -1, -1), 2, choices[..., None].expand(-1, -1, -1, 7)
     )
     x, y, hue = torch.zeros(3, number, walkers, device=device)
     kept = []
-    for step in range(_FORGOTTEN + steps):
+    for step in range(_BURN_IN + steps):
         a, b, c, d, e, f, g = taken[:, step].unbind(-1)
         x, y, hue = a * x + b * y + e, c * x + d * y + f, (hue + g) / 2
-        if step >= _FORGOTTEN:
+        if step >= _BURN_IN:
             kept.append(torch.stack([x, y, hue], dim=-1))
     orbit = torch.cat(kept, dim=1)
     return orbit[..., :2], orbit[..., 2]
@@ -174,7 +179,7 @@ def _singular_values(number: int, maps: int, generator: Generator) -> Tensor:
         found = torch.cat([found, values[values.amax(dim=(1, 2)) < _LARGEST]])
         if len(found) >= number:
             return found[:number]
-    raise RuntimeError(f"No {number} systems of {maps} maps were found in {_RETRIES} draws.")
+    raise RuntimeError(f"{_RETRIES} draws gave fewer than {number} systems of {maps} maps.")
 
 
 def _rotations(angles: Tensor) -> Tensor:

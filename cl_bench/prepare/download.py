@@ -1,4 +1,4 @@
-"""Fetching a published file, going on where an earlier attempt ended, whatever the server does meanwhile."""
+"""Fetching a published file from an unreliable server, resuming where an earlier attempt ended."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import httpx
 
 from cl_bench.prepare.archives import Advance, Archive, human, require_whole
 
-_WORTH_ANOTHER_TRY = {408, 425, 429, 500, 502, 503, 504}
+_WORTH_RETRYING = {408, 425, 429, 500, 502, 503, 504}
 _RANGE_NOT_SATISFIABLE = 416
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a server is waited for.
+    """Timeouts and retries.
 
     Attributes:
-        seconds: Without a byte, or without a connection, before an attempt is given up.
-        attempts: In a row that bring no new byte, before the download is.
-        pause: Seconds before the second attempt in a row; doubled for each one after it.
+        seconds: Time without a byte, or without a connection, after which an attempt fails.
+        attempts: Attempts in a row without a new byte after which the download fails.
+        pause: Seconds before the second attempt in a row; doubled for each further one.
     """
 
     seconds: float = 30.0
@@ -31,31 +31,36 @@ class Patience:
 
 
 PATIENCE = Patience()
-"""With a server of the real world."""
+"""For servers on the internet."""
 
 
 def partial(archive: Archive, root: Path) -> Path:
-    """Return where an unfinished download of ``archive`` is kept."""
+    """Return the path of an unfinished download of ``archive``."""
     return root / f"{archive.name}.part"
+
+
+def received(archive: Archive, root: Path) -> int:
+    """Return the number of bytes of an unfinished download of ``archive``."""
+    return _size(partial(archive, root))
 
 
 def download(
     archive: Archive, root: Path, patience: Patience = PATIENCE, advance: Advance = lambda _: None
 ) -> None:
-    """Fetch ``archive`` into ``root``; the file has its name only once its checksum holds.
+    """Fetch ``archive`` into ``root``; the file gets its name when its checksum is verified.
 
-    A part that an earlier call left is completed. Where the whole then has another checksum, it is fetched
-    once more from its beginning: the part may have been of another file.
+    An unfinished download of an earlier call is completed. If its checksum is wrong, the file is fetched once
+    more from the beginning, because the unfinished part may have been of another file.
 
     Args:
         archive: What to fetch.
-        root: Folder that holds the file.
-        patience: How long the server is waited for.
-        advance: Told of the bytes that were written; of a negative number when they turn out to be useless.
+        root: Folder of the file.
+        patience: Timeouts and retries.
+        advance: Called with the number of bytes written since the last call; negative if bytes are discarded.
 
     Raises:
-        ConnectionError: If the server cannot be reached, or stops sending for good.
-        ValueError: If it sends another file than the published one.
+        ConnectionError: If the server cannot be reached, or stops sending.
+        ValueError: If the server sends another file than the published one.
     """
     part = partial(archive, root)
     resumed = part.exists()
@@ -75,7 +80,7 @@ def download(
 def _another_file(archive: Archive, error: ValueError) -> str:
     found = re.search(r"has (the \w+ \w+|[\d,]+ bytes)", str(error))
     it_has = found[1] if found else "changed"
-    return f"{archive.url} gives another file than the published one, with {it_has}: {_elsewhere(archive)}"
+    return f"{archive.url} sends another file than the published one, with {it_has}: {_elsewhere(archive)}"
 
 
 def _complete(archive: Archive, part: Path, patience: Patience, advance: Advance) -> None:
@@ -100,11 +105,11 @@ def _complete(archive: Archive, part: Path, patience: Patience, advance: Advance
 
 
 def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advance) -> None:
-    """Append what one answer brings.
+    """Append the bytes of one response.
 
     Raises:
-        httpx.HTTPError: If another attempt may do better.
-        ConnectionError: If none will.
+        httpx.HTTPError: If another attempt may succeed.
+        ConnectionError: If no other attempt will.
         ValueError: If the file at the address is longer or shorter than the published one.
     """
     have, size = _size(part), archive.size
@@ -116,15 +121,15 @@ def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advanc
             raise ValueError(
                 f"{archive.url} has fewer than the published {size:,} bytes: {_elsewhere(archive)}"
             )
-        if answer.is_error and answer.status_code not in _WORTH_ANOTHER_TRY:
+        if answer.is_error and answer.status_code not in _WORTH_RETRYING:
             raise ConnectionError(
                 f"{archive.url} answers {answer.status_code} {answer.reason_phrase}: {_elsewhere(archive)}"
             )
         answer.raise_for_status()
         start = _start(answer)
         if start not in (0, have):
-            raise httpx.RemoteProtocolError(f"bytes from {start} were sent in place of those from {have}")
-        if start < have:  # ranges are not kept to: this answer begins at the beginning
+            raise httpx.RemoteProtocolError(f"the server sent bytes from {start}, not from {have}")
+        if start < have:  # the server ignores ranges: this response starts from the beginning
             advance(-have)
         with part.open("r+b" if start else "wb") as stream:
             stream.seek(start)
@@ -140,12 +145,12 @@ def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advanc
 
 
 def _start(answer: httpx.Response) -> int:
-    """Return the place in the file at which the answer begins."""
+    """Return the offset in the file at which the response begins."""
     if answer.status_code != httpx.codes.PARTIAL_CONTENT:
         return 0
     match = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
     if match is None:
-        raise httpx.RemoteProtocolError("a part was sent that does not say which")
+        raise httpx.RemoteProtocolError("the server sent a part without its range")
     return int(match[1])
 
 
@@ -154,12 +159,12 @@ def _size(path: Path) -> int:
 
 
 def _elsewhere(archive: Archive) -> str:
-    return f"fetch {archive.name} from elsewhere and put it beside the others."
+    return f"fetch {archive.name} from elsewhere and put it into the root."
 
 
 def _gave_up(archive: Archive, part: Path, patience: Patience, problem: str) -> str:
     assert archive.size is not None
     return (
         f"{archive.url} sent nothing new in {patience.attempts} attempts ({problem}): "
-        f"{human(_size(part))} of {human(archive.size)} are kept, the same command goes on from there."
+        f"{human(_size(part))} of {human(archive.size)} are kept, run the same command to resume."
     )

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cl_bench.report.comparison import RANKING, Comparison, Entry
-from cl_bench.report.sentences import backbone, counted
+from cl_bench.report.tables import backbone, counted
 from cl_bench.results.metrics import accuracy_matrix, incremental_accuracy
 
 MOST_DRAWN = 16

@@ -10,10 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from cl_bench.report.comparison import Comparison, Entry
-from cl_bench.report.contrasts import Contrast
-from cl_bench.report.sentences import absences, definitions, mixed_provenance, protocol_differences
-from cl_bench.report.statistics import CONFIDENCE, Interval, Statistic
-from cl_bench.report.tables import Table
+from cl_bench.report.statistics import CONFIDENCE, Contrast, Interval, Statistic
+from cl_bench.report.tables import Table, absences, definitions, mixed_provenance, protocol_differences
 from cl_bench.results.result import COSTS
 
 _KEYS = ["benchmark", "fingerprint"]

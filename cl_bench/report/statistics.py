@@ -11,13 +11,15 @@ differences, all of one sign, the two-sided p value is ``2 / 2**n``, and that is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from cl_bench.results.metrics import HIGHER_IS_BETTER
 
 CONFIDENCE = 0.95
 """Of every interval."""
@@ -42,6 +44,9 @@ RESAMPLES = 1_999
 
 TOO_SMALL = "n too small"
 """What a cell says where there are too few blocks for what it should hold."""
+
+NOISE = "possibly noise"
+"""Verdict on a difference whose interval holds zero."""
 
 Array = npt.NDArray[np.float64]
 
@@ -213,6 +218,100 @@ def holm(p: Sequence[float]) -> list[float]:
 
         values[made] = multipletests(values[made], alpha=LEVEL, method="holm")[1]
     return [float(value) for value in values]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The difference of two entries in one metric, block by block.
+
+    Attributes:
+        first: Label of the entry that is counted positively.
+        second: Label of the entry that is taken away.
+        metric: Name of the metric.
+        difference: ``first - second`` over the shared blocks.
+        p: Two-sided p value of a sign-flip permutation test; NaN where there are too few shared blocks.
+        p_holm: The same after Holm's correction over all tests of the table: every pair, metric and
+            benchmark of it. See :func:`corrected`.
+        tests: How many tests that correction covers.
+    """
+
+    first: str
+    second: str
+    metric: str
+    difference: Statistic
+    p: float = math.nan
+    p_holm: float = math.nan
+    tests: int = 0
+
+    @property
+    def wins(self) -> int:
+        """Shared blocks in which ``first`` is the better one."""
+        sign = 1 if HIGHER_IS_BETTER[self.metric] else -1
+        return sum(sign * value > 0 for value in self.difference.values)
+
+    @property
+    def ties(self) -> int:
+        """Shared blocks in which both are equal."""
+        return sum(value == 0 for value in self.difference.values)
+
+    @property
+    def losses(self) -> int:
+        """Shared blocks in which ``second`` is the better one."""
+        return self.difference.n - self.wins - self.ties
+
+    @property
+    def verdict(self) -> str:
+        """What may be said of the difference, in a few words."""
+        if self.difference.n == 0:
+            return "no shared block"
+        if not self.difference.interval.exists:
+            return TOO_SMALL
+        if 0.0 in self.difference.interval:
+            return NOISE
+        if self.difference.n < PERMUTATION_BLOCKS:
+            return "interval clear of zero; too few blocks to test"
+        if self.p_holm < LEVEL:
+            return "significant after Holm"
+        if self.tests * smallest_p(self.difference.n) >= LEVEL:
+            return f"interval clear of zero; too few blocks for {self.tests} tests"
+        return "not significant after Holm"
+
+
+def corrected(families: Sequence[Mapping[str, Sequence[Contrast]]]) -> list[dict[str, list[Contrast]]]:
+    """Return the contrasts of a table after Holm's correction over all of them.
+
+    Args:
+        families: For every benchmark of the table, by name of metric, its contrasts.
+    """
+    every = [pair.p for by_metric in families for pairs in by_metric.values() for pair in pairs]
+    tests = sum(not math.isnan(p) for p in every)
+    p_holm = iter(holm(every))
+    return [
+        {
+            name: [replace(pair, p_holm=next(p_holm), tests=tests) for pair in pairs]
+            for name, pairs in by_metric.items()
+        }
+        for by_metric in families
+    ]
+
+
+def against(contrasts: Iterable[Contrast], label: str) -> list[Contrast]:
+    """Return the contrasts in which ``label`` is one of the two."""
+    return [contrast for contrast in contrasts if label in (contrast.first, contrast.second)]
+
+
+def tested(differences: Sequence[Statistic]) -> list[float]:
+    """The p value of each, those of equally many blocks in one call: the sign patterns are the same."""
+    p = [math.nan] * len(differences)
+    by_n: dict[int, list[int]] = {}
+    for place, difference in enumerate(differences):
+        by_n.setdefault(difference.n, []).append(place)
+    for n, places in by_n.items():
+        if n >= PERMUTATION_BLOCKS:
+            found = permutation_p(np.array([differences[place].values for place in places]))
+            for place, value in zip(places, found, strict=True):
+                p[place] = float(value)
+    return p
 
 
 def _t_quantile(freedom: int) -> Any:

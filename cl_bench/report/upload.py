@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import wandb
 
 from cl_bench.report.comparison import Comparison, comparisons
-from cl_bench.report.sentences import counted
+from cl_bench.report.tables import counted
 from cl_bench.results import dashboard
 from cl_bench.results.result import Result
 

@@ -18,7 +18,7 @@ def sierpinski() -> Systems:
 
 @pytest.mark.parametrize("maps", [2, 3, 5])
 @pytest.mark.parametrize("mirrored", [True, False])
-def test_the_parity_of_the_reflections_is_as_asked_for(maps: int, mirrored: bool) -> None:
+def test_the_parity_of_the_reflections_is_the_requested_one(maps: int, mirrored: bool) -> None:
     systems = random_systems(200, maps, mirrored=mirrored, generator=generator())
     assert set((systems.reflections % 2).tolist()) == {int(mirrored)}
 
@@ -43,7 +43,7 @@ def test_every_map_contracts_and_their_sum_is_in_the_published_range(maps: int) 
 def test_the_chaos_game_draws_the_sierpinski_triangle_and_nothing_else() -> None:
     coverage, _ = attractors(sierpinski(), 64, generator())
     rows, columns = (coverage[0] > 0).nonzero().T.numpy()
-    # Pixel (row, column) is on the triangle where no binary digit is 1 in both, give or take a rounded pixel.
+    # A pixel is on the triangle if no binary digit is 1 in both row and column, up to rounding by one pixel.
     near = [
         any((r + i) & (c + j) == 0 for i in (-1, 0, 1) for j in (-1, 0, 1) if r + i >= 0 and c + j >= 0)
         for r, c in zip(rows.tolist(), columns.tolist(), strict=True)
@@ -54,7 +54,7 @@ def test_the_chaos_game_draws_the_sierpinski_triangle_and_nothing_else() -> None
     assert rows.max() == columns.max() == 63
 
 
-def test_the_colour_of_a_point_leans_to_the_map_that_led_there() -> None:
+def test_the_colour_of_a_point_follows_the_maps_that_led_there() -> None:
     coverage, hue = attractors(sierpinski(), 64, generator())
     corner, lower = hue[0, :8, :8][coverage[0, :8, :8] > 0], hue[0, -8:, :8][coverage[0, -8:, :8] > 0]
     assert corner.mean() < 0.2  # three times through the map of hue 0

@@ -1,1 +1,1 @@
-"""How the embedded weights were made, from generated images only."""
+"""The pre-training of the embedded backbone, on generated images only."""

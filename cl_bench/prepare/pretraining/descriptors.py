@@ -1,11 +1,11 @@
-"""What a patch of an image looks like, in closed form: the answers that the pre-trained transformer learns.
+"""Descriptors of image patches in closed form: the targets of the pre-training.
 
-Patches of generated scenes are normalised, whitened and clustered into a dictionary. An image is described by
-how strongly its patches resemble each entry and its negative, on average over each cell of a coarse grid, and
-these numbers are whitened over scenes. Nothing but formulas and generated scenes goes into it.
+Patches of generated scenes are normalised, whitened and clustered into a dictionary. The description of an
+image is the resemblance of its patches to each entry and to its negative, averaged over each cell of a coarse
+grid, and whitened over scenes. It is made from formulas and generated scenes only.
 
-Source: https://proceedings.mlr.press/v15/coates11a.html for dictionary and pooling; predicting descriptors
-rather than pixels is from https://arxiv.org/abs/2112.09133.
+Source: https://proceedings.mlr.press/v15/coates11a.html for dictionary and pooling;
+https://arxiv.org/abs/2112.09133 for predicting descriptors rather than pixels.
 """
 
 from __future__ import annotations
@@ -15,25 +15,24 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 _PATCH, _STRIDE = 6, 2  # pixels
-_CELLS = 4  # a side; a divisor of the tokens along it
-_CONTRAST = 10 / 255  # added to the deviation of a patch, so that noise in even patches stays small
-_WHITENING = 0.1  # added to the variance of a direction of patches, whose mean is one
+_CELLS = 4  # along a side; divides the number of tokens along it
+_CONTRAST = 10 / 255  # added to the standard deviation of a patch, so that noise in flat patches stays small
+_WHITENING = 0.1  # added to the variance of each direction of patches; the mean variance is one
 _THRESHOLD = 0.5
-_SAMPLED = 40_000  # patches that make the dictionary
+_SAMPLED = 40_000  # patches that the dictionary is made from
 _ROUNDS = 8  # of k-means
 _BATCH = 100
 
 
 class Descriptors(nn.Module):
-    """Describe images by a dictionary of patches; empty until :meth:`fit`.
+    """Descriptions of images by a dictionary of patches, which :meth:`fit` makes.
 
-    The description of an image is the mean, over the tokens of a transformer, of what each token contributes:
-    there is an answer for every token.
+    The description of an image is the mean over the tokens of a transformer of the target of each token.
 
     Args:
-        entries: Patches in the dictionary.
-        dim: Size of a description; the strongest directions over scenes are kept.
-        side: Tokens along a side of the image.
+        entries: Number of patches in the dictionary.
+        dim: Dimensions of a description: the strongest directions over scenes.
+        side: Number of tokens along a side of the image.
     """
 
     filters: Tensor
@@ -59,7 +58,7 @@ class Descriptors(nn.Module):
         whitening = vectors * (values + _WHITENING).rsqrt() @ vectors.T
         filters = _clustered((patches - centre) @ whitening, len(self.filters), generator) @ whitening
         self.bias.copy_((filters @ centre)[:, None, None])
-        # A patch's own mean is taken out of it; taking it out of the filter is the same.
+        # Removing the mean of a filter removes the mean of every patch.
         self.filters.copy_((filters - filters.mean(dim=1, keepdim=True)).view_as(self.filters))
         batches = scenes.split(_BATCH)
         total = torch.stack([self.resemblance(batch).sum(dim=1, keepdim=True) for batch in batches]).sum(
@@ -74,7 +73,7 @@ class Descriptors(nn.Module):
 
     @torch.no_grad()
     def resemblance(self, images: Tensor) -> Tensor:
-        """Return how strongly patches resemble the dictionary, at each token (tokens, B, 2 · entries)."""
+        """Return the resemblance of patches to the dictionary at each token (tokens, B, 2 · entries)."""
         pixels = images.float() / 255
         mean = F.avg_pool2d(pixels.mean(dim=1, keepdim=True), _PATCH, _STRIDE)
         power = F.avg_pool2d(pixels.square().mean(dim=1, keepdim=True), _PATCH, _STRIDE)
@@ -84,7 +83,7 @@ class Descriptors(nn.Module):
         return F.adaptive_avg_pool2d(signed, self.side).flatten(2).sqrt().permute(2, 0, 1)
 
     def _cell_of_token(self) -> Tensor:
-        """Return the cell (side²,) that each token lies in."""
+        """Return the cell of each token (side²,)."""
         places = torch.arange(self.side, device=self.mean.device) * _CELLS // self.side
         return (places[:, None] * _CELLS + places).flatten()
 
@@ -96,13 +95,13 @@ class Descriptors(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return what each token of images (B, 3, H, W), uint8, contributes (B, tokens, dim)."""
+        """Return the target of each token (B, tokens, dim) for images (B, 3, H, W), uint8."""
         return torch.bmm(self.resemblance(images) - self.mean, self.projection).transpose(0, 1)
 
 
 def _whitening(points: Tensor, dim: int) -> Tensor:
-    """Return what maps ``points`` (n, d), of mean zero, to white ones of ``dim`` dimensions (d, dim)."""
-    # There are fewer points than dimensions, so the directions are found among the points.
+    """Return the matrix (d, dim) that whitens ``points`` (n, d) of mean zero to ``dim`` dimensions."""
+    # There are fewer points than dimensions, so the eigenvectors of their Gram matrix give the directions.
     values, vectors = torch.linalg.eigh(points @ points.T / len(points))
     directions = F.normalize(points.T @ vectors[:, -dim:], dim=0)
     whitening: Tensor = directions * values[-dim:].rsqrt()
@@ -127,14 +126,14 @@ def _normalised(patches: Tensor) -> Tensor:
 
 
 def _clustered(points: Tensor, clusters: int, generator: Generator) -> Tensor:
-    """Return unit directions (clusters, d) that ``points`` (n, d) lie along, by spherical k-means."""
+    """Return the unit directions (clusters, d) of clusters of ``points`` (n, d), by spherical k-means."""
     drawn = torch.randperm(len(points), generator=generator, device=generator.device)[:clusters]
     directions = F.normalize(points[drawn])
     for _ in range(_ROUNDS):
         likeness = points @ directions.T
         nearest = likeness.abs().argmax(dim=1)
         pull = points * likeness.gather(1, nearest[:, None])
-        # A direction that nothing lies along stays.
+        # The direction of an empty cluster stays.
         directions = F.normalize(
             1e-6 * directions + torch.zeros_like(directions).index_add_(0, nearest, pull)
         )

@@ -1,4 +1,4 @@
-"""A pool of generated scenes with their descriptions, rendered once and read from disk."""
+"""A pool of generated scenes with their descriptions, rendered once and then read from disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cl_bench.data.attractors import seeded
 from cl_bench.network.embedded import OPTIONS
 from cl_bench.prepare.pretraining.descriptors import Descriptors
 from cl_bench.prepare.pretraining.scenes import random_scenes
@@ -20,15 +21,15 @@ _BATCH = 100
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a pool is made of; another recipe needs another folder.
+    """The settings of a pool; each recipe needs a folder of its own.
 
     Attributes:
-        scenes: How many.
-        leaves: Shapes in a scene.
-        entries: Patches in the dictionary of the descriptors.
-        fitted: Scenes that the descriptors are made from; more than a description has numbers.
-        shard: Scenes in a file.
-        seed: Of all that is drawn.
+        scenes: Number of scenes.
+        leaves: Number of shapes in a scene.
+        entries: Number of patches in the dictionary of the descriptors.
+        fitted: Number of scenes that the descriptors are fitted to; more than a description has dimensions.
+        shard: Number of scenes in a file.
+        seed: Seed of everything that is drawn.
     """
 
     scenes: int = 30_000
@@ -40,14 +41,14 @@ class Recipe:
 
 
 class ScenePool(Dataset[tuple[Tensor, Tensor]]):
-    """Scenes and their descriptions, made where ``folder`` lacks them.
+    """Scenes and their descriptions; what ``folder`` lacks is rendered.
 
-    A shard depends on the recipe and its number alone, so a pool that was cut off is completed.
+    A shard depends only on the recipe and its number, so an interrupted pool can be completed.
 
     Args:
-        folder: Where the files are.
-        recipe: What to make.
-        device: What renders.
+        folder: Folder of the files.
+        recipe: Settings of the pool.
+        device: Device that renders.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, device: torch.device) -> None:
@@ -58,7 +59,7 @@ class ScenePool(Dataset[tuple[Tensor, Tensor]]):
         for shard in range(-(-recipe.scenes // recipe.shard)):
             scenes, answers = (folder / f"{kind}-{shard:05}.npy" for kind in ("scenes", "answers"))
             if not scenes.exists():
-                _save(scenes, _rendered(recipe.shard, recipe, _generator(recipe.seed, 1 + shard, device)))
+                _save(scenes, _rendered(recipe.shard, recipe, seeded(recipe.seed, 1 + shard, device=device)))
             if not answers.exists():
                 batches = torch.from_numpy(np.load(scenes)).split(_BATCH)
                 _save(answers, torch.cat([self.descriptors(batch.to(device)).half() for batch in batches]))
@@ -74,7 +75,7 @@ class ScenePool(Dataset[tuple[Tensor, Tensor]]):
         return self.recipe.scenes
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Return scenes (B, 3, size, size), uint8, and the answer of each token (B, tokens, dim)."""
+        """Return scenes (B, 3, size, size), uint8, and the target of each token (B, tokens, dim)."""
         places = [divmod(index, self.recipe.shard) for index in indices]
         scenes = np.stack([self._scenes[shard][place] for shard, place in places])
         answers = np.stack([self._answers[shard][place] for shard, place in places])
@@ -85,7 +86,7 @@ def _descriptors(file: Path, recipe: Recipe, device: torch.device) -> Descriptor
     describe = Descriptors(recipe.entries, OPTIONS["embed_dim"], OPTIONS["img_size"] // OPTIONS["patch_size"])
     if not file.exists():
         describe.to(device)
-        generator = _generator(recipe.seed, 0, device)
+        generator = seeded(recipe.seed, 0, device=device)
         describe.fit(_rendered(recipe.fitted, recipe, generator), generator)
         tensors = {name: tensor.cpu() for name, tensor in describe.state_dict().items()}
         safetensors.torch.save_file(tensors, file)
@@ -99,14 +100,8 @@ def _rendered(number: int, recipe: Recipe, generator: torch.Generator) -> Tensor
     return torch.cat([random_scenes(part, size, recipe.leaves, generator) for part in sizes])
 
 
-def _generator(seed: int, part: int, device: torch.device) -> torch.Generator:
-    """Return a generator whose numbers depend on ``seed`` and ``part``."""
-    (state,) = np.random.SeedSequence((seed, part)).generate_state(1, np.uint64).tolist()
-    return torch.Generator(device).manual_seed(state >> 1)
-
-
 def _save(file: Path, tensor: Tensor) -> None:
-    # Under its name a file is whole: that it is there says that nothing is missing.
+    # A file gets its name when it is complete.
     part = file.with_suffix(".part.npy")
     np.save(part, tensor.cpu().numpy())
     part.rename(file)

@@ -1,7 +1,6 @@
 """Pre-train the embedded transformer: ``python -m cl_bench.prepare.pretraining.pretrain --folder FOLDER``.
 
-The transformer sees a scene and answers with its description. A run that was stopped goes on when the command
-is given again.
+The transformer learns to predict the description of a scene. The same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -32,18 +31,18 @@ from cl_bench.prepare.pretraining.pool import Recipe, ScenePool
 BATCH = 128
 STEPS_AN_EPOCH = 100
 
-_WHITENED = 500  # scenes whose patches are whitened
-_FLOOR = 0.01  # of the mean variance, added to that of each direction
-_POSITIONS = 0.3  # deviation of the first position embeddings
+_WHITENED = 500  # scenes that the first layer's whitening is made from
+_FLOOR = 0.01  # share of the mean variance that is added to the variance of each direction
+_POSITIONS = 0.3  # standard deviation of the initial position embeddings
 
 
 class Pretraining(LightningModule):
     """A transformer that learns to describe scenes.
 
     Args:
-        pool: Scenes, and what describes them.
-        steps: Length of the training.
-        lr: Largest learning rate; it rises over the first tenth and falls to zero.
+        pool: Scenes with their descriptions.
+        steps: Number of training steps.
+        lr: Peak learning rate, after a warm-up over the first tenth; it then falls to zero.
     """
 
     deviation: Tensor
@@ -56,22 +55,22 @@ class Pretraining(LightningModule):
         self.vit = _first_weights(pool, self.deviation)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """Return the loss on scenes (B, 3, H, W), uint8, with the answer of each token (B, tokens, dim).
+        """Return the loss on scenes (B, 3, H, W), uint8, with the target of each token (B, tokens, dim).
 
-        Tokens answer in units of the deviation of each direction. An image answers with the mean over its
-        tokens, of unit length times √dim.
+        Targets of tokens are in units of the standard deviation of each direction. The target of an image is
+        the mean over its tokens, scaled to the length √dim.
         """
-        scenes, answers = batch
+        scenes, targets = batch
         tokens = self.vit.forward_features(scenes.float() / 127.5 - 1)
         features = self.vit.forward_head(tokens).float()
-        descriptions = F.normalize(answers.mean(dim=1)) * answers.shape[-1] ** 0.5
-        of_tokens = F.mse_loss(tokens.float(), answers / self.deviation)
+        descriptions = F.normalize(targets.mean(dim=1)) * targets.shape[-1] ** 0.5
+        of_tokens = F.mse_loss(tokens.float(), targets / self.deviation)
         of_images = F.mse_loss(features, descriptions)
         self.log_dict({"loss": of_tokens + of_images, "tokens": of_tokens, "images": of_images})
         return of_tokens + of_images
 
     def configure_optimizers(self) -> Any:
-        """AdamW, without decay of what has one dimension."""
+        """Return AdamW with weight decay on all but one-dimensional parameters, and a one-cycle schedule."""
         parameters = list(self.vit.parameters())
         groups = [
             {"params": [each for each in parameters if each.ndim > 1], "weight_decay": 0.05},
@@ -82,23 +81,23 @@ class Pretraining(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def exported(self) -> dict[str, Tensor]:
-        """Return the weights for images in [0, 1] as they are, in half precision but for the first layer."""
+        """Return the weights for images in [0, 1], in half precision except for the first layer."""
         state = {name: tensor.detach().cpu().clone() for name, tensor in self.vit.state_dict().items()}
         weight, bias = "patch_embed.proj.weight", "patch_embed.proj.bias"
-        # Scenes were scaled to [-1, 1] by 2x - 1; the first layer can do that itself. Its large sums nearly
-        # cancel, which half precision would spoil.
+        # Training scaled scenes to [-1, 1] by 2x - 1, which the first layer takes over here. Its large sums
+        # nearly cancel, so it needs single precision.
         state[bias] -= state[weight].sum(dim=(1, 2, 3))
         state[weight] *= 2
         return {name: tensor if name in (weight, bias) else tensor.half() for name, tensor in state.items()}
 
 
 def _first_weights(pool: ScenePool, deviation: Tensor) -> VisionTransformer:
-    """Build the transformer; its first layer whitens patches of scenes, its last scales as answers do."""
+    """Build the transformer; its first layer whitens patches of scenes, its last has the scale of targets."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(pool.recipe.seed)
         vit: Any = VisionTransformer(num_classes=0, **OPTIONS)
     for block in vit.blocks:
-        block.attn.fused_attn = False  # on a CPU the products are faster than the kernel, in bf16
+        block.attn.fused_attn = False  # in bf16 on a CPU, plain products are faster than the kernel
     embedding = vit.patch_embed.proj
     size = embedding.kernel_size[0]
     scenes, _ = pool[list(range(_WHITENED))]
@@ -118,15 +117,15 @@ def _first_weights(pool: ScenePool, deviation: Tensor) -> VisionTransformer:
 
 
 class Batches(Sampler[list[int]]):
-    """Batches from the step that training has come to; a function of seed and step.
+    """Batches from the current step on; a function of seed and step.
 
-    The pool is gone through in rounds, each in an order of its own. Lightning's epochs are only the places
-    where a checkpoint is written.
+    Each round through the pool has an order of its own. An epoch of Lightning is only the interval between
+    two checkpoints.
 
     Args:
-        number: Scenes in the pool.
-        seed: Of the orders.
-        steps_done: Says how many steps were taken.
+        number: Number of scenes in the pool.
+        seed: Seed of the orders.
+        steps_done: Returns the number of steps taken.
     """
 
     def __init__(self, number: int, seed: int, steps_done: Callable[[], int]) -> None:
@@ -152,7 +151,7 @@ class Batches(Sampler[list[int]]):
 
 
 class Export(Callback):
-    """Write the weights after every epoch, so that there are always some to use."""
+    """Writes the weights after every epoch."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -172,15 +171,15 @@ def pretrain(
     accelerator: str = "auto",
     stop_after: int | None = None,
 ) -> Pretraining:
-    """Render the pool into ``folder`` and train on it; both go on where an earlier call ended.
+    """Render the pool into ``folder`` and train on it; both resume where an earlier call ended.
 
     Args:
-        folder: Of the pool, the checkpoint, the loss curve and ``vit.safetensors``.
-        recipe: Of the pool; its seed is that of the weights and the order of the scenes as well.
-        steps: Length of the training.
-        lr: Largest learning rate.
-        accelerator: As Lightning names it.
-        stop_after: Stop after so many of the steps; null for none.
+        folder: Folder for the pool, the checkpoint, the loss curve and ``vit.safetensors``.
+        recipe: Settings of the pool; its seed is also that of the weights and of the order of the scenes.
+        steps: Number of training steps.
+        lr: Peak learning rate.
+        accelerator: Lightning's name of the accelerator.
+        stop_after: Number of steps after which to stop early, or None.
 
     Returns:
         The trained module.
@@ -213,17 +212,15 @@ def pretrain(
 
 
 def main() -> None:
-    """Pre-train as the command line says."""
+    """Pre-train with the options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m cl_bench.prepare.pretraining.pretrain", description=__doc__
     )
-    parser.add_argument(
-        "--folder", type=Path, required=True, help="of the pool, the checkpoint and the weights"
-    )
-    parser.add_argument("--scenes", type=int, default=Recipe.scenes, help="in the pool (%(default)s)")
-    parser.add_argument("--steps", type=int, default=700, help=f"of {BATCH} scenes (%(default)s)")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="largest learning rate (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything (%(default)s)")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for pool, checkpoint and weights")
+    parser.add_argument("--scenes", type=int, default=Recipe.scenes, help="scenes in the pool (%(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help=f"steps of {BATCH} scenes (%(default)s)")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything (%(default)s)")
     parser.add_argument("--accelerator", default="auto", help="cpu, gpu or auto (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""What frozen features are worth: ``python -m cl_bench.prepare.pretraining.probing digits`` compares.
+"""The quality of frozen features: ``python -m cl_bench.prepare.pretraining.probing digits``.
 
-The features of a backbone stand against those of the same architecture with random weights and against raw
-pixels. The nearest class mean asks how well classes are told apart as they lie; a linear probe, how well a
-line could tell them apart. Both see every class at once.
+The features of a backbone are compared with those of the same architecture with random weights, and with raw
+pixels. The nearest class mean measures how well the features separate classes as they are, a linear probe how
+well a linear layer can separate them. Both see all classes at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Features = tuple[Tensor, Tensor]
 """Features (N, d) and labels (N,)."""
 
 Accuracies = tuple[float, float]
-"""Of the nearest mean and of the linear probe, in percent."""
+"""Accuracies of the nearest mean and of the linear probe, in percent."""
 
 _DECAYS = (1e-3, 1e-2, 1e-1)
 _ITERATIONS = 50
@@ -51,7 +51,7 @@ def nearest_mean_accuracy(train: Features, test: Features) -> float:
 def linear_probe_accuracy(train: Features, test: Features) -> float:
     """Return the accuracy in percent of multinomial logistic regression on standardised features.
 
-    Its decay is the best of three on every tenth training image, held out for the choice.
+    Its weight decay is the best of three on every tenth training image, held out for the choice.
     """
     mean, deviation = train[0].mean(dim=0), train[0].std(dim=0).clamp(min=1e-6)
     fitted, tested = ((features - mean) / deviation for features in (train[0], test[0]))
@@ -67,7 +67,7 @@ def linear_probe_accuracy(train: Features, test: Features) -> float:
 
 
 def extracted(extract: Callable[[Tensor], Tensor], batches: Iterator[Batch]) -> Features:
-    """Return the features that ``extract`` finds in every image of ``batches``."""
+    """Return the features and the labels of all images in ``batches``."""
     features, labels = [], []
     with torch.inference_mode():
         for images, of_images in batches:
@@ -77,7 +77,7 @@ def extracted(extract: Callable[[Tensor], Tensor], batches: Iterator[Batch]) -> 
 
 
 def _probe(features: Tensor, labels: Tensor, decay: float) -> nn.Linear:
-    """Fit a linear layer to ``features`` (N, d) by L-BFGS, with ``decay`` of its weight."""
+    """Return a linear layer fitted to ``features`` (N, d) by L-BFGS, with weight decay ``decay``."""
     probe = nn.Linear(features.shape[1], int(labels.max()) + 1)
     nn.init.zeros_(probe.weight)
     nn.init.zeros_(probe.bias)
@@ -100,13 +100,13 @@ def _percent(right: Tensor) -> float:
 def table(
     dataset: str, options: Sequence[str], model: str, seeds: Sequence[int]
 ) -> dict[str, list[Accuracies]]:
-    """Return the accuracies of each kind of features, by name: one pair for each seed that changes them.
+    """Return the accuracies of each kind of features, by name, with one pair for each seed that matters.
 
     Args:
         dataset: Config stem of a dataset.
-        options: Of ``cl-bench run`` on it.
-        model: Of the backbone, which has weights of its own.
-        seeds: Of the random weights, and of the data where these are generated.
+        options: Options of ``cl-bench run``.
+        model: Name of a backbone that has weights.
+        seeds: Seeds of the random weights, and of the data if they are generated.
     """
     trained = Backbone(model).eval()
     options = [*options, "--num_experiences=1", f"--data.image_size={trained.image_size}"]
@@ -140,8 +140,10 @@ def main() -> None:
         prog="python -m cl_bench.prepare.pretraining.probing", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("dataset", help="config stem, such as digits; options of `cl-bench run` may follow")
-    parser.add_argument("--backbone", default="embedded", help="a model with weights (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of random weights and data")
+    parser.add_argument("--backbone", default="embedded", help="a backbone with weights (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds of random weights and data"
+    )
     arguments, options = parser.parse_known_args()
     print(f"| {arguments.dataset} | NCM | linear probe |\n| --- | ---: | ---: |")
     for name, pairs in table(arguments.dataset, options, arguments.backbone, arguments.seeds).items():
@@ -149,7 +151,7 @@ def main() -> None:
 
 
 def _cell(accuracies: Sequence[float]) -> str:
-    """Return mean and sample standard deviation; one number stands alone."""
+    """Return mean and sample standard deviation, or a single number."""
     mean = f"{np.mean(accuracies):.2f}"
     return mean if len(accuracies) == 1 else f"{mean} ± {np.std(accuracies, ddof=1):.2f}"
 

@@ -1,8 +1,8 @@
-"""Scenes out of formulas: fractals and shapes that hide one another, textured, coloured and lit.
+"""Scenes from formulas: fractals and shapes that occlude one another, textured, coloured and lit.
 
-Photographs have edges where one thing hides another, textures whose power falls with frequency, and colours
-that differ less than brightness does. A scene has these too: leaves of random shape and texture fall on a
-textured ground, fractals among them, and light falls on all of it from one side.
+Photographs have edges where one object occludes another, textures whose power falls with frequency, and
+colours that vary less than brightness. A scene has them as well: leaves of random shape and texture, one of
+them a fractal, fall on a textured ground and are lit from one side.
 
 Source: dead leaves, https://doi.org/10.1023/A:1011118430228 and https://arxiv.org/abs/2106.05963, with
 formula-driven classes as in https://arxiv.org/abs/2101.08515.
@@ -18,17 +18,17 @@ from torch import Generator, Tensor
 
 from cl_bench.data.attractors import attractors, placed, random_systems
 
-_TEXTURES = 3  # of each scene; its leaves share them
+_TEXTURES = 3  # in a scene, shared by its leaves
 
 
 def random_scenes(number: int, size: int, leaves: int, generator: Generator) -> Tensor:
     """Draw scenes (number, 3, size, size), uint8.
 
     Args:
-        number: How many.
+        number: Number of scenes.
         size: Height and width in pixels.
-        leaves: Shapes that fall on the ground of each scene, the last of them a fractal.
-        generator: On the device that is to draw.
+        leaves: Number of shapes on the ground of each scene, the last one a fractal.
+        generator: Generator on the device that draws.
     """
     textures = torch.stack([_texture(number, size, generator) for _ in range(_TEXTURES)], dim=1)
     colours = _palette(number, leaves + 1, generator)
@@ -60,7 +60,7 @@ def _grid(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _texture(number: int, size: int, generator: Generator) -> Tensor:
-    """Draw noise (number, 3, size, size) around zero: clouds or grains, stretched or not."""
+    """Draw noise (number, 3, size, size) of mean zero: clouds or grains, stretched or not."""
     device = generator.device
     shape = (number, 1, 1, 1)
     rows = torch.fft.fftfreq(size, device=device)[:, None]
@@ -69,13 +69,13 @@ def _texture(number: int, size: int, generator: Generator) -> Tensor:
     stretch = 2 ** _uniform(-2.5, 2.5, shape, generator)
     along, across = columns * angle.cos() + rows * angle.sin(), rows * angle.cos() - columns * angle.sin()
     frequency = (along**2 * stretch + across**2 / stretch + (0.5 / size) ** 2).sqrt()
-    # A band of frequencies makes stripes and grains; all of them, the less the higher they are, make clouds.
+    # A band of frequencies makes stripes and grains; all frequencies, falling in power, make clouds.
     centre = 2 ** _uniform(-4.5, -1.5, shape, generator)
     band = _unit_power(torch.exp(-((frequency.log2() - centre.log2()) ** 2) / 0.3))
     grained = (_uniform(0, 1, shape, generator) < 0.5).float()
     falling = _unit_power(frequency ** -_uniform(0.8, 2.2, shape, generator))
     white = torch.randn(number, 3, size, size, generator=generator, device=device)
-    # Channels agree in most of what they show.
+    # The channels are mostly equal.
     colourful = _uniform(0, 0.4, shape, generator)
     mixed = white[:, :1] + colourful * white[:, 1:2] * _uniform(-1, 1, (number, 3, 1, 1), generator)
     spectrum = torch.fft.rfft2(mixed) * torch.lerp(falling, band, grained)
@@ -90,7 +90,7 @@ def _unit_power(amplitudes: Tensor) -> Tensor:
 
 
 def _palette(number: int, colours: int, generator: Generator) -> Tensor:
-    """Draw colours (number, colours, 3) in [0, 1]; those of one scene resemble each other."""
+    """Draw colours (number, colours, 3) in [0, 1] that are similar within a scene."""
     base = _uniform(0.1, 0.9, (number, 1, 1), generator)
     value = base + _uniform(0.05, 0.45, (number, 1, 1), generator) * torch.randn(
         number, colours, 1, generator=generator, device=generator.device
@@ -107,7 +107,7 @@ def _blob(number: int, size: int, generator: Generator) -> tuple[Tensor, Tensor]
     y, x = rows - _uniform(-1.1, 1.1, shape, generator), columns - _uniform(-1.1, 1.1, shape, generator)
     angle = _uniform(0, 2 * math.pi, shape, generator)
     along, across = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
-    # Areas fall as a power of the radius: few large leaves and many small ones.
+    # A power law of the radius: few large leaves and many small ones.
     radius = 0.14 * _uniform(0.02, 1, shape, generator) ** -0.5
     aspect = 2 ** _uniform(-1.5, 1.5, shape, generator)
     u, v = along * aspect.sqrt(), across / aspect.sqrt()
@@ -133,7 +133,7 @@ def _fractal(number: int, size: int, generator: Generator) -> tuple[Tensor, Tens
 
 
 def _light(number: int, size: int, generator: Generator) -> Tensor:
-    """Draw light (number, 3, size, size) that changes evenly over the scene."""
+    """Draw light (number, 3, size, size) that changes linearly over the scene."""
     rows, columns = _grid(size, generator.device)
     shape = (number, 1, 1, 1)
     fall, drift = _uniform(-0.35, 0.35, shape, generator), _uniform(-0.35, 0.35, shape, generator)
@@ -142,6 +142,6 @@ def _light(number: int, size: int, generator: Generator) -> Tensor:
 
 
 def _blurred(images: Tensor, generator: Generator) -> Tensor:
-    """Mix each image with its own blurred version, by a share of its own."""
+    """Mix each image with its blurred version, in a random ratio."""
     smooth = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
     return torch.lerp(images, smooth, _uniform(0, 1, (len(images), 1, 1, 1), generator))

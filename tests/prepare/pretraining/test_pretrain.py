@@ -46,7 +46,7 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-def test_a_run_gives_the_same_losses_twice_and_when_it_is_cut_off(folder: Path, tmp_path: Path) -> None:
+def test_losses_are_the_same_twice_and_after_an_interruption(folder: Path, tmp_path: Path) -> None:
     whole, again, cut = tmp_path / "whole", tmp_path / "again", tmp_path / "cut"
     trained(whole, folder, 6)
     trained(again, folder, 6)
@@ -61,9 +61,7 @@ def test_a_run_gives_the_same_losses_twice_and_when_it_is_cut_off(folder: Path, 
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-def test_exported_weights_see_images_in_the_unit_interval_as_training_saw_scenes(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_exported_weights_give_the_features_of_training(folder: Path, tmp_path: Path) -> None:
     module = trained(tmp_path, folder, 2)
     exported = VisionTransformer(num_classes=0, **OPTIONS)
     exported.load_state_dict(safetensors.torch.load_file(tmp_path / "vit.safetensors"))
@@ -73,7 +71,7 @@ def test_exported_weights_see_images_in_the_unit_interval_as_training_saw_scenes
     torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)  # weights are rounded to half precision
 
 
-def test_a_pool_that_was_cut_off_is_completed_to_the_same_scenes(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_pool_is_completed_to_the_same_scenes(folder: Path, tmp_path: Path) -> None:
     for file in folder.glob("*"):
         if "00001" not in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -89,7 +87,7 @@ def test_another_seed_is_another_pool(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.soak
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")
-def test_the_first_two_hundred_steps_of_the_recipe_give_the_same_losses_twice(
+def test_the_first_200_steps_of_the_recipe_give_the_same_losses_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()

@@ -11,7 +11,7 @@ SOURCES = Digits.sources
 
 
 def blobs(seed: int, images: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
-    """Class 0 around zero, class 1 on a ring around it: no two means to tell them apart by."""
+    """Class 0 around zero and class 1 on a ring around it, so that their means coincide."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(images) % 2
     directions = torch.nn.functional.normalize(torch.randn(images, 2, generator=generator))
@@ -19,7 +19,7 @@ def blobs(seed: int, images: int = 200) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([points, points.norm(dim=1, keepdim=True)], dim=1), labels
 
 
-def test_a_line_separates_what_means_do_only_by_the_third_number() -> None:
+def test_a_linear_probe_separates_classes_if_a_feature_does() -> None:
     train, test = blobs(0), blobs(1)
     assert linear_probe_accuracy(train, test) == 100
     flat = (train[0][:, :2], train[1]), (test[0][:, :2], test[1])
@@ -27,7 +27,7 @@ def test_a_line_separates_what_means_do_only_by_the_third_number() -> None:
     assert nearest_mean_accuracy(*flat) < 75
 
 
-def test_what_no_seed_changes_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_no_seed_changes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Digits, "sources", few_digits)
     found = table("digits", [], "embedded", [1, 2])
     assert {name: len(pairs) for name, pairs in found.items()} == {
@@ -48,7 +48,7 @@ def few_digits(data: Digits) -> Sources:
     return Sources(train=train, test=test, class_names=found.class_names)
 
 
-def test_generated_data_are_drawn_anew_for_each_seed_and_embedded_features_know_them_best() -> None:
+def test_embedded_features_are_best_on_generated_data_of_each_seed() -> None:
     options = ["--num_classes=5", "--images_per_class=20", "--test_images_per_class=10"]
     found = table("fractals", options, "embedded", [1, 2])
     assert {len(pairs) for pairs in found.values()} == {2}
@@ -60,7 +60,7 @@ def test_generated_data_are_drawn_anew_for_each_seed_and_embedded_features_know_
 
 
 @pytest.mark.parametrize("accuracy", [nearest_mean_accuracy, linear_probe_accuracy])
-def test_labels_without_a_pattern_are_met_by_chance(accuracy: object) -> None:
+def test_accuracy_on_random_labels_is_chance(accuracy: object) -> None:
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(400, 3, generator=generator), torch.arange(400) % 2
     assert callable(accuracy)

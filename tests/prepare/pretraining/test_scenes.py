@@ -14,7 +14,7 @@ def test_scenes_are_a_function_of_the_generator() -> None:
     assert not torch.equal(scenes(0), scenes(1))
 
 
-def test_no_two_scenes_of_a_batch_are_alike() -> None:
+def test_all_scenes_of_a_batch_differ() -> None:
     found = scenes(2)
     assert found.shape == (24, 3, 32, 32)
     assert found.dtype == torch.uint8
@@ -29,7 +29,7 @@ def test_power_falls_with_frequency_as_in_photographs() -> None:
     assert rings[0] > 20 * rings[-1]
 
 
-def test_channels_agree_more_than_they_differ() -> None:
+def test_channels_are_correlated() -> None:
     pixels = scenes(4, 100).float().flatten(2)
     channels = (pixels - pixels.mean(dim=2, keepdim=True)).transpose(0, 1).flatten(1)
     assert torch.corrcoef(channels)[0, 1] > 0.5

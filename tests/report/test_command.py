@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cl_bench.__main__ import main
-from cl_bench.report import FORMATS, Format, report
+from cl_bench.report.command import FORMATS, Format, report
 from cl_bench.results.result import Result
 
 Made = Callable[..., Result]
@@ -105,7 +105,7 @@ def test_a_report_imports_neither_torch_nor_pyplot(
 ) -> None:
     folder = _folder([made(name, seed=seed) for name in ("a", "b") for seed in range(10)], tmp_path)
     program = (
-        "import sys; from pathlib import Path; from cl_bench.report import report; "
+        "import sys; from pathlib import Path; from cl_bench.report.command import report; "
         f"report(Path({str(folder)!r}), {format!r}); "
         "heavy = {'torch', 'lightning', 'timm', 'wandb', 'matplotlib.pyplot'}; "
         "print(*sorted(heavy & set(sys.modules)))"

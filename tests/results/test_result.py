@@ -52,7 +52,7 @@ def test_a_written_result_reads_back_equal(result: Result, tmp_path: Path) -> No
     assert read_all(tmp_path) == ([result], [])
 
 
-def test_a_file_from_before_there_were_diagnostics_is_read(result: Result, tmp_path: Path) -> None:
+def test_an_older_file_without_diagnostics_is_read(result: Result, tmp_path: Path) -> None:
     path = result.write(tmp_path)
     payload = json.loads(path.read_text())
     del payload["diagnostics"]
@@ -60,7 +60,7 @@ def test_a_file_from_before_there_were_diagnostics_is_read(result: Result, tmp_p
     assert read(path) == result
 
 
-def test_writing_leaves_one_file_and_keeps_the_old_one_when_it_fails(result: Result, tmp_path: Path) -> None:
+def test_writing_leaves_one_file_and_a_failed_write_keeps_the_old_one(result: Result, tmp_path: Path) -> None:
     result.write(tmp_path)
     before = (tmp_path / FILE_NAME).read_bytes()
     result.provenance["broken"] = object()
@@ -114,7 +114,7 @@ def test_digest_is_the_documented_hash() -> None:
     )
 
 
-def test_a_foreign_file_and_another_schema_are_refused(result: Result, tmp_path: Path) -> None:
+def test_a_foreign_file_and_another_schema_are_errors(result: Result, tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.write_text("not json")
     with pytest.raises(ValueError, match="is not a result file"):
@@ -125,7 +125,7 @@ def test_a_foreign_file_and_another_schema_are_refused(result: Result, tmp_path:
         read(path)
 
 
-def test_unreadable_files_are_named_beside_the_results(result: Result, tmp_path: Path) -> None:
+def test_unreadable_files_are_returned_with_the_results(result: Result, tmp_path: Path) -> None:
     result.write(tmp_path / "good")
     for name, content in (("text", b"no json"), ("bytes", b"\xff\xfe"), ("empty", b'{"schema": 1}')):
         (tmp_path / name).mkdir()
@@ -136,17 +136,17 @@ def test_unreadable_files_are_named_beside_the_results(result: Result, tmp_path:
     assert all("is not a result file: run its cell again" in line for line in unreadable)
 
 
-def test_a_result_file_is_as_readable_as_any_other(result: Result, tmp_path: Path) -> None:
+def test_a_result_file_has_the_permissions_of_any_other(result: Result, tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     assert result.write(tmp_path).stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
-def test_a_missing_results_folder_is_said(tmp_path: Path) -> None:
+def test_a_missing_results_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="There is no results folder"):
         list(read_all(tmp_path / "absent"))
 
 
-def test_a_file_from_before_domains_and_diagnostics_is_still_read(result: Result, tmp_path: Path) -> None:
+def test_an_older_file_without_domains_and_diagnostics_is_read(result: Result, tmp_path: Path) -> None:
     path = result.write(tmp_path)
     payload = json.loads(path.read_text())
     for name in ("diagnostics", "domains", "domain_images"):

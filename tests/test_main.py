@@ -171,7 +171,7 @@ def test_data_that_are_not_there_are_said_before_weights_are_looked_for(
     absent = ["--root", str(tmp_path / "absent"), "--backbone.weights", str(tmp_path / "weights.safetensors")]
     (tmp_path / "weights.safetensors").write_bytes(b"no weights")
     assert main(["run", "lora", "imagenet_r", *absent, "--results", str(tmp_path), *flags]) == 2
-    assert refusal(capsys).startswith(f"There is no folder {tmp_path / 'absent'}: fetch the data with")
+    assert refusal(capsys).startswith(f"The folder {tmp_path / 'absent'} does not exist: fetch the data with")
 
 
 def images(root: Path, *, classes: int = 4, size: int = 16) -> Path:
@@ -271,7 +271,9 @@ def test_an_accelerator_that_is_not_there_is_one_sentence(
     assert "MisconfigurationException: " in refusal(capsys)
 
 
-@pytest.mark.parametrize("words", (["--help"], ["run", "--help"], ["grid", "--help"], ["report", "--help"]))
+@pytest.mark.parametrize(
+    "words", (["--help"], *([verb, "--help"] for verb in ("run", "check", "grid", "report", "prepare")))
+)
 def test_help_is_short_enough_to_read(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     try:
         assert main(words) == 0

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cl_bench.report.comparison import comparisons
-from cl_bench.report.sentences import (
+from cl_bench.report.tables import (
     absent,
     backbone,
     compared,

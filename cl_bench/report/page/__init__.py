@@ -7,6 +7,7 @@ here, from the same tables as the other formats; the script only sorts, filters 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import files
@@ -17,21 +18,28 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_bench import __version__
-from cl_bench.report.comparison import Comparison, Entry
-from cl_bench.report.contrasts import Contrast
-from cl_bench.report.markdown import HOW_TO_READ_DIFFERENCES
+from cl_bench.report.comparison import Entry, flat
 from cl_bench.report.records import finite, statistic_record
-from cl_bench.report.sentences import absences, compared, mixed_provenance, protocol_differences
-from cl_bench.report.settings import flat
-from cl_bench.report.statistics import statistic
-from cl_bench.report.tables import COST_HEADINGS, SHORT_NAMES, Table
+from cl_bench.report.statistics import Contrast, statistic
+from cl_bench.report.tables import (
+    COST_HEADINGS,
+    INCOMPLETE,
+    SHORT_NAMES,
+    Table,
+    absences,
+    compared,
+    mixed_provenance,
+    protocol_differences,
+)
+from cl_bench.report.text import HOW_TO_READ_DIFFERENCES
 from cl_bench.results.metrics import DEFINITIONS, HIGHER_IS_BETTER, accuracy_matrix, incremental_accuracy
 from cl_bench.results.result import COSTS, Result
 
 Array = npt.NDArray[np.float64]
 Json = dict[str, Any]
 
-_PLOTLY = "plotly/package_data/plotly.min.js"
+_SCRIPTS = ("data.js", "charts.js", "accuracy.js", "inside.js", "tables.js", "page.js")
+_EXPORTS = re.compile(r"export\{[^}]*?(\w+) as default[^}]*\};")  # itables' bundle hands on DataTables
 
 
 def page(tables: Sequence[Table], title: str, unreadable: Sequence[str] = ()) -> str:
@@ -43,16 +51,17 @@ def page(tables: Sequence[Table], title: str, unreadable: Sequence[str] = ()) ->
         unreadable: A sentence for each file that could not be read.
 
     Raises:
-        FileNotFoundError: If the package plotly is not installed.
+        FileNotFoundError: If the package plotly or itables lacks its script.
     """
     # A tag that ends within a text would end the script; JSON may write its slash with a backslash.
     data = json.dumps(_payload(tables, title, unreadable), ensure_ascii=False, separators=(",", ":"))
     parts = {
         "title": escape(title),
         "style": _part("page.css"),
-        "plotly": _plotly(),
+        "plotly": _packaged("plotly", "package_data/plotly.min.js"),
+        "datatables": _EXPORTS.sub(r"globalThis.DataTable=\1;", _packaged("itables", "html/dt_bundle.js")),
         "data": data.replace("</", "<\\/"),
-        "script": _part("page.js"),
+        "scripts": "\n".join(map(_part, _SCRIPTS)),
     }
     text = _part("page.html")
     for name, part in parts.items():
@@ -61,14 +70,14 @@ def page(tables: Sequence[Table], title: str, unreadable: Sequence[str] = ()) ->
 
 
 def _part(name: str) -> str:
-    return (resources("cl_bench.report") / name).read_text(encoding="utf-8")
+    return (resources("cl_bench.report.page") / name).read_text(encoding="utf-8")
 
 
-def _plotly() -> str:
-    """Plotly's script, read from its package without importing that: this takes no second."""
-    found = next((file for file in files("plotly") or [] if file.as_posix() == _PLOTLY), None)
+def _packaged(package: str, path: str) -> str:
+    """Return a script that ``package`` carries, without importing the package."""
+    found = next((file for file in files(package) or [] if file.as_posix() == f"{package}/{path}"), None)
     if found is None:
-        raise FileNotFoundError(f"The package plotly has no {_PLOTLY}: pip install 'plotly>=6'.")
+        raise FileNotFoundError(f"The package {package} has no {path}: pip install --upgrade {package}.")
     return found.read_text(encoding="utf-8")
 
 
@@ -83,6 +92,7 @@ def _payload(tables: Sequence[Table], title: str, unreadable: Sequence[str]) -> 
             for name, text in DEFINITIONS.items()
         },
         "costs": COST_HEADINGS,
+        "incomplete": INCOMPLETE,
         "how": HOW_TO_READ_DIFFERENCES,
         "protocols": protocol_differences(shown),
         "unreadable": list(unreadable),
@@ -95,7 +105,15 @@ def _payload(tables: Sequence[Table], title: str, unreadable: Sequence[str]) -> 
 def _benchmark(table: Table, index: int) -> Json:
     comparison = table.comparisons[index]
     run = comparison.results[0]
-    places = {entry.label: place for place, entry in enumerate(comparison.entries)}
+    order = {entry.label: place for place, entry in enumerate(comparison.entries)}
+    places = {name: table.places(index, name) for name in DEFINITIONS}
+    marks = {
+        row.label: {
+            "ranked": ranked,
+            "places": {name: of_rows[number] for name, of_rows in places.items() if of_rows[number]},
+        }
+        for number, (row, ranked) in enumerate(zip(table.rows, table.ranked(index), strict=True))
+    }
     return {
         "title": comparison.title,
         "dataset": run.dataset,
@@ -108,9 +126,9 @@ def _benchmark(table: Table, index: int) -> Json:
         "absent": [vars(absence) for absence in absences(comparison)],
         "copies": comparison.copies,
         "unnamed": comparison.unnamed_settings,
-        "entries": [_entry(entry, comparison, table.metrics) for entry in comparison.entries],
+        "entries": [_entry(entry, table.metrics) | marks[entry.label] for entry in comparison.entries],
         "differences": {
-            name: [_difference(pair, places) for pair in pairs]
+            name: [_difference(pair, order) for pair in pairs]
             for name, pairs in table.contrasts[index].items()
         },
     }
@@ -120,7 +138,7 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _entry(entry: Entry, comparison: Comparison, shown: Sequence[str]) -> Json:
+def _entry(entry: Entry, shown: Sequence[str]) -> Json:
     names = (*DEFINITIONS, *COSTS)
     record: Json = {
         "label": entry.label,
@@ -237,11 +255,11 @@ def _mean_table(tables: Sequence[Sequence[Sequence[float]]]) -> list[list[float 
     return [_mean_list([table[i] for table in tables]) for i in range(length)]
 
 
-def _difference(pair: Contrast, places: Mapping[str, int]) -> Json:
+def _difference(pair: Contrast, order: Mapping[str, int]) -> Json:
     interval = pair.difference.interval
     return {
-        "first": places[pair.first],
-        "second": places[pair.second],
+        "first": order[pair.first],
+        "second": order[pair.second],
         "mean": finite(pair.difference.mean),
         "interval": [finite(interval.low), finite(interval.high)] if interval.exists else None,
         "n": pair.difference.n,

@@ -1,18 +1,78 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 
-from cl_bench.data.sources import ArraySource, Sources
-from cl_bench.data.stream import Source
-from cl_bench.data.validation import PartSource, held_out
+from cl_bench.data.sources import (
+    ArraySource,
+    FileSource,
+    PartSource,
+    PixelSource,
+    Source,
+    Sources,
+    held_out,
+    require_files,
+)
 from datamodules.toy import Toy
 
 TARGETS = [0] * 10 + [1] * 25 + [2] * 2
+
+
+def test_a_file_is_decoded_when_it_is_read(tmp_path: Path) -> None:
+    source = FileSource(tmp_path, ["a/1.png"], [3])
+    (tmp_path / "a").mkdir()
+    Image.new("L", (5, 4), 200).save(tmp_path / "a" / "1.png")
+    image, label = source[0]
+    assert (image.mode, image.size, image.getpixel((0, 0)), label) == ("RGB", (5, 4), (200, 200, 200), 3)
+
+
+def test_pixels_in_memory_become_pillow_images() -> None:
+    pixels = np.random.RandomState(0).randint(256, size=(2, 4, 5, 3), dtype=np.uint8)
+    source = PixelSource(pixels, [1, 0])
+    image, label = source[1]
+    assert label == 0
+    np.testing.assert_array_equal(np.asarray(image), pixels[1])
+
+
+def pixel_source(pixels: npt.NDArray[np.uint8], targets: Sequence[int]) -> Source:
+    return PixelSource(pixels, targets)
+
+
+def array_source(pixels: npt.NDArray[np.uint8], targets: Sequence[int]) -> Source:
+    return ArraySource(torch.from_numpy(pixels), targets)
+
+
+@pytest.mark.parametrize("source", [pixel_source, array_source])
+def test_a_fingerprint_distinguishes_pixels_labels_and_shapes(source: Callable[..., Source]) -> None:
+    pixels = np.zeros((2, 4, 6, 3), dtype=np.uint8)
+    other = pixels.copy()
+    other[1, 3, 5, 2] = 1
+    sources = [
+        source(pixels, [0, 1]),
+        source(other, [0, 1]),
+        source(pixels, [1, 0]),
+        source(pixels.reshape(2, 6, 4, 3), [0, 1]),
+    ]
+    assert len({source.fingerprint for source in sources}) == 4
+    assert source(pixels.copy(), [0, 1]).fingerprint == sources[0].fingerprint
+
+
+def test_missing_files_are_counted_and_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "1.jpg").touch()
+    require_files(tmp_path, ["a/1.jpg"], "prepare again.")
+    with pytest.raises(
+        FileNotFoundError, match=r"2 of 3 images are missing below .*, such as a/2.jpg: prepare"
+    ):
+        require_files(tmp_path, ["a/1.jpg", "b/1.jpg", "a/2.jpg"], "prepare again.")
 
 
 def test_a_share_of_every_class_is_held_out() -> None:
@@ -27,15 +87,15 @@ def test_one_image_of_a_class_is_kept_and_one_held_out() -> None:
         assert Counter(TARGETS[index] for index in held.tolist()) == expected
 
 
-def test_the_seed_decides_which() -> None:
+def test_the_seed_decides_which_images_are_held_out() -> None:
     chosen = [held_out(TARGETS, 0.2, seed)[1].tolist() for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_the_images_of_other_classes_change_nothing() -> None:
-    alone = held_out(TARGETS[:10], 0.2, seed=0)[1]
-    among = held_out(TARGETS, 0.2, seed=0)[1]
-    assert alone.tolist() == among[among < 10].tolist()
+def test_other_classes_do_not_change_the_choice() -> None:
+    of_one_class = held_out(TARGETS[:10], 0.2, seed=0)[1]
+    of_all = held_out(TARGETS, 0.2, seed=0)[1]
+    assert of_one_class.tolist() == of_all[of_all < 10].tolist()
 
 
 def test_a_class_of_one_image_is_refused() -> None:
@@ -43,7 +103,7 @@ def test_a_class_of_one_image_is_refused() -> None:
         held_out([0, 0, 1], 0.5, seed=0)
 
 
-def test_a_part_serves_its_images_and_is_told_from_others() -> None:
+def test_a_part_has_its_images_and_a_fingerprint_of_its_own() -> None:
     whole = Toy().sources().train
     part = PartSource(whole, np.array([3, 1]))
     assert part.targets == [whole.targets[3], whole.targets[1]]
@@ -53,20 +113,20 @@ def test_a_part_serves_its_images_and_is_told_from_others() -> None:
 
 
 class Watched(Toy):
-    """Toy data that note which images are opened."""
+    """Toy data that record which images are opened."""
 
     def sources(self) -> Sources:
         found = super().sources()
         self.opened: dict[str, list[int]] = {"train": [], "test": []}
         self.train_source, self.test_source = found.train, found.test
         return Sources(
-            Noting(found.train, self.opened["train"]),
-            Noting(found.test, self.opened["test"]),
+            Recording(found.train, self.opened["train"]),
+            Recording(found.test, self.opened["test"]),
             found.class_names,
         )
 
 
-class Noting(ArraySource):
+class Recording(ArraySource):
     def __init__(self, source: Source, opened: list[int]) -> None:
         assert isinstance(source, ArraySource)
         super().__init__(source.images, source.targets)
@@ -91,7 +151,7 @@ def opened(data: Watched) -> None:
             assert len(list(loader)) > 0
 
 
-def test_the_test_images_stay_closed_while_settings_are_chosen() -> None:
+def test_validation_opens_no_test_image() -> None:
     data = Watched(num_experiences=3, val_fraction=0.25)
     opened(data)
     assert data.opened["test"] == []
@@ -99,7 +159,7 @@ def test_the_test_images_stay_closed_while_settings_are_chosen() -> None:
     assert data.test_images == [3] * 6
 
 
-def test_the_test_images_of_classes_outside_the_stream_stay_closed_too() -> None:
+def test_validation_opens_no_test_image_of_held_out_classes() -> None:
     data = Watched(num_experiences=2, val_fraction=0.25, held_out_classes=2)
     opened(data)
     loaders = data.held_out_dataloaders()
@@ -122,7 +182,7 @@ def test_held_out_images_are_evaluated_and_never_trained_on() -> None:
     assert (len(seen[0]), len(seen[1])) == (6 * 9, 6 * 3)
 
 
-def test_test_images_are_opened_by_the_evaluation_alone() -> None:
+def test_only_the_evaluation_opens_test_images() -> None:
     data = Watched(num_experiences=3)
     data.setup()
     data.enter(data.experiences[0])
@@ -133,7 +193,7 @@ def test_test_images_are_opened_by_the_evaluation_alone() -> None:
     assert set(data.opened["test"]) == set(range(6 * 6))
 
 
-def test_validation_is_another_protocol_for_every_fraction_and_choice() -> None:
+def test_every_fraction_and_choice_of_validation_images_is_a_protocol() -> None:
     protocols = []
     settings: list[dict[str, Any]] = [
         {},
@@ -149,7 +209,7 @@ def test_validation_is_another_protocol_for_every_fraction_and_choice() -> None:
     assert "'evaluated_on': 'validation'" in protocols[1]
 
 
-def test_the_seed_and_the_order_share_the_images_held_out() -> None:
+def test_all_seeds_and_orders_share_the_held_out_images() -> None:
     one, other = (
         Toy(num_experiences=2, val_fraction=0.25, seed=seed, order=order)
         for seed, order in ((0, "identity"), (1, "numpy:1993"))
