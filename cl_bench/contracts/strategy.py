@@ -54,8 +54,8 @@ class Promises:
             the method changes what it has trained.
         keeps_old_head: Whether the head leaves what belongs to old classes as it is, bit by bit.
         vectors_per_class: Features kept for each class outside the head, such as prototypes.
-        state_grows_with: What the state outside head, memory and declared vectors may grow with:
-            ``experiences``, by as much in each.
+        state_grows_with: What the state outside head, memory and declared vectors grows with:
+            ``experiences``, by the same bytes in each from the second on.
         step_grows_with: What the operations of a training step may grow with, by terms of first order:
             ``basis``, the columns that ``memory`` holds, ``classes``, the number of old classes, and
             ``experiences``, the number of old experiences.
@@ -133,7 +133,7 @@ class Strategy(LightningModule):
         self._scheduler = scheduler
         self._head_lr = head_lr
         self._head_start = head_start
-        self._pretrained_bytes = _state_bytes(backbone)
+        self._pretrained_bytes = state_bytes(backbone)
         self._experience: Experience | None = None
 
     # What a method overrides
@@ -216,7 +216,7 @@ class Strategy(LightningModule):
     @property
     def stored_bytes(self) -> int:
         """Bytes of state beyond the pre-trained backbone: adapters, heads, prototypes, bases."""
-        return _state_bytes(self) - self._pretrained_bytes
+        return state_bytes(self) - self._pretrained_bytes
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """Return this process's share of the mean loss of a batch, images and labels.
@@ -296,6 +296,7 @@ class Strategy(LightningModule):
             self.after_step()
 
 
-def _state_bytes(module: nn.Module) -> int:
-    state = module.state_dict().values()
-    return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
+def state_bytes(module: nn.Module) -> int:
+    """Return the bytes of the parameters and persistent buffers of ``module``, shared ones counted once."""
+    found = {id(value): value for value in module.state_dict(keep_vars=True).values()}.values()
+    return sum(value.numel() * value.element_size() for value in found if isinstance(value, Tensor))
