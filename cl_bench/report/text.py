@@ -1,4 +1,7 @@
-"""Tables as Markdown, to be read in a terminal or on a page: every number with what qualifies it."""
+r"""Tables as Markdown, for a terminal or a page, and as LaTeX, for a paper.
+
+The LaTeX has booktabs rules; it compiles in a document with ``\usepackage{booktabs}`` and UTF-8 input.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from cl_bench.report.comparison import RANKING, Comparison
 from cl_bench.report.statistics import (
     BOOTSTRAP_BLOCKS,
-    PERMUTATION_BLOCKS,
     TOO_SMALL,
     Contrast,
     Interval,
@@ -16,6 +18,7 @@ from cl_bench.report.statistics import (
 )
 from cl_bench.report.tables import (
     COST_HEADINGS,
+    HOW_TO_READ_DIFFERENCES,
     INCOMPLETE,
     SHORT_NAMES,
     UNDEFINED,
@@ -31,15 +34,7 @@ from cl_bench.report.tables import (
 )
 from cl_bench.results.result import COSTS
 
-HOW_TO_READ_DIFFERENCES = (
-    "Δ is the first line minus the second on the seeds and class orders that both finished, with Student's "
-    "95 % interval; one that holds zero is possibly noise. p: sign-flip permutation test after Holm's "
-    "correction over every pair, metric and benchmark of the table, made from "
-    f"{PERMUTATION_BLOCKS} shared blocks on: below, no difference can reach 0.05. Blocks count as "
-    "independent: under one class order, intervals speak of seeds alone; with several seeds an order, they "
-    "may be too narrow."
-)
-"""What a table of differences needs said beside it, in any format."""
+_HOW_TO_READ_DIFFERENCES = f"Δ is the first row minus the second. {HOW_TO_READ_DIFFERENCES}"
 
 _DAGGER = r"$^\dagger$"
 
@@ -65,7 +60,7 @@ _SPECIAL = {
 
 
 def markdown(tables: Sequence[Table]) -> str:
-    """Return ``tables`` as one Markdown page, each with what was compared above and its footnotes below."""
+    """Return ``tables`` as one Markdown page, each with a description above and footnotes below."""
     paragraphs = protocol_differences([comparison for table in tables for comparison in table.comparisons])
     for table in tables:
         paragraphs += _section(table)
@@ -95,17 +90,15 @@ def _how_to_read(table: Table) -> str:
     sentences = [f"Mean ± sample standard deviation (number of runs); rows by falling {RANKING}{first}."]
     if any(row.is_joint for row in table.rows):
         sentences.append(
-            f"{UPPER_BOUND} Upper bound: trained on all classes at once, so that what happens on the way is "
-            f"undefined ({UNDEFINED}). Bold: the best below it."
+            f"{UPPER_BOUND} Upper bound: trained on all classes at once, so metrics over the stream are "
+            f"undefined ({UNDEFINED}). Bold: the best of the other rows."
         )
     else:
         sentences.append("Bold: the best of a column.")
     if table.leaves_out_incomplete():
         sentences.append(INCOMPLETE)
     if len(table.comparisons) > 1:
-        sentences.append(
-            "A row holds what has one name on every benchmark; other settings may differ by recipe."
-        )
+        sentences.append("A row has one name on every benchmark; its settings may differ by recipe.")
     if not all(row.was_run(index) for row in table.rows for index in range(len(table.comparisons))):
         sentences.append("A cell in words has no finished run.")
     return " ".join(sentences)
@@ -124,21 +117,23 @@ def _metrics(table: Table) -> str:
 
 
 def _intervals(table: Table) -> list[str]:
-    """The interval of every mean; where no line has two runs there is nothing to show."""
+    """Return the intervals of all means, or one sentence if no row has two runs."""
     if not any(
         row.statistic(index, name).interval.exists
         for row in table.rows
         for index in range(len(table.comparisons))
         for name in table.metrics
     ):
-        return [f"Intervals of the means: {TOO_SMALL}, a strategy needs two runs or more."]
+        return [f"Intervals of the means: {TOO_SMALL}, because no strategy has two runs."]
     columns = [_labels(table.rows)]
     for index, prefix in _prefixes(table):
         columns += [
             [prefix + name, *(_interval_cell(row, index, name) for row in table.rows)]
             for name in table.metrics
         ]
-    remark = f"Student's 95 % interval of each mean; the bootstrap's too from {BOOTSTRAP_BLOCKS} runs on."
+    remark = (
+        f"Student's 95 % interval of each mean; from {BOOTSTRAP_BLOCKS} runs up, the bootstrap's as well."
+    )
     return [remark, aligned(columns)]
 
 
@@ -161,7 +156,7 @@ def _differences(table: Table) -> list[str]:
         if not pairs:
             continue
         left_out = len(table.contrasts[index][table.metrics[0]]) - len(pairs)
-        others = f", against the best; {left_out} more pairs in the CSV, JSON and HTML" if left_out else ""
+        others = f", with the best row; {left_out} more pairs in the CSV, JSON and HTML" if left_out else ""
         paragraphs.append(f"Paired differences in {table.metrics[0]} on {comparison.title}{others}:")
         columns = [
             ["first − second", *(_barred(f"{pair.first} − {pair.second}") for pair in pairs)],
@@ -172,17 +167,17 @@ def _differences(table: Table) -> list[str]:
             ["verdict", *(pair.verdict for pair in pairs)],
         ]
         paragraphs.append(aligned(columns).replace("+nan (0)", f"{UNDEFINED} (0)"))
-    return [*paragraphs, HOW_TO_READ_DIFFERENCES] if paragraphs else []
+    return [*paragraphs, _HOW_TO_READ_DIFFERENCES] if paragraphs else []
 
 
 def difference_interval(pair: Contrast) -> str:
-    """Return the interval of a difference in signed points, or why there is none."""
+    """Return the interval of a difference in signed points, or ``TOO_SMALL``."""
     interval = pair.difference.interval
     return f"[{interval.low:+.2f}, {interval.high:+.2f}]" if interval.exists else TOO_SMALL
 
 
 def p_value(pair: Contrast) -> str:
-    """Return the corrected p value of a difference, or why there is none."""
+    """Return the corrected p value of a difference, or ``TOO_SMALL``."""
     return TOO_SMALL if math.isnan(pair.p_holm) else f"{pair.p_holm:.2g}"
 
 
@@ -242,7 +237,7 @@ def _range(interval: Interval) -> str:
 
 
 def quantity(value: float) -> str:
-    """Return a cost as a reader would write it.
+    """Return a cost with as many digits as a reader needs.
 
     >>> quantity(1234.5), quantity(0.01234), quantity(math.nan)
     ('1,234', '0.0123', '–')
@@ -253,7 +248,7 @@ def quantity(value: float) -> str:
 
 
 def aligned(columns: Sequence[Sequence[str]]) -> str:
-    """Lay out columns as a Markdown table whose source is aligned too: it is printed as it is."""
+    """Return columns as a Markdown table with aligned source, because it is printed as it is."""
     widths = [max(map(len, column)) for column in columns]
     justify: list[Callable[[str, int], str]] = [str.ljust, *[str.rjust] * (len(columns) - 1)]
     lines = [
@@ -265,7 +260,7 @@ def aligned(columns: Sequence[Sequence[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""Return ``text`` so that LaTeX prints it as it is.
+    r"""Return ``text`` escaped for LaTeX.
 
     >>> escaped("LoRA_r=4 & 5 %")
     'LoRA\\_r=4 \\& 5 \\%'
@@ -343,7 +338,7 @@ def _difference_floats(table: Table) -> list[str]:
         name = SHORT_NAMES.get(table.metrics[0], table.metrics[0])
         body = [[escaped(f"{pair.first} − {pair.second}"), *_difference_cells(pair)] for pair in pairs]
         header = ["", r"$\Delta$", r"95\,\% interval", "blocks", "$p$ (Holm)", "verdict"]
-        caption = f"Paired differences in {name} on {comparison.title}. {HOW_TO_READ_DIFFERENCES}"
+        caption = f"Paired differences in {name} on {comparison.title}. {_HOW_TO_READ_DIFFERENCES}"
         rows = [" & ".join(line) + r" \\" for line in body]
         made.append(
             "\n".join(
@@ -374,7 +369,7 @@ def _difference_cells(pair: Contrast) -> list[str]:
 
 
 def _cost_floats(table: Table) -> list[str]:
-    """One float for each benchmark: side by side they fit no page."""
+    """Return one float for each benchmark, because all side by side are too wide for a page."""
     names = [escaped(COST_HEADINGS[name]) for name in COSTS]
     made = []
     for index, comparison in enumerate(table.comparisons):
@@ -408,7 +403,7 @@ def _float(
     caption: str,
     kind: str,
 ) -> str:
-    """Lay out one float: a column for each name under each of ``comparisons``, upper bounds ruled off."""
+    """Return one float with a column for each name under each comparison, and a rule below upper bounds."""
     width = len(names)
     spans = [
         (escaped(comparison.title), 2 + index * width, 1 + (index + 1) * width)
