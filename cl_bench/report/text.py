@@ -6,7 +6,8 @@ The LaTeX has booktabs rules; it compiles in a document with ``\usepackage{bookt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from cl_bench.report.comparison import RANKING, Comparison
 from cl_bench.report.statistics import (
@@ -110,9 +111,16 @@ def _bullets(heading: str, lines: Iterable[str]) -> list[str]:
 
 
 def _metrics(table: Table) -> str:
-    columns = [_labels(table.rows)]
-    for index, prefix in _prefixes(table):
-        columns += [[prefix + name, *_metric_cells(table, index, name)] for name in table.metrics]
+    return _grid(table, {name: name for name in table.metrics}, partial(_metric_cells, table))
+
+
+def _grid(table: Table, headings: Mapping[str, str], cells: Callable[[int, str], Iterable[str]]) -> str:
+    """Return a Markdown table with the columns ``headings`` on each benchmark, below the title of several."""
+    labels = [f"{row.label} {UPPER_BOUND}" if row.is_joint else row.label for row in table.rows]
+    columns = [["strategy", *map(_barred, labels)]]
+    for index, comparison in enumerate(table.comparisons):
+        prefix = f"{comparison.title} " if len(table.comparisons) > 1 else ""
+        columns += [[prefix + heading, *cells(index, name)] for name, heading in headings.items()]
     return aligned(columns)
 
 
@@ -125,16 +133,15 @@ def _intervals(table: Table) -> list[str]:
         for name in table.metrics
     ):
         return [f"Intervals of the means: {TOO_SMALL}, because no strategy has two runs."]
-    columns = [_labels(table.rows)]
-    for index, prefix in _prefixes(table):
-        columns += [
-            [prefix + name, *(_interval_cell(row, index, name) for row in table.rows)]
-            for name in table.metrics
-        ]
+    grid = _grid(
+        table,
+        {name: name for name in table.metrics},
+        lambda index, name: (_interval_cell(row, index, name) for row in table.rows),
+    )
     remark = (
         f"Student's 95 % interval of each mean; from {BOOTSTRAP_BLOCKS} runs up, the bootstrap's as well."
     )
-    return [remark, aligned(columns)]
+    return [remark, grid]
 
 
 def _interval_cell(row: Row, index: int, name: str) -> str:
@@ -182,32 +189,18 @@ def p_value(pair: Contrast) -> str:
 
 
 def _costs(table: Table) -> list[str]:
-    columns = [_labels(table.rows)]
-    for index, prefix in _prefixes(table):
-        columns += [
-            [prefix + COST_HEADINGS[name], *(_cost_cell(row, index, name) for row in table.rows)]
-            for name in COSTS
-        ]
     remark = (
         "Costs, means over runs: seconds of a whole run and of its phases, peak memory of the accelerator "
         "(on a CPU, resident memory of the process), parameters trained at once, MB kept at the end."
     )
-    return [remark, aligned(columns)]
+    grid = _grid(
+        table, COST_HEADINGS, lambda index, name: (_cost_cell(row, index, name) for row in table.rows)
+    )
+    return [remark, grid]
 
 
 def _cost_cell(row: Row, index: int, name: str) -> str:
     return quantity(row.statistic(index, name).mean) if row.was_run(index) else row.status(index)
-
-
-def _prefixes(table: Table) -> list[tuple[int, str]]:
-    if len(table.comparisons) == 1:
-        return [(0, "")]
-    return [(index, f"{comparison.title} ") for index, comparison in enumerate(table.comparisons)]
-
-
-def _labels(rows: Sequence[Row]) -> list[str]:
-    labels = [f"{row.label} {UPPER_BOUND}" if row.is_joint else row.label for row in rows]
-    return ["strategy", *map(_barred, labels)]
 
 
 def _barred(label: str) -> str:
@@ -270,14 +263,10 @@ def escaped(text: str) -> str:
 
 def latex(tables: Sequence[Table]) -> str:
     """Return ``tables`` as LaTeX floats: accuracies, differences and costs, each with its caption."""
+    compared_ones = [comparison for table in tables for comparison in table.comparisons]
     lines = [
         r"% Needs \usepackage{booktabs}. Written by cl-bench report --format latex.",
-        *(
-            f"% {sentence}"
-            for sentence in protocol_differences(
-                [comparison for table in tables for comparison in table.comparisons]
-            )
-        ),
+        *(f"% {sentence}" for sentence in protocol_differences(compared_ones)),
     ]
     floats = [
         part
@@ -295,7 +284,7 @@ def _results_float(table: Table) -> str:
             places = table.places(index, name)
             for line, row, place in zip(body, table.rows, places, strict=True):
                 line.append(_float_cell(table, row, index, name, place))
-    return _float(table, table.comparisons, names, body, _caption(table), "results")
+    return _wide_float(table, table.comparisons, names, body, _caption(table), "results")
 
 
 def _float_cell(table: Table, row: Row, index: int, name: str, place: int | None) -> str:
@@ -336,28 +325,11 @@ def _difference_floats(table: Table) -> list[str]:
         if not pairs:
             continue
         name = SHORT_NAMES.get(table.metrics[0], table.metrics[0])
-        body = [[escaped(f"{pair.first} − {pair.second}"), *_difference_cells(pair)] for pair in pairs]
-        header = ["", r"$\Delta$", r"95\,\% interval", "blocks", "$p$ (Holm)", "verdict"]
         caption = f"Paired differences in {name} on {comparison.title}. {_HOW_TO_READ_DIFFERENCES}"
-        rows = [" & ".join(line) + r" \\" for line in body]
-        made.append(
-            "\n".join(
-                [
-                    r"\begin{table}",
-                    r"\centering",
-                    rf"\caption{{{escaped(caption)}}}",
-                    rf"\label{{tab:differences-{comparison.title}}}",
-                    r"\begin{tabular}{lrrrrl}",
-                    r"\toprule",
-                    " & ".join(header) + r" \\",
-                    r"\midrule",
-                    *rows,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                    r"\end{table}",
-                ]
-            )
-        )
+        header = ["", r"$\Delta$", r"95\,\% interval", "blocks", "$p$ (Holm)", "verdict"]
+        body = [[escaped(f"{pair.first} − {pair.second}"), *_difference_cells(pair)] for pair in pairs]
+        label = f"differences-{comparison.title}"
+        made.append(_float("table", escaped(caption), label, "lrrrrl", [_line(header)], [body]))
     return made
 
 
@@ -380,7 +352,7 @@ def _cost_floats(table: Table) -> list[str]:
             f"Costs on {comparison.title}, means over runs: seconds of a whole run and of its phases, peak "
             "memory, parameters trained at once, megabytes kept at the end."
         )
-        made.append(_float(table, [comparison], names, body, escaped(caption), "costs"))
+        made.append(_wide_float(table, [comparison], names, body, escaped(caption), "costs"))
     return made
 
 
@@ -395,7 +367,7 @@ def _float_label(row: Row) -> str:
     return escaped(row.label) + (_DAGGER if row.is_joint else "")
 
 
-def _float(
+def _wide_float(
     table: Table,
     comparisons: Sequence[Comparison],
     names: Sequence[str],
@@ -403,7 +375,7 @@ def _float(
     caption: str,
     kind: str,
 ) -> str:
-    """Return one float with a column for each name under each comparison, and a rule below upper bounds."""
+    """Return a float with a column for each name under each comparison, and a rule below upper bounds."""
     width = len(names)
     spans = [
         (escaped(comparison.title), 2 + index * width, 1 + (index + 1) * width)
@@ -413,22 +385,37 @@ def _float(
     rules = " ".join(rf"\cmidrule(lr){{{first}-{last}}}" for _, first, last in spans)
     joint = [line for line, row in zip(body, table.rows, strict=True) if row.is_joint]
     others = [line for line, row in zip(body, table.rows, strict=True) if not row.is_joint]
-    parts = ["\n".join(" & ".join(line) + r" \\" for line in lines) for lines in (joint, others) if lines]
+    head = [_line([titles]), rules, _line(["strategy", *(list(names) * len(spans))])]
+    label = f"{kind}-{'-'.join(comparison.title for comparison in comparisons)}"
+    layout = f"l{('r' * width) * len(spans)}"
+    return _float("table*", caption, label, layout, head, [part for part in (joint, others) if part])
+
+
+def _float(
+    environment: str,
+    caption: str,
+    label: str,
+    layout: str,
+    head: Sequence[str],
+    parts: Sequence[Sequence[Sequence[str]]],
+) -> str:
+    """Return a float with the lines ``head`` and a rule above the rows of each part."""
     return "\n".join(
         [
-            r"\begin{table*}",
+            rf"\begin{{{environment}}}",
             r"\centering",
             rf"\caption{{{caption}}}",
-            rf"\label{{tab:{kind}-{'-'.join(comparison.title for comparison in comparisons)}}}",
-            rf"\begin{{tabular}}{{l{('r' * width) * len(spans)}}}",
+            rf"\label{{tab:{label}}}",
+            rf"\begin{{tabular}}{{{layout}}}",
             r"\toprule",
-            titles + r" \\",
-            rules,
-            " & ".join(["strategy", *(list(names) * len(spans))]) + r" \\",
-            r"\midrule",
-            "\n\\midrule\n".join(parts),
+            *head,
+            *(line for rows in parts for line in (r"\midrule", *map(_line, rows))),
             r"\bottomrule",
             r"\end{tabular}",
-            r"\end{table*}",
+            rf"\end{{{environment}}}",
         ]
     )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
