@@ -1,7 +1,4 @@
-"""From result files to tables, pictures and one page.
-
-Neither torch nor Lightning is imported, so that any old run can be re-read quickly, anywhere.
-"""
+"""The verb ``report``: read result files, and write tables, pictures or one page."""
 
 from __future__ import annotations
 
@@ -23,16 +20,16 @@ from cl_bench.results.result import FILE_NAME, Result, read_all
 Format = Literal["md", "latex", "csv", "json", "html"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
-"""What a report can be written as."""
+"""Formats of a report."""
 
 METRICS = ("acc/sample", "maa/sample", "bwt/gem", "forgetting/chaudhry")
-"""Metrics shown unless others are asked for."""
+"""Metrics shown by default."""
 
 FOLDER = "report"
-"""Where the files of a report go, inside the results folder."""
+"""Name of the folder of reports, inside the results folder."""
 
 PAGE = "page.html"
-"""The page, in that folder."""
+"""Name of the page, in that folder."""
 
 _PICTURES = ("curves_*.png", "matrix_*.png")
 
@@ -47,10 +44,10 @@ _OURS: dict[Format, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a report leaves.
+    """What a report has written.
 
     Attributes:
-        text: The tables, to be printed; of a page, where it is.
+        text: The tables as text; for a page, one sentence about it.
         files: Paths written: tables first, then pictures.
     """
 
@@ -61,20 +58,20 @@ class Report:
 def report(results_folder: Path, format: Format, metrics: Sequence[str] | None = None) -> Report:  # noqa: A002
     """Read every result below ``results_folder`` and write tables and pictures into its folder ``report``.
 
-    Only finished runs enter a mean; the others are listed. Results of unequal protocols never share a table.
-    What an earlier report left there in the same format is replaced; other formats stay beside it.
+    Means are over finished runs; the other runs are listed. Results of unequal protocols never share a table.
+    An earlier report in the same format is replaced; reports in other formats stay.
 
     Args:
         results_folder: Folder that holds result files, at any depth.
-        format: ``md`` for Markdown to read, ``latex`` for a paper, ``csv`` for one statistic a line, ``json``
-            for one tree of everything, ``html`` for one page that opens from disk. Pictures come with the
-            first two.
+        format: ``md`` for Markdown, ``latex`` for a paper, ``csv`` for one statistic a line, ``json`` for one
+            tree of everything, ``html`` for one page that opens from disk. ``md`` and ``latex`` also write
+            pictures.
         metrics: Names of the metrics shown, as in :data:`cl_bench.results.metrics.DEFINITIONS`; None for
             ``METRICS``.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no result in it.
-        ValueError: If a metric has no definition, or a file is no result file.
+        FileNotFoundError: If the folder does not exist, or has no result that can be read.
+        ValueError: If a metric has no definition.
     """
     shown = defined(METRICS if metrics is None else metrics)
     results, unreadable = results_below(results_folder)
@@ -85,7 +82,7 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     _remove_earlier(folder, format)
     if format == "html":
         path = _written(folder / PAGE, page(laid_out, results_folder.resolve().name, unreadable))
-        return Report(f"One page, to be opened in a browser.\n{_unread(unreadable)}".rstrip(), [path])
+        return Report(f"Open {path} in a browser.\n{_unread(unreadable)}".rstrip(), [path])
     texts = _texts(laid_out, format)
     files = [_written(folder / name, text) for name, text in texts.items()]
     files += _drawn(compared, folder) if format in ("md", "latex") else []
@@ -100,20 +97,19 @@ def results_below(folder: Path) -> tuple[list[Result], list[str]]:
     """Return every result below ``folder``, and a sentence for each file that cannot be read.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no result in it.
+        FileNotFoundError: If the folder does not exist, or has no result that can be read.
     """
     results, unreadable = read_all(folder)
     if not results:
-        said = "".join(f" {line}" for line in unreadable)
+        reasons = "".join(f" {line}" for line in unreadable)
         raise FileNotFoundError(
-            f"There is no {FILE_NAME} below {folder} that can be read: run a cell first, or name another "
-            f"folder.{said}"
+            f"No {FILE_NAME} below {folder} can be read: run a cell first, or name another folder.{reasons}"
         )
     return results, unreadable
 
 
 def defined(metrics: Sequence[str]) -> list[str]:
-    """Return ``metrics`` without repetition.
+    """Return ``metrics`` without duplicates.
 
     Raises:
         ValueError: If one of them has no definition.
@@ -125,7 +121,7 @@ def defined(metrics: Sequence[str]) -> list[str]:
 
 
 def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa: A002
-    """The table by its file name; as CSV, differences and runs that enter no mean have files of their own."""
+    """Return the tables by file name; CSV has separate files for differences and for runs in no mean."""
     if format == "md":
         return {"table.md": markdown(laid_out)}
     if format == "latex":
@@ -137,7 +133,7 @@ def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa
 
 
 def _remove_earlier(folder: Path, format: Format) -> None:  # noqa: A002
-    """A picture of results that are no longer there must not stand beside the new table."""
+    """Remove the earlier report, so that no picture of results that are gone remains with the new table."""
     for pattern in _OURS[format]:
         for path in folder.glob(pattern):
             path.unlink()

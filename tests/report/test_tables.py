@@ -91,7 +91,7 @@ def test_mixed_devices_and_versions_are_counted(made: Made) -> None:
     assert mixed_provenance(comparisons(results)[0]) == [
         "device cpu (x86_64) (2), NVIDIA H200 (1)",
         "versions.torch 2.15.0 (2), 2.6.0 (1)",
-        "LoRA (merge): seconds and memory are those of 2 runs on cpu (x86_64) alone",
+        "LoRA (merge): seconds and memory are those of 2 runs on cpu (x86_64) only",
     ]
 
 

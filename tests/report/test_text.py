@@ -125,8 +125,8 @@ def test_what_lacks_a_block_is_not_marked_where_another_lacks_none(made: Made) -
     text = _markdown(results)
     rows = {row[0]: row[1] for row in _grid(text)[2:]}
     assert rows == {"lucky": "100.00 (1 of 2)", "whole": "**65.00 ± 0.00 (2)**"}
-    assert "What lacks seeds or class orders that another line finished is not ranked." in text
-    assert "is not ranked." not in _markdown(results[:2])
+    assert "Rows that lack seeds or class orders which another row finished are not ranked." in text
+    assert "not ranked." not in _markdown(results[:2])
 
 
 def test_unequal_protocols_never_share_a_table(made: Made) -> None:

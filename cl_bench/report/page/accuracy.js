@@ -82,7 +82,7 @@ function forest() {
   const better = data.metrics[state.metric].higher ? "More is better" : "Less is better";
   fill(
     "differences-said",
-    `Each strategy minus ${state.reference}. ${better}. ${data.how.replace("the first line minus the second", "taken")}`,
+    `Each strategy minus ${state.reference}. ${better}. ${data.how}`,
   );
 }
 
