@@ -124,7 +124,7 @@ class Pictures:
         system = random_systems(1, maps, mirrored=True, generator=of_class)
         colours = torch.rand(2, 3, 1, 1, generator=of_class)
         generator = seeded(self.data_seed, label, 1 + self.split, block)
-        systems = varied(_repeated(system), self.variation, generator)
+        systems = varied(system[torch.zeros(_BLOCK, dtype=torch.int64)], self.variation, generator)
         coverage, hue = placed(*attractors(systems, self.size, generator), _OCTAVES, _REACH, generator)
         ground = torch.rand(_BLOCK, 3, 1, 1, generator=generator)
         ink = torch.lerp(colours[0], colours[1], hue)
@@ -170,10 +170,6 @@ class Rendered:
 @lru_cache(maxsize=_CACHED)
 def _block(pictures: Pictures, label: int, block: int) -> Tensor:
     return pictures.block(label, block)
-
-
-def _repeated(system: Systems) -> Systems:
-    return system[torch.zeros(_BLOCK, dtype=torch.int64)]
 
 
 # The pictures
