@@ -42,9 +42,7 @@ def development_data() -> Path:
     """Folder of a real stream and a small pretrained backbone, too large to commit."""
     folder = Path(os.environ.get("CL_BENCH_DEVELOPMENT_DATA", CHECKOUT.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(
-            f"There is no development data at {folder}: name its folder in CL_BENCH_DEVELOPMENT_DATA."
-        )
+        pytest.skip(f"No development data at {folder}: name its folder in CL_BENCH_DEVELOPMENT_DATA.")
     return folder
 
 

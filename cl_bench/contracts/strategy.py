@@ -260,6 +260,8 @@ class Strategy(LightningModule):
             self.kept_optimizer = self._optimizer(groups)
             return self.kept_optimizer
         held = {id(p) for group in self.kept_optimizer.param_groups for p in group["params"]}
+        for group in self.kept_optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])  # a schedule starts anew from where it began
         for group in groups:
             new = [p for p in group["params"] if id(p) not in held]
             if new:

@@ -9,7 +9,7 @@ from cl_bench.network import embedded
 from cl_bench.network.backbones import Backbone, weights_identity
 
 
-def test_the_embedded_backbone_loads_by_its_name_alone() -> None:
+def test_the_embedded_backbone_needs_only_its_name() -> None:
     backbone = Backbone("embedded")
     assert backbone.weights_sha256 == embedded.SHA256
     with torch.no_grad():

@@ -19,7 +19,7 @@ def features() -> torch.Tensor:
     return torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
 
-# What is asked of a head
+# What a strategy needs of a head
 
 
 @pytest.mark.parametrize("head", [GrowingLinear(8), GrowingCosine(8), Prototypes(8)])

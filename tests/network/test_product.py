@@ -44,15 +44,15 @@ def test_gradients_are_those_of_the_formula(trained: str, fill: Fill) -> None:
         "weight": [layer.weight],
     }
     x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
-    asked = [x]
+    wanted = [x]
     for name, tensors in parts.items():
         for tensor in tensors:
             tensor.requires_grad_(name in trained.split())
-        asked += tensors if name in trained.split() else []
+        wanted += tensors if name in trained.split() else []
     torch.testing.assert_close(layer(x), formula(layer, x))
     direction = torch.randn(4, 3, 6, dtype=torch.float64)
-    found = torch.autograd.grad((layer(x) * direction).sum(), asked)
-    expected = torch.autograd.grad((formula(layer, x) * direction).sum(), asked)
+    found = torch.autograd.grad((layer(x) * direction).sum(), wanted)
+    expected = torch.autograd.grad((formula(layer, x) * direction).sum(), wanted)
     for own, right in zip(found, expected, strict=True):
         torch.testing.assert_close(own, right)
 
@@ -92,9 +92,9 @@ def test_gradients_of_plain_and_other_adapters_together_are_those_of_the_formula
     layer = three_adapters(fill)
     layer.adapter("k").scale = nn.Parameter(torch.tensor(-2.0, dtype=torch.float64))
     x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
-    asked = [x, *layer.adapters.parameters()]
-    found = torch.autograd.grad(layer(x).square().sum(), asked)
-    expected = torch.autograd.grad(formula(layer, x).square().sum(), asked)
+    wanted = [x, *layer.adapters.parameters()]
+    found = torch.autograd.grad(layer(x).square().sum(), wanted)
+    expected = torch.autograd.grad(formula(layer, x).square().sum(), wanted)
     for own, right in zip(found, expected, strict=True):
         torch.testing.assert_close(own, right)
 

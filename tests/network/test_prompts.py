@@ -84,9 +84,9 @@ def test_each_image_gets_its_own_prefix(tiny_backbone: Making, images: Tensor) -
     backbone, (keys, values) = tiny_backbone(), prefix(2, 4, 32)
     found = backbone(images[:2], Prompts(prefixes={1: (keys, values)}))
     for image in range(2):
-        alone = images[image : image + 1]
-        own = backbone(alone, Prompts(prefixes={1: (keys[image], values[image])}))
-        other = backbone(alone, Prompts(prefixes={1: (keys[image], values[1 - image])}))
+        single = images[image : image + 1]
+        own = backbone(single, Prompts(prefixes={1: (keys[image], values[image])}))
+        other = backbone(single, Prompts(prefixes={1: (keys[image], values[1 - image])}))
         torch.testing.assert_close(found[image], own[0], rtol=0, atol=1e-5)
         assert (found[image] - other[0]).abs().max() > 1e-2
 

@@ -12,7 +12,7 @@ from cl_bench.data.experience import Experience
 from cl_bench.maths.subspace import principal_output_subspace, principal_subspace
 from cl_bench.measure.gradients import full_weight_gradients
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.heads import GrowingLinear
+from cl_bench.network.heads import GrowingLinear, pooled
 from strategies.keeplora import KeepLoRA
 
 Walking = Callable[..., Any]
@@ -122,7 +122,7 @@ def test_a_head_starts_from_class_means_at_thirty_times_the_cosine(backbone: Mak
         def before_training(self, data: TrainingData) -> None:
             super().before_training(data)
             assert isinstance(self.head, GrowingLinear)
-            features = torch.cat([self.features(images) for images, _ in data.plain()])
+            features = torch.cat([pooled(self.features(images)) for images, _ in data.plain()])
             logits = self.head.current(features)
             norms.append(logits.abs().max() / 30)
 
