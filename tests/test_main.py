@@ -171,7 +171,7 @@ def test_data_that_are_not_there_are_said_before_weights_are_looked_for(
     absent = ["--root", str(tmp_path / "absent"), "--backbone.weights", str(tmp_path / "weights.safetensors")]
     (tmp_path / "weights.safetensors").write_bytes(b"no weights")
     assert main(["run", "lora", "imagenet_r", *absent, "--results", str(tmp_path), *flags]) == 2
-    assert refusal(capsys).startswith(f"There is no folder {tmp_path / 'absent'}: fetch the data with")
+    assert refusal(capsys).startswith(f"The folder {tmp_path / 'absent'} does not exist: fetch the data with")
 
 
 def images(root: Path, *, classes: int = 4, size: int = 16) -> Path:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options to ``parser``."""
+    """Add the options of the verb to ``parser``."""
     parser.add_argument("dataset", metavar="DATASET", help="cifar100, imagenet_r, imagenet100 or domainnet")
     parser.add_argument("--root", type=Path, required=True, help="folder to fill")
-    parser.add_argument("--offline", action="store_true", help="touch no network: use the files in the root")
+    parser.add_argument("--offline", action="store_true", help="use only files in the root, no network")
     parser.add_argument(
-        "--source", type=Path, default=None, help="imagenet100: where ImageNet-1k is (default: the root)"
+        "--source", type=Path, default=None, help="imagenet100: folder of ImageNet-1k (default: the root)"
     )
     parser.add_argument(
         "--classes",
@@ -27,7 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prepare the dataset, and return the exit status."""
+    """Prepare a dataset and return the exit status.
+
+    Raises:
+        ValueError: If the dataset is unknown, or a file is not the published one.
+        OSError: If something is missing, cannot be fetched, or does not fit on the disk.
+    """
+    from rich.console import Console
+
     from cl_bench.prepare.command import prepare
 
     prepare(

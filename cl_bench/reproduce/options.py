@@ -1,4 +1,4 @@
-"""The options of ``cl-bench reproduce``."""
+"""The options of ``cl-bench reproduce``. Torch and Lightning are imported only when the options are run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from cl_bench.grid.options import add_engine, engine_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options to ``parser``."""
+    """Add the options of the verb to ``parser``."""
     parser.epilog = "Any other --KEY=VALUE goes to every cell, such as --root=FOLDER."
     parser.add_argument("strategy", metavar="STRATEGY", help="config stem of a strategy, such as janus_lora")
     parser.add_argument("dataset", metavar="DATASET", help="config stem of a dataset, such as imagenet_r")
-    parser.add_argument(
-        "--num_experiences", type=int, default=None, help="length of the stream, as published"
-    )
+    parser.add_argument("--num_experiences", type=int, help="length of the stream, as published")
     parser.add_argument("--against", default="inflora", help="strategy of the contrast (default: inflora)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
     parser.add_argument("--orders", nargs="+", default=["identity"], help="class orders (default: identity)")
@@ -24,15 +22,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--results", type=Path, default=Path("results/reproduce"), help="folder of all results"
     )
     add_engine(parser)
-    parser.add_argument("--dry-run", action="store_true", help="run nothing; compare what there is")
+    parser.add_argument("--dry-run", action="store_true", help="run nothing; compare the results that exist")
     parser.add_argument("-v", action="store_true", help="show tracebacks")
 
 
-def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Compare with the published number, with ``rest`` in every cell; return the exit status."""
-    for word in rest:
+def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
+    """Compare our cells with a published number; return 0 if all are done, 1 otherwise.
+
+    Args:
+        options: The options of the verb.
+        settings: Further words of every cell, each ``--KEY=VALUE``.
+
+    Raises:
+        ValueError: If a word is not a setting, no such number is known, or a cell is not valid.
+    """
+    for word in settings:
         if not word.startswith("--") or "=" not in word:
-            raise ValueError(f"{word!r} is no setting: write --KEY=VALUE, with the equals sign.")
+            raise ValueError(f"{word!r} is not a setting: write --KEY=VALUE, with the equals sign.")
 
     from cl_bench.reproduce.command import Wanted, reproduce
 
@@ -44,6 +50,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         seeds=options.seeds,
         orders=options.orders,
         results=options.results,
-        overrides=list(rest),
+        overrides=settings,
     )
     return 0 if reproduce(wanted, engine_of(options), dry_run=options.dry_run) else 1

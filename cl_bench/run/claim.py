@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-# All processes must use the same lease. It exceeds the 60 seconds for which NFS may cache the attributes of a file
-# by four heartbeats.
+# All processes must use the same lease. It exceeds the 60 seconds for which NFS may cache the attributes of a
+# file by four heartbeats.
 _LEASE_SECONDS = 120.0
 _BEAT_SECONDS = 15.0
 _LOOK_SECONDS = 1.0
@@ -23,11 +23,11 @@ class Held(RuntimeError):
 def claim(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock that the file ``path`` stands for; at most one process holds it at a time.
 
-    The file is created atomically, also on shared file systems, and its holder touches it every 15 seconds. A dead
-    holder on this machine loses the lock at once. A holder on another machine loses it when the file has not
-    changed for two minutes, by the clock of the process that waits; clocks of two machines are never compared. A
-    holder that is suspended for longer and then continues runs the cell at the same time as its successor, and
-    both write the same result.
+    The file is created atomically, also on shared file systems, and its holder touches it every 15 seconds. A
+    dead holder on this machine loses the lock at once. A holder on another machine loses it when the file has
+    not changed for two minutes, by the clock of the process that waits; clocks of two machines are never
+    compared. A holder that is suspended for longer and then continues runs the cell at the same time as its
+    successor, and both write the same result.
 
     Args:
         path: The file; its folder is created if necessary.

@@ -29,8 +29,8 @@ from cl_bench.results.result import digest
 from cl_bench.run.configs import CONFIGS, Config, config_file, dumped, load
 from cl_bench.run.schema import GROUPS, Schema, keys_of, nearest_class
 
-# The hash of a cell contains class paths. If a class moves to another file, cells keep its first path, and configs
-# may contain either.
+# The hash of a cell contains class paths. If a class moves to another file, cells keep its first path, and
+# configs may contain either.
 _FIRST_PATHS = {"cl_bench.maths.schedules.QuarterCosine": "cl_bench.schedules.QuarterCosine"}
 _PATHS = {first: path for path, first in _FIRST_PATHS.items()}
 
@@ -180,8 +180,8 @@ class Configuration:
 def resolve(layers: Sequence[Path | Config], overrides: Sequence[str] = ()) -> Configuration:
     """Return the configuration that ``layers`` and command-line ``overrides`` describe.
 
-    A layer is a file, or the content of one. The folder of a layer that is not shipped, and the folders that its
-    key ``code`` names, are added to ``sys.path``: a strategy may be in the same folder as its config.
+    A layer is a file, or the content of one. The folder of a layer that is not shipped, and the folders that
+    its key ``code`` names, are added to ``sys.path``: a strategy may be in the same folder as its config.
 
     Raises:
         ValueError: If a layer, a class path, a key or a value is not valid.

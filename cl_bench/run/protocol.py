@@ -65,7 +65,7 @@ def _identity(identity: Mapping[str, Any], evaluated: int) -> list[tuple[str, st
 
 
 def _provenance(data: StreamDataModule) -> list[tuple[str, str]]:
-    """Return the checksum of image files. It is shown with a result, but the protocol holds only their list."""
+    """Return the checksum of the image files; the protocol holds only their list."""
     if not isinstance(data, PhotographFiles):
         return []
     found = data.images_sha256

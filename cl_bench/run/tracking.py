@@ -43,8 +43,8 @@ def loggers(configuration: Configuration) -> Iterator[tuple[list[Logger], list[C
 class Curves(Callback):
     """The CSV file of a run, and its length at every checkpoint.
 
-    The logger rewrites the file in place, so every checkpoint atomically stores a copy in its folder. When a run
-    is resumed, the lines that its checkpoint counts are written again, and later lines are dropped.
+    The logger rewrites the file in place, so every checkpoint atomically stores a copy in its folder. When a
+    run is resumed, the lines that its checkpoint counts are written again, and later lines are dropped.
 
     Args:
         folder: Folder of the cell.
@@ -88,7 +88,8 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
 
     Values that are logged once per experience, such as ``stream/*``, have the experience as their step.
     ``WANDB_MODE`` and ``WANDB_PROJECT`` set mode and project. By default the project is ``cl-bench``, and the
-    run is online for users who are logged in and offline for others. An interrupted cell continues its W&B run.
+    run is online for users who are logged in and offline for others. An interrupted cell continues its W&B
+    run.
     """
     folder = configuration.folder
     return dashboard.opened(
@@ -98,7 +99,7 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
         job_type=folder.parent.name,
         folder=folder,
         config=configuration.cell,
-        goes_on=configuration.checkpoints.last is not None,
+        resume=configuration.checkpoints.last is not None,
     )
 
 

@@ -253,7 +253,7 @@ def test_shares_of_a_sum_go_on_in_more_or_fewer_processes(kind: str, before: int
 
     def heard(seeds: range) -> SecondMoments | InputSketch:
         found = blank()
-        with found.listening():
+        with found.recording():
             for seed in seeds:
                 layer(torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)))
         return found

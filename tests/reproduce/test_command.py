@@ -206,7 +206,7 @@ def test_several_published_lengths_ask_for_one(capsys: pytest.CaptureFixture[str
 
 def test_a_stray_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "janus_lora", "imagenet_r", "--rank", "4"]) == 2
-    assert "is no setting: write --KEY=VALUE" in capsys.readouterr().err
+    assert "is not a setting: write --KEY=VALUE" in capsys.readouterr().err
 
 
 def test_cells_differ_in_seed_and_order_alone(wanted: Wanted) -> None:

@@ -127,7 +127,10 @@ def test_defaults_of_torch_and_lightning_are_not_part_of_a_cell() -> None:
             "model: {class_path: strategies.lora.Lora}",
             "'strategies.lora.Lora': .* Did you mean strategies.lora.LoRA",
         ),
-        ("model: {class_path: datamodules.toy.Toy}", "'datamodules.toy.Toy': it is not a subclass of Strategy"),
+        (
+            "model: {class_path: datamodules.toy.Toy}",
+            "'datamodules.toy.Toy': it is not a subclass of Strategy",
+        ),
         ("model: {class_path: LoRA}", r"broken.yaml cannot be 'LoRA': write module.Class"),
         ("model: {class_path: 3}", r"model.class_path in .*broken.yaml cannot be 3: write module.Class"),
         (
