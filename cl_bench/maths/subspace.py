@@ -105,7 +105,7 @@ def generalised_directions(new: Tensor, old: Tensor, rank: int) -> Tensor:
         rank: Number of directions.
 
     Raises:
-        ValueError: If the rank is not between 1 and d, or ``old`` is no second moment of inputs.
+        ValueError: If the rank is not between 1 and d, or ``old`` is not a second moment of inputs.
 
     >>> new, old = torch.diag(torch.tensor([4.0, 3.0, 1.0])), torch.diag(torch.tensor([8.0, 1.0, 1.0]))
     >>> generalised_directions(new, old, rank=1).abs().flatten()
