@@ -86,7 +86,7 @@ function panels(id, entries, remark, plot) {
   entries.forEach((entry, place) => plot(entry, figures[place].lastChild));
 }
 
-/** Return an axis of names. A phone has room for few characters beside a chart, so long names are cut. */
+/** Return an axis of names. Long names are cut, to fit next to a chart on a phone. */
 function named(labels, more = {}) {
   const most = isPhone() ? 16 : 40;
   const cut = (label) => (label.length > most ? `${label.slice(0, most - 1)}…` : label);

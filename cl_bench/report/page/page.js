@@ -15,7 +15,7 @@ function opening() {
       { class: "description" },
       `${counted(finished, "finished run")} on ${counted(data.benchmarks.length, "benchmark")}.`,
     ),
-    alert("protocols", "Unequal protocols are kept apart.", data.protocols),
+    alert("protocols", "Unequal protocols are kept separate.", data.protocols),
     alert("unreadable", "Not read:", data.unreadable),
   );
   fill(

@@ -70,7 +70,7 @@ function valueColumn(name) {
   };
 }
 
-// What a search finds: the name, what became of runs that did not finish, and whether runs are missing.
+// A search finds the name, the statuses of unfinished runs, and rows that lack runs.
 const searched = (entry) =>
   escaped([entry.label, ...entry.statuses, ...(entry.n < benchmark().blocks ? ["incomplete"] : [])].join(" "));
 
