@@ -96,7 +96,7 @@ class Wanted:
 
 
 def reproduce(wanted: Wanted, engine: Callable[[Path], Engine], *, dry_run: bool) -> bool:
-    """Find or run the cells of a published number, print ours beside it, and return whether all are done.
+    """Find or run the cells of a published number, print it with ours, and return whether all are done.
 
     If the data are missing, no cell runs; what is missing and how long the cells would take is printed.
 
