@@ -44,7 +44,7 @@ def test_the_first_cells_cover_every_strategy_with_the_first_seed(tmp_path: Path
     ("text", "sentence"),
     [
         ("{strategies: [lora]}", "it must name strategies and datasets"),
-        ("{strategies: [lora], datasets: [toy], seed: [1]}", r"has no use for 'seed'. Did you mean seeds\?"),
+        ("{strategies: [lora], datasets: [toy], seed: [1]}", r"cannot contain 'seed'. Did you mean seeds\?"),
         (
             "{strategies: [lora], datasets: [toy], settings: {ncm: {a: {}}}}",
             "settings for ncm, which is not among",
