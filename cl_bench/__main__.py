@@ -428,3 +428,7 @@ def _report(options: argparse.Namespace) -> int:
         shown = options.metrics or METRICS
         notices.print(upload(results, options.wandb, options.results / FOLDER, shown).text, markup=False)
     return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
