@@ -15,7 +15,8 @@ import pytest
 
 from cl_bench.__main__ import main
 from cl_bench.grid.cells import read_grid
-from cl_bench.run.configuration import layers, resolve, stems_of
+from cl_bench.run.configs import stems_of
+from cl_bench.run.configuration import layers, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("cl_bench", "configs", "datamodules", "notebooks", "strategies", "tests")

@@ -17,11 +17,12 @@ from cl_bench.bench.handover import SteppedTraining
 from cl_bench.bench.memory import Peak, held_bytes
 from cl_bench.bench.stream import NoiseStream
 from cl_bench.contracts.datamodule import Batch
+from cl_bench.contracts.low_rank import memory_of
 from cl_bench.loop.callbacks import StreamMetrics
 from cl_bench.maths.memory import GPM
 from cl_bench.results.result import Protocol, Result
-from cl_bench.run.configuration import CONFIGS, Configuration, config_file, load, resolve
-from cl_bench.run.schema import Config
+from cl_bench.run.configs import CONFIGS, Config, config_file, load
+from cl_bench.run.configuration import Configuration, resolve
 
 _PROTECTED = 0.75  # of all directions, after the last experience
 _ROUNDING = 1e-6  # a share of energy that a basis kept in float32 may miss of itself
@@ -123,7 +124,7 @@ class Subject:
 
     def finish(self) -> Between:
         """End the experience; return what came after the last step."""
-        before = self.trainer.seconds["data_passes"]
+        before = self.trainer.course.seconds["data_passes"]
         self.stream.pass_seconds.clear()
         self._training.finish()
         return self._between(before)
@@ -157,7 +158,7 @@ class Subject:
 
     def _between(self, before: float) -> Between:
         passes = list(self.stream.pass_seconds)
-        return Between(passes, self.trainer.seconds["data_passes"] - before - sum(passes))
+        return Between(passes, self.trainer.course.seconds["data_passes"] - before - sum(passes))
 
     def _stepped(self, index: int) -> SteppedTraining:
         """Return the training of one experience, not yet started."""
@@ -182,9 +183,9 @@ class Subject:
         """Fill what the experiences in between would have left."""
         for experience in self.stream.experiences[1 : self.number - 1]:
             self.strategy.expand(experience)
-        if self.strategy.memory is not None:
+        if (memory := memory_of(self.strategy)) is not None:
             last = len(self.stream.experiences) - 1
-            fill(self.strategy.memory, _PROTECTED * (self.number - 1) / last)
+            fill(memory, _PROTECTED * (self.number - 1) / last)
 
 
 @contextmanager
@@ -197,13 +198,12 @@ def fill(memory: GPM, share: float, seed: int = 0) -> None:
     """Protect random directions besides those that ``memory`` holds, until they are ``share`` of all."""
     generator = torch.Generator().manual_seed(seed)
     wanted = round(share * memory.dim)
-    moments = []
-    for layer, held in enumerate(memory.dims):
-        basis = memory.basis(layer).double()
-        drawn = torch.randn(memory.dim, max(wanted - held, 0), generator=generator).to(basis)
+    for number in range(memory.num_bases):
+        projection = memory.projections.index(number)
+        basis = memory.basis(projection).double()
+        drawn = torch.randn(memory.dim, max(wanted - basis.shape[1], 0), generator=generator).to(basis)
         new = torch.linalg.qr(drawn - basis @ (basis.mT @ drawn)).Q
-        moments.append(basis @ basis.mT + new @ new.mT)
-    memory.update(torch.stack(moments), threshold=1 - _ROUNDING)
+        memory.replace(projection, torch.cat([basis, new], dim=1))
 
 
 def configured(

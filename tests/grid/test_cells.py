@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cl_bench.grid.cells import read_grid
-from cl_bench.run.configuration import CONFIGS
+from cl_bench.run.configs import CONFIGS
 
 
 def grid_file(folder: Path, text: str) -> str:
