@@ -177,8 +177,8 @@ def principal_subspace(weight: Tensor, threshold: float) -> Tensor:
 
     They are the first right singular vectors, as few as hold that share of the squared singular values.
 
-    Source: KeepLoRA, https://arxiv.org/abs/2601.19659, whose weight is the transpose of PyTorch's. Its released
-    code gives the transpose, so its directions are output directions.
+    Source: KeepLoRA, https://arxiv.org/abs/2601.19659, whose weight is the transpose of PyTorch's; its
+    released code passes the other side, and so takes output directions.
 
     Args:
         weight: Weight of a linear layer.
