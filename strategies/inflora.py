@@ -5,16 +5,27 @@ directions outside the memory become the rows of ``A``, shared by keys and value
 the head are trained, so the update of the weight cannot act on what the memory protects. After the experience
 a second pass extends the memory (DualGPM) until it holds a share of the energy that rises through the stream.
 
-Source: InfLoRA, CVPR 2024, https://arxiv.org/abs/2404.00228, and its released code.
+Source: InfLoRA, CVPR 2024, https://arxiv.org/abs/2404.00228, and its released code. The paper writes ``A``
+for the matrix that is trained and ``B`` for the one that is fixed; here, as in LoRA, it is the reverse.
+
+=================================  ==========================================================
+paper                              here
+=================================  ==========================================================
+``W + A_t B_t``, merged            ``W + B A``, ``AdaptedLinear.merge``
+``H_t``, inputs of a layer         ``second_moments``: S = XᵀX / N has their directions
+``B_t``: top r of (I - M Mᵀ) H_t   ``memory.free_directions``, rows of ``A`` times 1/√3 (code)
+DualGPM, ``M_t`` or its complement ``DualGPM``, ``memory.update``
+``ε`` of experience t              ``energy_threshold``: linear from ``threshold`` (code)
+=================================  ==========================================================
 
 Departures:
 
 * Old adapters are part of the weight; the released code adds up all of them in every forward pass.
 * A memory that takes more than half of the dimensions in the first experience stores their complement. The
-  released code would store them and call them free; at its thresholds this never happens.
-* The clustering of features after each experience, unused by the released code at test, is left out.
+  released code would store them and treat them as free; at its thresholds this never happens.
+* The clustering of features after each experience, which the released code does not use at test, is left out.
 * ``energy: features`` is the paper's rule; the default ``covariance`` is that of the code, which produced the
-  published numbers, together with its first experience of one direction fewer.
+  published numbers, and so is its first experience of one direction fewer.
 """
 
 from __future__ import annotations
@@ -27,7 +38,7 @@ from torch import Tensor
 
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import TrainingData
-from cl_bench.maths.memory import GPM, DualGPM
+from cl_bench.maths.memory import GPM, DualGPM, below_first, reaching
 from cl_bench.maths.subspace import Energy, energy_threshold
 from cl_bench.measure.moments import second_moments
 from cl_bench.network.backbones import Backbone
@@ -38,7 +49,7 @@ class InfLoRA(LowRankStrategy):
 
     Args:
         backbone: Pre-trained vision transformer.
-        threshold: Share of the energy of its inputs that the first experience has protected.
+        threshold: Share of the energy of its inputs that the first experience protects.
         threshold_end: What the share rises to, linearly, by the end of the stream.
         energy: Whether shares are those of the covariance, as in the code, or of features, as in the paper.
         memory_form: ``dual`` stores the smaller of basis and complement; ``plain`` always the basis.
@@ -63,22 +74,22 @@ class InfLoRA(LowRankStrategy):
         self.threshold_end = threshold_end
         width = self.layers[0].weight.shape[1]
         form = DualGPM if memory_form == "dual" else GPM
-        first: Literal["below", "reaching"] = "below" if energy == "covariance" else "reaching"
-        self.memory = form(len(self.layers), width, energy, first, dtype=torch.float32)
+        self.memory = form(self.layer_of, width, energy, dtype=torch.float32)
         for _, adapter in self.adapters():
             adapter.A.requires_grad_(False)
 
     def before_training(self, data: TrainingData) -> None:
         """Choose the rows of every A; dividing by √3 gives them the size of a fresh linear layer."""
-        directions = self.memory.free_directions(self._moments(data), self.rank)
-        for index, adapter in self.adapters():
-            adapter.A.copy_(directions[index].mT / math.sqrt(3))
+        directions = self.memory.free_directions(self._moments(data), self.rank)  # top r of (I - M Mᵀ) S
+        for projection, adapter in self.adapters():
+            adapter.A.copy_(directions[projection].mT / math.sqrt(3))
 
     def after_training(self, data: TrainingData) -> None:
         """Protect what this experience uses, and merge."""
         at, of = self.experience.index, self.experience.num_experiences
-        share = energy_threshold(at, of, self.threshold, self.threshold_end)
-        self.memory.update(self._moments(data), share)
+        share = energy_threshold(at, of, self.threshold, self.threshold_end)  # ε_t
+        count = below_first(share) if self.memory.energy == "covariance" else reaching(share)
+        self.memory.update(self._moments(data), count)
         super().after_training(data)
 
     def _moments(self, data: TrainingData) -> Tensor:

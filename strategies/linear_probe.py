@@ -1,7 +1,7 @@
 """Linear probe: a frozen backbone and one linear head for each experience.
 
-Nothing but the head of the current experience is trained, by cross-entropy over the classes of that
-experience. What it reaches is what a method must beat before its adapters can be said to have learnt.
+Only the head of the current experience is trained, by cross-entropy over the classes of that experience. A
+method must beat its accuracy before its adapters can be said to have learnt anything.
 
 Source: the usual control; the loss and the heads are those of every trained strategy here.
 

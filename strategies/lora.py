@@ -1,12 +1,20 @@
 """Plain LoRA: low-rank adapters trained on one experience after the other, with nothing against forgetting.
 
-The adapter pair of each adapted projection is trained together with the head of the current experience. Two
-methods carry this name in the literature, and they differ in what happens between experiences: ``merge``
-adds the trained product to the weight and starts a fresh pair, ``shared`` keeps training one pair through
-the whole stream. The first is also called incremental LoRA, the second sequential LoRA.
+The adapter pair of each adapted projection is trained together with the head of the current experience. The
+literature uses the name for two methods, which differ between experiences: ``merge`` adds the trained product
+to the weight and starts a fresh pair, ``shared`` keeps training one pair through the whole stream. The first
+is also called incremental LoRA, the second sequential LoRA.
 
 Source: LoRA, https://arxiv.org/abs/2106.09685; as continual-learning baselines in InfLoRA,
 https://arxiv.org/abs/2404.00228 (adapters on key and value projections of every block, no alpha).
+
+====================  =============================================
+paper                 here
+====================  =============================================
+``W_0 + ΔW``          ``AdaptedLinear``: ``W + s B A``
+``A`` drawn, ``B``=0  ``LowRank.reset``, which ``renew`` calls
+merge for inference   ``AdaptedLinear.merge``, in after_training
+====================  =============================================
 
 Departures: None.
 """
@@ -38,7 +46,7 @@ class LoRA(LowRankStrategy):
         self.variant = variant
 
     def renew(self) -> None:
-        """Start a fresh adapter where the variant asks for one."""
+        """Start a fresh adapter, unless the variant shares one."""
         if self.experience.is_first or self.variant == "merge":
             super().renew()
 

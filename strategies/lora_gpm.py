@@ -7,11 +7,19 @@ loses what lies in these directions; the up-projection trains freely.
 Source: GPM, https://arxiv.org/abs/2103.09762, for the memory. Applied to LoRA it is a baseline of JANUS-LoRA,
 https://arxiv.org/abs/2605.28495, which also adds its gradient rectification to it as a plug-in.
 
+========================================  ==============================================================
+GPM                                       here
+========================================  ==============================================================
+R, inputs of a layer; Eq. 5               ``second_moments``: XᵀX / N has the same directions and energies
+Eq. 8 and 9, new bases up to ``ε_th``     ``protect``, ``GPM.update``
+Eq. 6, ∇W - (∇W) M Mᵀ                     ``project_gradients``, for the gradient of every ``A``
+========================================  ==============================================================
+
 Departures:
 
-* No code or description of the baseline is public beyond its name: this is a reconstruction, JANUS-LoRA with
-  its online estimation replaced by a pass, without the other two parts, and with a free row space. Adapters,
-  schedule of the energy threshold and training follow InfLoRA, https://arxiv.org/abs/2404.00228.
+* Nothing about the baseline is public beyond its name: this is a reconstruction, JANUS-LoRA with its online
+  estimation replaced by a pass, without the other two parts, and with a free row space. Adapters, schedule of
+  the energy threshold and training follow InfLoRA, https://arxiv.org/abs/2404.00228.
 * The memory is made of the second moment of all tokens instead of some sampled inputs: the same directions
   and energies, without the chance of a sample.
 * ``rectification`` and ``row_space: safe`` are options; both off is the baseline.
@@ -45,7 +53,13 @@ class LoRAGPM(DecoupledMargin, ProtectedStrategy):
         parts = {"GR": self.rectification, "DML": self.decoupled_margin}
         self.variant = " + ".join(name for name, on in parts.items() if on) or None
 
+    def rectify_gradients(self) -> None:
+        """Project the gradient of every A; as a plug-in, rectify both factors."""
+        self.project_gradients()  # GPM, Eq. 6
+        if self.rectification:
+            self.rectify_factors()
+
     def after_training(self, data: TrainingData) -> None:
-        """Protect what the images of this experience use, then finish as every adapter does."""
+        """Protect what the images of this experience use, then merge."""
         self.protect(second_moments(self.features, self.layers, data.plain(), torch.float32))
         super().after_training(data)

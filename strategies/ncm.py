@@ -2,10 +2,18 @@
 
 One pass over the training images of an experience, transformed as at test time, gives the mean feature of
 each new class; an image gets the class whose mean is nearest. The result does not depend on the class order,
-which makes it the floor that every trained strategy is held against.
+which makes it the baseline that every trained strategy has to beat.
 
 Source: iCaRL's classifier without exemplars, https://arxiv.org/abs/1611.07725; with ``similarity: cosine``
 it is SimpleCIL, https://arxiv.org/abs/2303.07338.
+
+==========================================  ==================================
+paper                                       here
+==========================================  ==================================
+iCaRL: μ_y, mean feature of class y         ``class_means``
+iCaRL: argmin over y of ‖φ(x) - μ_y‖        ``Prototypes``, ``euclidean``
+SimpleCIL: cosine classifier of prototypes  ``Prototypes``, ``cosine``
+==========================================  ==================================
 
 Departures: None.
 """
@@ -13,8 +21,6 @@ Departures: None.
 from __future__ import annotations
 
 from typing import Any, Literal
-
-from torch import Tensor
 
 from cl_bench.contracts.strategy import Strategy, TrainingData
 from cl_bench.measure.means import class_means
@@ -41,12 +47,7 @@ class NearestClassMean(Strategy):
         self.head = Prototypes(backbone.feature_dim, similarity)
         self.variant = None if similarity == "euclidean" else similarity
 
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Refuse: there is nothing to train."""
-        raise NotImplementedError("The nearest class mean has no loss: its means are measured, not trained.")
-
     def after_training(self, data: TrainingData) -> None:
         """Measure the mean of every new class."""
-        self.head.write(
-            class_means(self.features, data.plain(), self.experience.classes), self.experience.classes
-        )
+        classes = self.experience.classes
+        self.head.write(class_means(self.features, data.plain(), classes), classes)

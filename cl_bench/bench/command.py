@@ -37,9 +37,8 @@ from cl_bench.measure.passes import measure
 from cl_bench.network.adapters import LowRank
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.frozen import Frozen
-from cl_bench.run.configuration import load, stems_of
+from cl_bench.run.configs import Config, load, stems_of
 from cl_bench.run.run import quiet
-from cl_bench.run.schema import Config
 
 SMALL = "small"
 """Names a transformer of 2.7 million parameters for images of 64 pixels."""

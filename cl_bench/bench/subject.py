@@ -15,15 +15,15 @@ from torch.utils.benchmark import timer
 from torch.utils.data import DataLoader
 
 from cl_bench.contracts.datamodule import Batch, StreamDataModule
+from cl_bench.contracts.low_rank import memory_of
 from cl_bench.data.experience import Experience
-from cl_bench.data.images import PixelSource
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import PixelSource, Sources
 from cl_bench.data.stream import Stream, Transform
 from cl_bench.data.views import preset
 from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.maths.memory import GPM
-from cl_bench.run.configuration import CONFIGS, config_file, load, resolve
-from cl_bench.run.schema import Config
+from cl_bench.run.configs import CONFIGS, Config, config_file, load
+from cl_bench.run.configuration import resolve
 
 RECIPES = CONFIGS / "recipes" / "imagenet_r"
 """The published settings that a bench measures with."""
@@ -37,11 +37,10 @@ _ENDLESS = 10**9  # batches; without a length, Lightning fetches each batch befo
 _EVALUATED = 4  # batches of an evaluation
 _CHECKPOINTS = 4  # of an experience: one before each of its phases, as its only epoch adds none
 _PROTECTED = 0.75  # share of the directions that a memory holds after the last experience
-_ROUNDING = 1e-6  # share of its own energy that a basis in float32 may miss
 
 
 class NoiseStream(StreamDataModule):
-    """Images of noise, without a download and without Avalanche, in two parts: all old classes, and two more.
+    """Images of noise, without a download and without Avalanche, of all old classes at once and of two more.
 
     Data passes and evaluation see batches that are in memory already.
 
@@ -128,11 +127,9 @@ class NoiseStream(StreamDataModule):
         return _Batches((images[: len(part)], part) for part in parts)
 
     def _dealt_stream(self, sources: Sources) -> Stream:
-        order = tuple(range(len(sources.class_names)))
-        experiences = (
-            Experience(0, _LENGTH, range(len(order) - CLASSES)),
-            Experience(self.number - 1, _LENGTH, range(len(order) - CLASSES, len(order))),
-        )
+        old, order = range(len(sources.class_names) - CLASSES), tuple(range(len(sources.class_names)))
+        last = range(len(old), len(order))
+        experiences = Experience(0, _LENGTH, old), Experience(1, _LENGTH, last)
         return Stream(experiences, train_indices=(), test_indices=(), order=order, benchmark=None)
 
 
@@ -180,7 +177,7 @@ class Subject:
 
     Args:
         stem: Config of the strategy.
-        number: Number of the experience, from 2.
+        number: Number of the experience, from 2: it decides what is old, and not where schedules stand.
         precision: As the Trainer names it.
         setup: What to measure with.
 
@@ -232,19 +229,18 @@ class Subject:
         }
 
     def _remember(self) -> None:
-        experience = self.strategy.experience
-        if self.strategy.memory is not None and not experience.is_first:
-            fill(self.strategy.memory, _PROTECTED * experience.index / (_LENGTH - 1))
+        memory = memory_of(self.strategy)
+        if memory is not None and not self.strategy.experience.is_first:
+            fill(memory, _PROTECTED * (self.stream.number - 1) / (_LENGTH - 1))
 
 
 def fill(memory: GPM, share: float) -> None:
     """Protect random directions until ``memory`` holds ``share`` of all."""
     generator = torch.Generator().manual_seed(0)
     wanted = round(share * memory.dim)
-    moments = []
-    for layer, held in enumerate(memory.dims):
-        basis = memory.basis(layer).double()
-        drawn = torch.randn(memory.dim, max(wanted - held, 0), generator=generator).to(basis)
+    for number in range(memory.num_bases):
+        projection = memory.projections.index(number)
+        basis = memory.basis(projection).double()
+        drawn = torch.randn(memory.dim, max(wanted - basis.shape[1], 0), generator=generator).to(basis)
         new = torch.linalg.qr(drawn - basis @ (basis.mT @ drawn)).Q
-        moments.append(basis @ basis.mT + new @ new.mT)
-    memory.update(torch.stack(moments), threshold=1 - _ROUNDING)
+        memory.replace(projection, torch.cat([basis, new], dim=1))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from cl_bench.contracts.strategy import Strategy, TrainingData
 from cl_bench.data.experience import Experience
-from cl_bench.network.adapters import LowRank, inject
+from cl_bench.maths.memory import GPM
+from cl_bench.network.adapters import AdaptedLinear, LowRank, inject
 from cl_bench.network.backbones import Backbone
 
 
 class LowRankStrategy(Strategy):
     """A fresh adapter in every adapted projection for each experience, merged into the weight at its end.
 
-    What it costs does not grow with the number of experiences: older adapters are part of the weight.
+    The cost does not grow with the number of experiences: older adapters are part of the weight. A method
+    that keeps them adds adapters in ``expand`` with :meth:`~cl_bench.network.adapters.AdaptedLinear.add`, and
+    overrides :meth:`renew` and :meth:`after_training`.
 
     Args:
         backbone: Pre-trained vision transformer.
@@ -27,7 +32,11 @@ class LowRankStrategy(Strategy):
 
     Attributes:
         layers: The adapted layers, in the order of the forward pass.
+        memory: Protected input directions of each adapted projection, if the method keeps any.
     """
+
+    layer_class: ClassVar[type[AdaptedLinear]] = AdaptedLinear
+    memory: GPM | None
 
     def __init__(
         self,
@@ -41,7 +50,8 @@ class LowRankStrategy(Strategy):
     ) -> None:
         super().__init__(backbone, **kwargs)
         self.rank = rank
-        self.layers = inject(backbone, targets, rank, scale, blocks)
+        self.memory = None
+        self.layers = inject(backbone, targets, rank, scale, blocks, self.layer_class)
 
     def expand(self, experience: Experience) -> None:
         """Grow the head, and start a fresh adapter in every projection."""
@@ -59,7 +69,25 @@ class LowRankStrategy(Strategy):
             layer.merge()
 
     def adapters(self) -> Iterator[tuple[int, LowRank]]:
-        """Yield every adapter after the index of its layer in :attr:`layers`."""
-        for index, layer in enumerate(self.layers):
-            for name in layer.rows:
-                yield index, layer.adapter(name)
+        """Yield the adapter of every projection after the index of the projection, from 0."""
+        adapters = (layer.adapter(name) for layer in self.layers for name in layer.rows)
+        yield from enumerate(adapters)
+
+    @property
+    def layer_of(self) -> list[int]:
+        """Index in :attr:`layers` of each adapted projection."""
+        return [index for index, layer in enumerate(self.layers) for _ in layer.rows]
+
+    def of_projections(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Return the rows of each adapted projection, from a matrix (m, n) for each layer."""
+        return [
+            matrix[rows]
+            for layer, matrix in zip(self.layers, matrices, strict=True)
+            for rows in layer.rows.values()
+        ]
+
+
+def memory_of(strategy: Strategy) -> GPM | None:
+    """Return the memory of protected directions of any strategy, None if it keeps none."""
+    memory = getattr(strategy, "memory", None)
+    return memory if isinstance(memory, GPM) else None

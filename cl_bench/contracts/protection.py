@@ -1,4 +1,4 @@
-"""Training both factors of every adapter without touching what older experiences use."""
+"""Training both factors of every adapter without changing what older experiences use."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import TrainingData
-from cl_bench.maths.memory import GPM
+from cl_bench.maths.memory import GPM, at_most, reaching
 from cl_bench.maths.rectification import Gauge, rectified
 from cl_bench.maths.subspace import Energy, energy_threshold
 from cl_bench.network.adapters import LowRank
 from cl_bench.network.backbones import Backbone
+from cl_bench.network.shielded import ShieldedLinear
 
 RowSpace = Literal["safe", "free"]
 """Where the rows of a down-projection may lie: outside what is protected, or anywhere."""
@@ -27,31 +28,30 @@ RowSpace = Literal["safe", "free"]
 class ProtectedStrategy(LowRankStrategy):
     """Adapters whose two factors train, and a memory of the input directions that they must not act on.
 
-    A subclass fills :attr:`memory` at the end of an experience by :meth:`protect`. From then on the gradient
-    of every ``A`` loses what lies in the protected directions. That alone does not make the update of the
-    weight safe, as ``B`` acts through the rows of ``A`` as they are. Two settings mend it:
+    A subclass fills :attr:`memory` at the end of an experience with :meth:`protect`, and edits gradients with
+    :meth:`project_gradients`: the gradient of every ``A`` loses what lies in the protected directions. That
+    is not enough to make the update of the weight safe, because ``B`` acts through the rows of ``A`` as they
+    are. Two settings solve this:
 
     * ``row_space: safe`` clears the rows of ``A`` at the start and after every step, whatever the optimizer
-      made of the gradient. The weight then changes in no protected direction, terms of second order included.
+      does with the gradient. The weight then changes in no protected direction, second-order terms included.
     * ``rectification`` replaces both gradients by those whose joint effect on the weight is nearest to the
-      projected gradient of the weight itself; see :mod:`cl_bench.maths.rectification`. With a free row space
-      that leaves a residue, and Adam, which scales each entry by itself, makes it larger.
+      projected gradient of the weight itself, by :meth:`rectify_factors`. With a free row space a residue
+      remains, and Adam, which scales each entry separately, makes it larger.
 
     Args:
         backbone: Pre-trained vision transformer.
-        rectification: Whether both gradients are rectified, or that of A alone is projected.
+        rectification: Whether both gradients are rectified, or only that of A is projected.
         row_space: ``safe`` keeps the rows of A outside the protected directions; ``free`` does not.
         gauge: Which factor carries what both could: a-first, b-first, half or minnorm.
         damping: Added to the Gram matrices that rectification solves.
-        threshold: Share of the energy of its inputs that the first experience has protected.
+        threshold: Share of the energy of its inputs that the first experience protects.
         threshold_end: What the share rises to, linearly, by the end of the stream.
         energy: Whether shares are those of features or of their covariance, which needs far fewer directions.
         kwargs: Settings of every strategy with adapters.
-
-    Attributes:
-        memory: Protected input directions of each adapted layer.
     """
 
+    layer_class = ShieldedLinear
     memory: GPM
 
     def __init__(
@@ -80,20 +80,20 @@ class ProtectedStrategy(LowRankStrategy):
         if len(widths) != 1:
             raise ValueError(
                 f"The adapted layers have inputs of {' and '.join(map(str, sorted(widths)))} features, "
-                "and one memory serves one width: leave out fc2, or adapt it alone."
+                "and one memory serves one width: leave out fc2, or adapt only that."
             )
-        self.memory = GPM(len(self.layers), widths.pop(), energy, dtype=torch.float32)
+        self.memory = GPM(self.layer_of, widths.pop(), energy, dtype=torch.float32)
 
     def protect(self, moments: Tensor, most: int | None = None) -> None:
         """Add to the memory what this experience uses.
 
         Args:
             moments: Second moments (layers, n, n) of the inputs.
-            most: Most directions of a layer, where no more are known.
+            most: Most directions of a layer, if no more are known.
         """
         at, of = self.experience.index, self.experience.num_experiences
-        share = energy_threshold(at, of, self.threshold, self.threshold_end)
-        self.memory.update(moments, share, most)
+        count = reaching(energy_threshold(at, of, self.threshold, self.threshold_end))
+        self.memory.update(moments, count if most is None else at_most(most, count))
 
     def before_training(self, data: TrainingData) -> None:
         """Clear the rows of every A, or let the gradient of every B be that of a cleared A."""
@@ -104,51 +104,52 @@ class ProtectedStrategy(LowRankStrategy):
             self._shield()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Shield the layers again: a checkpoint holds the memory, not what is made of it."""
+        """Shield the layers again: a checkpoint holds only the memory."""
         if self.row_space == "free":
             self._shield()
-
-    @torch.no_grad()
-    def rectify_gradients(self) -> None:
-        """Project the gradient of every A, and if asked to rectify, replace both by their closed form."""
-        self._clear((index, _gradient(adapter.A)) for index, adapter in self._trained())
-        if self.rectification:
-            for alike in self._trained_alike():
-                self._rectify(alike)
 
     def after_step(self) -> None:
         """Clear the rows of every A of what the optimizer put there."""
         if self.row_space == "safe":
             self._clear_rows()
 
-    def _rectify(self, alike: list[LowRank]) -> None:
-        """Rectify adapters of one shape and scale, all at once."""
-        found = rectified(
-            torch.stack([adapter.A for adapter in alike]),
-            torch.stack([adapter.B for adapter in alike]),
-            torch.stack([_gradient(adapter.A) for adapter in alike]),
-            torch.stack([_gradient(adapter.B) for adapter in alike]),
-            scale=alike[0].scale,
-            damping=self.damping,
-            gauge=self.gauge,
-        )
-        for adapter, X, Y in zip(alike, *found, strict=True):
-            _gradient(adapter.A).copy_(X)
-            _gradient(adapter.B).copy_(Y)
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Remove from the gradient of every A what lies in the protected directions."""
+        self._clear((projection, _gradient(adapter.A)) for projection, adapter in self._trained())
+
+    @torch.no_grad()
+    def rectify_factors(self) -> None:
+        """Replace the projected gradients of A and B by the closed form of all adapters of one shape."""
+        for alike in self._trained_alike():
+            found = rectified(
+                torch.stack([adapter.A for adapter in alike]),
+                torch.stack([adapter.B for adapter in alike]),
+                torch.stack([_gradient(adapter.A) for adapter in alike]),
+                torch.stack([_gradient(adapter.B) for adapter in alike]),
+                scale=float(alike[0].scale),
+                damping=self.damping,
+                gauge=self.gauge,
+            )
+            for adapter, X, Y in zip(alike, *found, strict=True):
+                _gradient(adapter.A).copy_(X)
+                _gradient(adapter.B).copy_(Y)
 
     def _shield(self) -> None:
         if self.rectification:
             for index, layer in enumerate(self.layers):
-                layer.shield(self.memory.basis(index))
+                assert isinstance(layer, ShieldedLinear)
+                layer.shield(self.memory.basis(self.layer_of.index(index)))
 
     def _clear_rows(self) -> None:
-        self._clear((index, adapter.A) for index, adapter in self.adapters())
+        self._clear((projection, adapter.A) for projection, adapter in self.adapters())
 
     def _clear(self, rows: Iterable[tuple[int, Tensor]]) -> None:
-        """Clear rows (r, n) of what their layer protects, in place; each basis is read once."""
-        for index, of_layer in groupby(rows, key=itemgetter(0)):
-            parts = [part for _, part in of_layer]
-            cleared = self.memory.right_residual(torch.cat(parts), index)
+        """Clear rows (r, n) of what is protected for their projection, in place; each basis is read once."""
+        layer_of = self.layer_of
+        for _, of_layer in groupby(rows, key=lambda one: layer_of[one[0]]):
+            projections, parts = zip(*of_layer, strict=True)
+            cleared = self.memory.right_residual(torch.cat(parts), projections[0])
             for part, own in zip(parts, cleared.split([len(part) for part in parts]), strict=True):
                 part.copy_(own)
 
@@ -156,19 +157,20 @@ class ProtectedStrategy(LowRankStrategy):
         return ((index, one) for index, one in self.adapters() if one.A.grad is not None)
 
     def _trained_alike(self) -> Iterator[list[LowRank]]:
-        def form(adapter: LowRank) -> tuple[object, ...]:
+        def form(adapter: LowRank) -> tuple[Any, ...]:
             return *adapter.A.shape, *adapter.B.shape, adapter.scale
 
-        for _, alike in groupby(sorted((one for _, one in self._trained()), key=form), key=form):
+        for _, alike in groupby(sorted(map(itemgetter(1), self._trained()), key=form), key=form):
             yield list(alike)
 
     def _require_room(self) -> None:
-        for index, held in enumerate(self.memory.dims):
-            free = self.memory.dim - held
+        dims, layer_of = self.memory.dims, self.layer_of
+        for index in range(len(self.layers)):
+            free = self.memory.dim - dims[layer_of.index(index)]
             if free < self.rank:
                 warnings.warn(
                     f"Layer {index} has {free} of {self.memory.dim} dimensions free, fewer than the rank "
-                    f"{self.rank}: its adapters learn in those alone. Lower threshold or threshold_end.",
+                    f"{self.rank}: its adapters learn only in those. Lower threshold or threshold_end.",
                     stacklevel=2,
                 )
 

@@ -1,19 +1,16 @@
 """The contract of a continual-learning method.
 
-A strategy owns a frozen backbone, adapters inside it if the method has any, and a head that grows. It meets
-one :class:`~cl_bench.data.experience.Experience` at a time and never learns which experience a test image is
-from.
+A strategy owns a frozen backbone, whatever it trains inside that, and a head that grows. It meets one
+:class:`~cl_bench.data.experience.Experience` at a time and never learns which one a test image is from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -22,17 +19,13 @@ from torch.optim import Optimizer
 
 from cl_bench.data.experience import Experience
 from cl_bench.maths.losses import local_cross_entropy
-from cl_bench.maths.memory import GPM
-from cl_bench.maths.schedules import QuarterCosine
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.heads import GrowingLinear, Prototypes
-from cl_bench.processes.ranks import connected, part, totals
+from cl_bench.network.heads import GrowingLinear, Head, TrainableHead, pooled
+from cl_bench.processes.ranks import connected, from_first, gathered, part, totals
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
-
-_HEAD_SCALE = 30.0
 
 
 class TrainingData(Protocol):
@@ -49,20 +42,25 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True)
 class Promises:
-    """What a method keeps to; ``cl-bench check`` holds it to that.
+    """What a method guarantees; ``cl-bench check`` verifies it.
 
-    The defaults are what most methods can promise. One that cannot says so where it sets ``promises``, which
-    makes the exception a documented part of the method.
+    The defaults are what most methods can guarantee. A method that cannot sets ``promises``, which makes the
+    exception a documented part of the method.
 
     Attributes:
         start_within: Largest change of a feature, or of the logit of an old class, from the end of an
-            experience to the first step of the next; 0 for the same bits, None where that changes on purpose.
-        merge_within: Largest change of a feature by ``after_training``, which merging moves by rounding
-            alone; None where the method changes what it has trained.
+            experience to the first step of the next; 0 for the same bits, None if it changes on purpose.
+        merge_within: Largest change of a feature by ``after_training``, where merging only rounds; None if
+            the method changes what it has trained.
         keeps_old_head: Whether the head leaves what belongs to old classes as it is, bit by bit.
-        vectors_per_class: Features kept for each class beside the head, such as prototypes.
+        vectors_per_class: Features kept for each class outside the head, such as prototypes.
+        state_grows_with: What the state outside head, memory and declared vectors grows with:
+            ``experiences``, by the same bytes in each from the second on.
         step_grows_with: What the operations of a training step may grow with, by terms of first order:
-            ``basis``, the columns that ``memory`` holds, and ``classes``, the number of old classes.
+            ``basis``, the columns that ``memory`` holds, ``classes``, the number of old classes, and
+            ``experiences``, the number of old experiences.
+        drawn_once: Whether the first ``expand`` draws random parts that serve the whole stream, such as a
+            pool of prompts. They may then change the function in the first experience, and in no other.
 
     >>> Promises(start_within=1e-5).merge_within
     1e-05
@@ -72,42 +70,48 @@ class Promises:
     merge_within: float | None = 1e-5
     keeps_old_head: bool = True
     vectors_per_class: int = 0
-    step_grows_with: tuple[Literal["basis", "classes"], ...] = ()
+    state_grows_with: tuple[Literal["experiences"], ...] = ()
+    step_grows_with: tuple[Literal["basis", "classes", "experiences"], ...] = ()
+    drawn_once: bool = False
 
 
 class Strategy(LightningModule):
     """A frozen backbone, a head over the classes seen, and hooks that a method overrides.
 
     For every experience the trainer calls, in this order: :meth:`expand`; :meth:`start_head`;
-    :meth:`before_training`; then for each step :meth:`loss`, :meth:`rectify_gradients` and
+    :meth:`before_training`; then for each step :meth:`features`, :meth:`loss`, :meth:`rectify_gradients` and
     :meth:`after_step`; then :meth:`after_training`.
 
     A strategy draws random numbers in these hooks, not in its constructor: the trainer seeds the generators
     at the start of every experience. What it must remember is a parameter or a buffer, or plain numbers and
-    words that a module of it returns from torch's ``get_extra_state``: then a run that was cut off goes on
-    where it was. What is made of these alone may be made again in Lightning's ``on_load_checkpoint``.
+    words that one of its modules returns from torch's ``get_extra_state``: a run can then resume after an
+    interruption. What is computed only from these may be computed again in Lightning's
+    ``on_load_checkpoint``.
 
     Attributes:
         name: What tables call the method; the name of its class unless it sets another.
-        variant: Which of its meanings this is, where it has several.
-        promises: What the method keeps to, where that differs from what most do.
-        memory: Protected input directions of each adapted layer, where the method keeps any.
+        variant: Which of its meanings this is, if it has several.
+        promises: What the method guarantees, where that differs from the defaults.
+        optimizer_scope: ``experience`` builds the optimizer anew for every experience; ``stream`` keeps one,
+            with its state, and adds the new parameters of each experience to it.
 
     Args:
         backbone: Pre-trained vision transformer; the strategy freezes it.
-        optimizer: Called with the parameter groups at the start of every experience.
-        scheduler: Called with the optimizer; stepped once an epoch.
-        head_lr: Learning rate of the head, where it differs from that of the adapters.
+        optimizer: Called with the parameter groups.
+        scheduler: Called with the optimizer at the start of every experience; stepped once an epoch.
+        head_lr: Learning rate of the head, if it differs from that of the rest.
         head_start: Where the head of new classes starts: random, as PyTorch draws it; or means, from their
-            mean features. A head of prototypes is one of means at all times.
+            mean features. A head of prototypes always consists of means.
     """
 
     name: str
     variant: str | None = None
     promises: Promises = Promises()
+    optimizer_scope: Literal["experience", "stream"] = "experience"
+    head: Head
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Name a method after its class unless it says otherwise."""
+        """Name a method after its class unless it sets another name."""
         super().__init_subclass__(**kwargs)
         if "name" not in vars(cls):
             cls.name = cls.__name__
@@ -123,61 +127,64 @@ class Strategy(LightningModule):
     ) -> None:
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
-        self.head: GrowingLinear | Prototypes = GrowingLinear(backbone.feature_dim)
+        self.head = GrowingLinear(backbone.feature_dim)
+        self.kept_optimizer: Optimizer | None = None
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._head_lr = head_lr
         self._head_start = head_start
-        self._pretrained_bytes = _state_bytes(backbone)
+        self._pretrained_bytes = state_bytes(backbone)
         self._experience: Experience | None = None
-        self.memory: GPM | None = None
 
     # What a method overrides
 
     def expand(self, experience: Experience) -> None:
-        """Make room for the classes of ``experience``, before optimisers exist."""
+        """Make room for the classes of ``experience``, before the optimizer is built."""
         self._experience = experience
         self.head.grow(experience.num_classes)
 
     def start_head(self, data: TrainingData) -> None:
-        """Start the head of the new classes where the setting says; one pass over plain images for means.
-
-        Its logits then are 30 times the cosine to each mean for features of average length, so that heads of
-        different experiences compare from the start. The scale is that of the classifier of KeepLoRA+,
-        https://arxiv.org/abs/2601.19659.
-        """
+        """Start the head of the new classes as the setting says; means take one pass over plain images."""
         if self._head_start == "means" and isinstance(self.head, GrowingLinear):
-            means = class_means(self.features, data.plain(), self.experience.classes)
-            length = means.norm(dim=1).square().mean().sqrt()
-            self.head.write_current(_HEAD_SCALE * F.normalize(means) / length)
+            self.head.start_from(class_means(self.features, data.plain(), self.experience.classes))
 
     def before_training(self, data: TrainingData) -> None:
-        """Measure the data before the first step; tensors that the optimiser holds are written in place."""
+        """Measure the data before the first step; write tensors that the optimizer holds in place."""
 
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the scalar loss of features (B, d) and labels (B,).
+    def features(self, images: Tensor) -> Any:
+        """Map images (B, 3, H, W) to features (B, d), in training and at test time.
 
-        It is the cross-entropy over the classes of this experience unless a method overrides it.
+        A method that feeds prompts to the backbone, or reads something else from it, overrides this. If its
+        loss needs more than the features, it returns :class:`~cl_bench.network.heads.Features`, and
+        :meth:`loss` receives these.
         """
-        assert isinstance(self.head, GrowingLinear)
-        return local_cross_entropy(self.head.current(features), labels, self.experience.classes.start)
+        return self.backbone(images)
+
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
+        """Return the scalar loss of what :meth:`features` returned, and labels (B,).
+
+        By default it is the cross-entropy over the classes of this experience.
+        """
+        if not isinstance(self.head, TrainableHead):
+            raise NotImplementedError(f"{self.name} has no loss: its head is measured, not trained.")
+        logits = self.head.current(pooled(features))
+        return local_cross_entropy(logits, labels, self.experience.classes.start)
 
     def rectify_gradients(self) -> None:
         """Edit the gradients: after backward and unscaling, before clipping."""
 
     def after_step(self) -> None:
-        """Edit the parameters after the optimiser moved them."""
+        """Edit the parameters after the optimizer has moved them."""
 
     def after_training(self, data: TrainingData) -> None:
         """Measure, remember and merge after the last step."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (B, 3, H, W) to logits (B, classes seen)."""
-        logits: Tensor = self.head(self.features(images))
-        return logits
+        return self.head(pooled(self.features(images)))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return what the optimiser trains: everything with a gradient, the head as a group of its own."""
+        """Return what the optimizer trains: everything with a gradient, the head as a group of its own."""
         head = [p for p in self.head.parameters() if p.requires_grad]
         in_head = set(map(id, head))
         rest = [p for p in self.parameters() if p.requires_grad and id(p) not in in_head]
@@ -186,29 +193,18 @@ class Strategy(LightningModule):
             head_group["lr"] = self._head_lr
         return [group for group in ({"params": rest}, head_group) if group["params"]]
 
-    # What everyone may ask
-
-    def features(self, images: Tensor) -> Tensor:
-        """Return the backbone's features (B, d) of images (B, 3, H, W), in the precision of the trainer.
-
-        The hooks around training run outside of mixed precision, so that merging and closed forms are exact;
-        this is how they see images as training does.
-        """
-        attached = self._trainer is not None
-        with self.trainer.precision_plugin.forward_context() if attached else nullcontext():
-            found: Tensor = self.backbone(images)
-        return found
+    # What every method may use
 
     @property
     def experience(self) -> Experience:
         """The experience at hand."""
         if self._experience is None:
-            raise RuntimeError("No experience yet: call expand(experience) first.")
+            raise RuntimeError("There is no experience yet: call expand(experience) first.")
         return self._experience
 
     @property
     def trains(self) -> bool:
-        """Whether there is anything for an optimiser to move."""
+        """Whether an optimizer has anything to move."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     @property
@@ -219,39 +215,74 @@ class Strategy(LightningModule):
     @property
     def stored_bytes(self) -> int:
         """Bytes of state beyond the pre-trained backbone: adapters, heads, prototypes, bases."""
-        return _state_bytes(self) - self._pretrained_bytes
+        return state_bytes(self) - self._pretrained_bytes
 
-    # Wiring into Lightning
+    def batch_loss(self, batch: Batch) -> Tensor:
+        """Return this process's share of the mean loss of a batch, images and labels.
+
+        The shares of all processes of a run add up to the mean over the whole batch, and so do their
+        gradients. A single process has all of it.
+        """
+        images, labels = batch
+        return part(self.loss(self.features(images), labels), len(labels))
+
+    def whole_batch(self, rows: Tensor) -> Tensor:
+        """Return the rows (N, …) of the whole batch, of which this process holds some (n, …)."""
+        return gathered(rows)
+
+    def agreed(self, drawn: Tensor) -> Tensor:
+        """Return a randomly drawn tensor that is the same on all processes: the first process's."""
+        return from_first(drawn, self.device)
+
+    def summed(self, shares: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sum over all processes of each of ``shares``, such as gradients of a share of a loss."""
+        return totals(shares)
+
+    # How Lightning calls it
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser over the parameter groups of this experience."""
+        """Build the optimizer for this experience, or extend the one that the stream keeps."""
         groups = self.parameter_groups()
         if not groups:
             return None
-        optimizer = in_one_kernel(self._optimizer(groups))
+        optimizer = self._extended(groups) if self.optimizer_scope == "stream" else self._optimizer(groups)
         if self._scheduler is None:
             return optimizer
         scheduler = self._scheduler(optimizer)
-        if self._trainer is not None and isinstance(scheduler, QuarterCosine):
-            scheduler.require_length(self.trainer.max_epochs)
+        require_length = getattr(scheduler, "require_length", None)
+        if self._trainer is not None and require_length is not None:
+            require_length(self.trainer.max_epochs)
         return [optimizer], [scheduler]
 
+    def _extended(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """Return the optimizer of the stream, to which the parameters that it does not hold are added."""
+        if self.kept_optimizer is None:
+            self.kept_optimizer = self._optimizer(groups)
+            return self.kept_optimizer
+        held = {id(p) for group in self.kept_optimizer.param_groups for p in group["params"]}
+        for group in self.kept_optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])  # a schedule starts anew from where it began
+        for group in groups:
+            new = [p for p in group["params"] if id(p) not in held]
+            if new:
+                self.kept_optimizer.add_param_group(group | {"params": new})
+        return self.kept_optimizer
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one batch."""
-        images, labels = batch
-        loss = self.loss(self.features(images), labels)
-        self.log_loss(part(loss.detach(), len(labels)), len(labels))
+        """Return this process's share of the loss of one batch."""
+        loss = self.batch_loss(batch)
+        self.log_loss(loss.detach(), len(batch[1]))
         return loss
 
     def log_loss(self, loss: Tensor, count: int) -> None:
-        """Draw the curve of the loss of a batch, of which this is the share of ``count`` images."""
+        """Log this process's share of the batch loss, weighted by ``count`` images."""
         images: Any = count
         if connected():  # a tensor, so that no step waits for it
             loss, images = totals([loss, loss.new_tensor(count)])
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=images)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the logits (B, classes seen) of one batch; the labels stay outside."""
+        """Return the logits (B, classes seen) of one batch; the labels are not used."""
         logits: Tensor = self(batch[0])
         return logits
 
@@ -266,22 +297,7 @@ class Strategy(LightningModule):
             self.after_step()
 
 
-def in_one_kernel(optimizer: Optimizer) -> Optimizer:
-    """Let ``optimizer`` move all parameters at once where PyTorch can, unless it was told how to.
-
-    Each by itself, the many small factors of the adapters would take longer to move than the arithmetic does.
-
-    >>> optimizer = in_one_kernel(torch.optim.Adam([torch.zeros(1, requires_grad=True)]))
-    >>> optimizer.param_groups[0]["fused"]
-    True
-    """
-    if isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)):  # AdamW is an Adam
-        for group in optimizer.param_groups:
-            if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
-                group["fused"] = True
-    return optimizer
-
-
-def _state_bytes(module: nn.Module) -> int:
-    state = module.state_dict().values()
-    return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
+def state_bytes(module: nn.Module) -> int:
+    """Return the bytes of the parameters and persistent buffers of ``module``, shared ones counted once."""
+    found = {id(value): value for value in module.state_dict(keep_vars=True).values()}.values()
+    return sum(value.numel() * value.element_size() for value in found if isinstance(value, Tensor))

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Cross-entropy passes over one value of the target, -100 unless told otherwise, and a class that lies 100
-# positions before the current ones is shifted to just that. No class is shifted to this value.
+# Cross-entropy ignores one value of the target, by default -100, and a class 100 positions before the current
+# ones would be shifted to just that value. No class is shifted to this one.
 _NEVER = -(2**62)
 
 
 def local_cross_entropy(logits: Tensor, labels: Tensor, first_class: int) -> Tensor:
     """Return the mean cross-entropy of logits (B, C) over the C classes of one experience, for labels (B,).
 
-    Classes of other experiences take no part in the softmax. The value is that of a cross-entropy over all
+    Classes of other experiences do not enter the softmax. The value is that of a cross-entropy over all
     classes seen in which every older logit is minus infinity, so older heads get no gradient.
 
     Source: the loss of InfLoRA and its relatives, https://arxiv.org/abs/2404.00228.
@@ -40,7 +40,7 @@ def cosface(
     """Return the mean cross-entropy of scaled cosines (B, C) in which the own class gives up a margin.
 
     The logit of a class is ``scale · cos``, and that of the image's own class ``scale · (cos - margin)``: its
-    cosine has to exceed every other by the margin before the loss takes the image for well placed.
+    cosine has to exceed every other by the margin before the loss counts the image as well placed.
 
     Source: CosFace, https://arxiv.org/abs/1801.09414; over the classes of one experience as in LoDA,
     https://arxiv.org/abs/2603.00191.
@@ -50,7 +50,7 @@ def cosface(
         labels: Positions in the class order, from ``first_class`` to ``first_class + C - 1``.
         first_class: Position of the first column.
         scale: Factor of the cosines, the inverse of a temperature.
-        margin: What the own class gives up, a difference of cosines.
+        margin: Difference of cosines that the own class gives up.
 
     >>> cosines = torch.tensor([[0.5, 0.4]])
     >>> cosface(cosines, torch.tensor([10]), first_class=10, margin=0.1)
@@ -67,24 +67,24 @@ def decoupled_margin(
     margin: float = 0.2,
     reduction: Literal["nearest", "all"] = "nearest",
 ) -> Tensor:
-    """Return by how much features (B, d) come nearer to old prototypes (P, d) than a margin, in the mean.
+    """Return by how much features (B, d) are nearer to old prototypes (P, d) than a margin, on average.
 
     With ``nearest`` it is the mean over the features of [max_p cos(f, p) - margin]₊; with ``all``, the mean
-    over the features of the mean of cos(f, p) - margin over those prototypes that are too near. Both are 0
-    where no prototype is too near, and where there is none.
+    over the features of the mean of cos(f, p) - margin over those prototypes that are too near. Both are 0 if
+    no prototype is too near, or if there is none.
 
-    It is decoupled from classification: prototypes are constants, labels and heads take no part, and the only
-    gradient turns a feature away from what it is too near to, whatever the feature's length.
+    It is decoupled from classification: prototypes are constants, labels and heads are not used, and the
+    gradient only turns a feature away from what it is too near to, whatever the feature's length.
 
-    Source: the Decoupled Margin Loss of JANUS-LoRA, https://arxiv.org/abs/2605.28495. Known of it are its
-    purpose, that it has a margin, and that it stands between new features and stored prototypes of old
-    classes. That it works on angles is inferred from the paper's plots, and so is the value of the margin, as
-    the height to which they fall; the hinge is a reconstruction.
+    Source: the Decoupled Margin Loss of JANUS-LoRA, https://arxiv.org/abs/2605.28495. We know its purpose,
+    that it has a margin, and that it acts between new features and stored prototypes of old classes. We infer
+    from the paper's plots that it works on angles, and the value of the margin, as the height to which they
+    fall; the hinge is a reconstruction.
 
     Args:
         features: Features of the images of a batch, all of new classes.
         prototypes: A mean feature for each old class.
-        margin: Cosine from which on a prototype is too near.
+        margin: Cosine above which a prototype is too near.
         reduction: Which prototypes count for a feature: the ``nearest``, or ``all`` that are too near.
 
     >>> features = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
@@ -93,7 +93,7 @@ def decoupled_margin(
     """
     excess = F.relu(cosine_similarities(features, prototypes.detach()) - margin)
     if reduction == "nearest":
-        return F.pad(excess, (0, 1)).amax(dim=1).mean()  # the zero stands where there is no prototype
+        return F.pad(excess, (0, 1)).amax(dim=1).mean()  # the zero is for no prototype at all
     return (excess.sum(dim=1) / (excess > 0).sum(dim=1).clamp(min=1)).mean()
 
 
@@ -105,8 +105,8 @@ def augmented_triplet(features: Tensor, labels: Tensor, prototypes: Tensor, marg
 
         [ d(f, positive) - d(f, negative) + margin ]₊,    d the Euclidean distance.
 
-    A feature alone in its class is its own positive, at distance 0; without any negative the loss is 0.
-    Prototypes are constants.
+    A feature that has no other of its class is its own positive, at distance 0; without a negative the loss
+    is 0. Prototypes are constants.
 
     Source: the augmented triplet loss of LoRA-DRS, https://arxiv.org/abs/2503.18985; its margins are 1 on
     CIFAR-100 and 2 on ImageNet-R, where every triplet counts.
@@ -133,15 +133,18 @@ def augmented_triplet(features: Tensor, labels: Tensor, prototypes: Tensor, marg
 
 
 def cosine_similarities(features: Tensor, prototypes: Tensor) -> Tensor:
-    """Return the cosine (B, P) between each of features (B, d) and each of prototypes (P, d).
+    """Return the cosine (B, P) between each of features (B, d) and each of prototypes (P, d), in float32.
 
-    Mixed precision does not round them.
+    Under mixed precision too; two inputs in float64 stay in float64.
 
     >>> cosine_similarities(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
     tensor([[0.6000, 0.8000]])
     """
+    # Half precision would round cosines to multiples of 1/256, coarser than what separates two classes.
     with torch.autocast(features.device.type, enabled=False):
-        return F.linear(F.normalize(_precise(features)), F.normalize(_precise(prototypes)))
+        one, other = _precise(features), _precise(prototypes)
+        dtype = torch.promote_types(one.dtype, other.dtype)
+        return F.linear(F.normalize(one.to(dtype)), F.normalize(other.to(dtype)))
 
 
 def danger_score(features: Tensor, prototypes: Tensor) -> Tensor:
@@ -156,7 +159,7 @@ def danger_score(features: Tensor, prototypes: Tensor) -> Tensor:
     tensor(0.9000)
     """
     if not len(prototypes):
-        raise ValueError("There is no old prototype to be near: ask from the second experience on.")
+        raise ValueError("There is no old prototype: compute the score from the second experience on.")
     return cosine_similarities(features, prototypes).amax(dim=1).mean()
 
 

@@ -1,12 +1,12 @@
 """Closed forms that turn a safe update of a weight into updates of its two low-rank factors.
 
 Moving the factors of ``W + s B A`` by ``X`` (r, n) and ``Y`` (m, r) moves the weight, to first order, by the
-composite ``s (B X + Y A)``. What ought to move it is the safe gradient ``G_s = G (I - V Vᵀ)``: the gradient
-of the whole weight without the input directions ``V`` (n, k) that older experiences use. To project the
-gradient of ``A`` alone does not achieve that: the step of ``B`` acts through the rows of ``A`` as they are.
-Rectification asks for the updates of both factors whose composite is nearest to the safe gradient. The
-composites that two factors can reach are the tangent space of the matrices of rank r at ``B A``, so what they
-make of the safe gradient is its orthogonal projection on that space,
+composite ``s (B X + Y A)``. It should move by the safe gradient ``G_s = G (I - V Vᵀ)``: the gradient of the
+whole weight without the input directions ``V`` (n, k) that older experiences use. Projecting only the
+gradient of ``A`` does not achieve that: the step of ``B`` acts through the rows of ``A`` as they are.
+Rectification finds the updates of both factors whose composite is nearest to the safe gradient. The
+composites that two factors can reach form the tangent space of the matrices of rank r at ``B A``, so the
+nearest one is the orthogonal projection of the safe gradient on that space,
 
     Π(G_s) = P_B G_s + (I - P_B) G_s P_A,
 
@@ -16,8 +16,8 @@ Source: Gradient Rectification in JANUS-LoRA, https://arxiv.org/abs/2605.28495. 
 closed form takes the safe update, through the tangent space, to corrected updates of both factors. The
 paper's formula was not at hand and no code of it is public, so the one here is a reconstruction, derived from
 the normal equations of min ‖s (B X + Y A) - G_s‖. Written in the gradients of the factors it has the shape
-that LoRA-Pro, https://arxiv.org/abs/2407.18242, found for ``G`` itself. Also derived here are the gauges as
-shares of one overlap, the damping, and what a strategy can rely on:
+that LoRA-Pro, https://arxiv.org/abs/2407.18242, found for ``G`` itself. We also derived the gauges as shares
+of one overlap, the damping, and what a strategy can rely on:
 
 * ``Π(G_s) V = (I - P_B) G_s P_A V`` is left in the protected directions. It vanishes when ``A V = 0``, and
   then ``X V = 0`` as well, whatever the damping: a down-projection without protected directions gains none by
@@ -54,8 +54,9 @@ def rectified(
 
     The safe gradient ``G_s`` (m, n) itself is never needed, only what it gives the factors: ``s Bᵀ G_s`` and
     ``s G_s Aᵀ``. The first is what :func:`cl_bench.maths.subspace.right_residual` leaves of the gradient of
-    ``A``. The second is the gradient of ``B`` as it stands if ``A V = 0`` or nothing is protected; otherwise
-    it is the gradient of a second up-projection, zero, over the down-projection ``A (I - V Vᵀ)``.
+    ``A``. The second is the gradient of ``B`` itself if ``A V = 0`` or nothing is protected; otherwise it is
+    the gradient of a second up-projection, zero, over the down-projection ``A (I - V Vᵀ)``, which
+    :class:`~cl_bench.network.shielded.ShieldedLinear` gives.
 
     With ``B⁺ = (BᵀB)⁻¹Bᵀ``, ``A⁺ = Aᵀ(AAᵀ)⁻¹`` and ``C = B⁺ G_s A⁺ / s`` (r, r), all solutions are
 
@@ -71,8 +72,8 @@ def rectified(
     is far below √damping counts as absent. At ``B = 0``, where every adapter starts, that makes X = 0 and
     Y = G_s A⁺ / s, as the pseudo-inverse does.
 
-    All is computed in float64: TF32 would round the Gram matrices more coarsely than the damping. What is not
-    finite stays so, for the guard of the run to find.
+    Everything is computed in float64: TF32 would round the Gram matrices more coarsely than the damping.
+    Numbers that are not finite stay so, and stop the run as divergence.
 
     Args:
         A: Down-projections (…, r, n); leading dimensions are layers, all rectified at once.
@@ -84,7 +85,7 @@ def rectified(
         gauge: Which factor carries what both could.
 
     Returns:
-        What takes the place of the gradients of ``A`` and ``B``, in their types.
+        Replacements of the gradients of ``A`` and ``B``, in their types.
 
     Raises:
         ValueError: If the damping is not positive.
@@ -94,13 +95,13 @@ def rectified(
     >>> X, Y = rectified(A, B, B.T @ G, G @ A.T, scale=1.0, damping=1e-9)
     >>> X, Y.T
     (tensor([[2., 3.]]), tensor([[2., 2.]]))
-    >>> composite(A, B, X, Y, scale=1.0)  # a rank of one reaches all but the last entry
+    >>> B @ X + Y @ A  # a rank of one reaches all but the last entry
     tensor([[4., 3.],
             [2., 0.]])
     """
     if not damping > 0:
         raise ValueError(
-            f"A damping of {damping} leaves nothing to solve where B = 0, as in every fresh adapter: "
+            f"With a damping of {damping} the Gram matrix of B = 0, as in every fresh adapter, is singular: "
             "give a positive one, such as 1e-4."
         )
     down, up = A.double(), B.double()  # which autocast leaves alone
@@ -115,22 +116,17 @@ def rectified(
     return X.to(gradient_A.dtype), Y.to(gradient_B.dtype)
 
 
-def composite(A: Tensor, B: Tensor, X: Tensor, Y: Tensor, *, scale: float) -> Tensor:
-    """Return what updates X (…, r, n) of A and Y (…, m, r) of B do to a weight: s (B X + Y A), (…, m, n)."""
-    return scale * (B @ X + Y @ A)
-
-
 def _damped(gram: Tensor, damping: float) -> Tensor:
     return gram + damping * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def _inverse(gram: Tensor) -> Tensor:
-    """Return the inverse of each ``gram`` (…, r, r), and NaN in place of one that is not positive definite.
+    """Return the inverse of each ``gram`` (…, r, r), or NaN if it is not positive definite.
 
     Solving for the many columns of a gradient takes twice as long in all, and is no closer in float64.
     """
     factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(gram)  # unlike cholesky, it makes no device wait
+    factor, failed = torch.linalg.cholesky_ex(gram)  # unlike cholesky, it does not synchronise
     return torch.cholesky_inverse(factor.masked_fill(failed[..., None, None] > 0, torch.nan))
 
 
@@ -150,12 +146,12 @@ def _share_of_B(overlap: Tensor, gram_up: Tensor, gram_down: Tensor, gauge: Gaug
 def _shortest_share(overlap: Tensor, gram_up: Tensor, gram_down: Tensor) -> Tensor:
     """Return the D (…, r, r) that makes ‖X‖² + ‖Y‖² least: ``gram_up D + D gram_down = overlap gram_down``.
 
-    In the eigenbases of the two Gram matrices the equation falls apart into one for each entry, and the entry
+    In the eigenbases of the two Gram matrices the equation separates into one for each entry, and the entry
     between eigenvalues λ of B and μ of A is divided in their proportion: μ / (λ + μ) of it goes to B.
     """
     of_B: Tensor
     along_B: Tensor
-    # A matrix that is not finite has no eigenvectors; it reaches the result through the overlap all the same.
+    # A matrix that is not finite has no eigenvectors; it still reaches the result through the overlap.
     of_B, along_B = torch.linalg.eigh(gram_up.nan_to_num(0, 0, 0))
     of_A, along_A = torch.linalg.eigh(gram_down.nan_to_num(0, 0, 0))
     fraction = of_A[..., None, :] / (of_B[..., :, None] + of_A[..., None, :])

@@ -4,8 +4,8 @@ A basis is a matrix ``V`` (d, k) with orthonormal columns. A second moment is un
 for inputs ``X`` (N, d): a unit vector ``u`` holds the energy ``u^T S u``, and the trace is the energy of all.
 Only shares of the energy count, so the scale of a moment is arbitrary, and so is the sign of a direction.
 
-Decisions are made in float64; what is returned or stored has the type of what was given. Mixed precision does
-not reach the projections: bfloat16 would leave thousandths of what they remove.
+Decisions are made in float64; results have the type of the input. Mixed precision does not reach the
+projections: bfloat16 would leave thousandths of what they remove.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 Energy = Literal["features", "covariance"]
-"""What the share of a direction is measured on: the eigenvalues of ``S``, or those of ``S S``.
+"""What defines the share of a direction: the eigenvalues of ``S``, or those of ``S S``.
 
 The first are squared singular values of the inputs, as in the papers. The second are squared singular values
 of ``S`` itself, which the released code of InfLoRA decomposes; far fewer directions then meet a threshold.
 """
 
 
-_ROUNDING = 1e-12  # a share of the energy that eigenvalues in float64 cannot tell from zero
+_ROUNDING = 1e-12  # the share of the energy below which eigenvalues in float64 are rounding
 
 
 _JITTER = 1e-12  # of the mean eigenvalue, to begin with
 
 
 def residual(x: Tensor, basis: Tensor) -> Tensor:
-    """Remove from the columns of ``x`` (…, d, n) whatever lies in the span of ``basis`` (…, d, k).
+    """Remove from the columns of ``x`` (…, d, n) what lies in the span of ``basis`` (…, d, k).
 
     The projector (d, d) is never formed. Source: GPM, https://arxiv.org/abs/2103.09762, equation 8.
 
@@ -43,9 +43,9 @@ def residual(x: Tensor, basis: Tensor) -> Tensor:
 
 
 def right_residual(x: Tensor, basis: Tensor) -> Tensor:
-    """Remove from the rows of ``x`` (…, m, d) whatever lies in the span of ``basis`` (…, d, k).
+    """Remove from the rows of ``x`` (…, m, d) what lies in the span of ``basis`` (…, d, k).
 
-    This is the one for weights (m, d), down-projections (r, d) and their gradients: the result maps the span
+    This form is for weights (m, d), down-projections (r, d) and their gradients: the result maps the span
     to zero. Source: GPM, https://arxiv.org/abs/2103.09762, equation 6.
 
     >>> e0 = torch.tensor([[1.0], [0.0]])
@@ -55,30 +55,6 @@ def right_residual(x: Tensor, basis: Tensor) -> Tensor:
     """
     with torch.autocast(x.device.type, enabled=False):
         return x - (x @ basis) @ basis.mT
-
-
-def orthonormal(columns: Tensor) -> Tensor:
-    """Return an orthonormal basis (…, d, k) of the span of k independent ``columns`` (…, d, k).
-
-    Raises:
-        ValueError: If a column lies in the span of those before it.
-
-    >>> orthonormal(torch.tensor([[2.0, 1.0], [0.0, 3.0], [0.0, 0.0]])).abs()
-    tensor([[1., 0.],
-            [0., 1.],
-            [0., 0.]])
-    """
-    width, count = columns.shape[-2:]
-    basis: Tensor
-    basis, triangle = torch.linalg.qr(columns)
-    heights = triangle.diagonal(dim1=-2, dim2=-1).abs()  # of each column above the span of those before it
-    rounding = width * torch.finfo(columns.dtype).eps * columns.norm(dim=-2)
-    if count > width or not bool((heights > rounding).all()):
-        raise ValueError(
-            f"{count} columns of length {width} are not linearly independent, or not finite: "
-            "leave out those that the others span."
-        )
-    return basis
 
 
 def complement(basis: Tensor) -> Tensor:
@@ -117,8 +93,8 @@ def generalised_directions(new: Tensor, old: Tensor, rank: int) -> Tensor:
     traces over the span the largest.
 
     The diagonal of ``old`` is raised by 1e-12 of its mean, and by ten times as much until there is a factor.
-    A direction in which no input has energy, as a normalisation layer may leave one, would otherwise have a
-    ratio made of rounding, and often the largest. Moments in float32 round too coarsely to be safe from that.
+    A direction in which no input has energy, as a normalisation layer may leave, would otherwise have a ratio
+    of rounding errors, often the largest. Moments in float32 are too coarse to avoid that.
 
     Source: the isolated directions of LoDA, https://arxiv.org/abs/2603.00191. The released code raises the
     diagonal only where the factorisation fails, and by absolute numbers, which depend on the scale.
@@ -129,7 +105,7 @@ def generalised_directions(new: Tensor, old: Tensor, rank: int) -> Tensor:
         rank: Number of directions.
 
     Raises:
-        ValueError: If the rank is not between 1 and d, or ``old`` is no second moment of inputs.
+        ValueError: If the rank is not between 1 and d, or ``old`` is not a second moment of inputs.
 
     >>> new, old = torch.diag(torch.tensor([4.0, 3.0, 1.0])), torch.diag(torch.tensor([8.0, 1.0, 1.0]))
     >>> generalised_directions(new, old, rank=1).abs().flatten()
@@ -145,28 +121,16 @@ def generalised_directions(new: Tensor, old: Tensor, rank: int) -> Tensor:
     return directions.to(new.dtype)
 
 
-def energy_shares(moments: Tensor, energy: Energy = "features") -> Tensor:
-    """Return what each direction of moments (…, d, d) holds of the energy, (…, d), strongest first, float64.
-
-    >>> moments = torch.diag(torch.tensor([1.0, 3.0]))
-    >>> energy_shares(moments)
-    tensor([0.7500, 0.2500], dtype=torch.float64)
-    >>> energy_shares(moments, "covariance")
-    tensor([0.9000, 0.1000], dtype=torch.float64)
-    """
-    return spectrum(of_unit_energy(moments, energy))[0]
-
-
 def directions_needed(shares: Tensor, threshold: float) -> Tensor:
     """Return how few of the strongest directions it takes to hold ``threshold`` of the energy, (…), integers.
 
     Args:
         shares: Each direction's share of the energy (…, d), strongest first, float64. They may sum to less
-            than one: what is missing counts as held already.
+            than one: the missing share counts as held already.
         threshold: Share of the energy to hold, in [0, 1].
 
     Raises:
-        ValueError: If the threshold is no share.
+        ValueError: If the threshold is not between 0 and 1.
 
     >>> directions_needed(torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), 0.8)
     tensor(2)
@@ -175,11 +139,11 @@ def directions_needed(shares: Tensor, threshold: float) -> Tensor:
     """
     if not 0 <= threshold <= 1:
         raise ValueError(
-            f"An energy threshold of {threshold} is no share of the energy: choose one from 0 to 1."
+            f"An energy threshold of {threshold} is not a share of the energy: choose one from 0 to 1."
         )
     # Summed from the weak end, so that small sums keep their digits.
-    left = shares.flip(-1).cumsum(-1).flip(-1)  # what is not held before each direction is taken
-    left = left.clamp(max=1)  # rounding may give some directions less than none
+    left = shares.flip(-1).cumsum(-1).flip(-1)  # the share that is missing before each direction is taken
+    left = left.clamp(max=1)  # rounding may make some shares negative
     return (left > 1 - threshold + _ROUNDING).sum(-1)
 
 
@@ -213,14 +177,15 @@ def principal_subspace(weight: Tensor, threshold: float) -> Tensor:
 
     They are the first right singular vectors, as few as hold that share of the squared singular values.
 
-    Source: KeepLoRA, https://arxiv.org/abs/2601.19659, whose weight is the transpose of PyTorch's.
+    Source: KeepLoRA, https://arxiv.org/abs/2601.19659, whose weight is the transpose of PyTorch's; its
+    released code passes the other side, and so takes output directions.
 
     Args:
         weight: Weight of a linear layer.
         threshold: Share of the energy, in [0, 1].
 
     Raises:
-        ValueError: If the threshold is no share, or the weight is zero or not finite.
+        ValueError: If the threshold is not between 0 and 1, or the weight is zero or not finite.
 
     >>> principal_subspace(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]), threshold=0.8).abs().flatten()
     tensor([0., 1., 0.])
@@ -228,19 +193,6 @@ def principal_subspace(weight: Tensor, threshold: float) -> Tensor:
     wide = weight.double()
     shares, directions = spectrum(of_unit_energy(wide.mT @ wide, "features"))
     return directions[:, : int(directions_needed(shares, threshold))].to(weight.dtype, copy=True)
-
-
-def principal_output_subspace(weight: Tensor, threshold: float) -> Tensor:
-    """Return the output directions (m, p) that hold ``threshold`` of the energy of ``weight`` (m, n).
-
-    They are left singular vectors. The released code of KeepLoRA removes these from the inputs of its square
-    weights, where the paper means :func:`principal_subspace`.
-
-    >>> weight = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])
-    >>> principal_output_subspace(weight, threshold=0.8).abs().flatten()
-    tensor([1., 0.])
-    """
-    return principal_subspace(weight.mT, threshold)
 
 
 def spectrum(symmetric: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,7 +221,7 @@ def _cholesky_factor(moments: Tensor) -> Tensor:
     mean = moments.diagonal(dim1=-2, dim2=-1).mean(-1)
     if not bool((mean > 0).all() & moments.isfinite().all()):
         raise ValueError(
-            "The older second moment is zero or not finite: ask for isolated directions after an experience."
+            "The older second moment is zero or not finite: compute isolated directions after an experience."
         )
     identity = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     jitter = _JITTER * mean

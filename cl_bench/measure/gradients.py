@@ -19,7 +19,7 @@ def full_weight_gradients(
 ) -> list[Tensor]:
     """Return the gradient (m, n) of the mean loss over all images for the weight of each layer.
 
-    Nothing moves: the weights require a gradient during the pass alone, and no ``grad`` is touched. Batches
+    Nothing moves: the weights require a gradient only during the pass, and no ``grad`` is touched. Batches
     count by their images, so the result does not depend on how these are split.
 
     Source: the first-step gradient of KeepLoRA, https://arxiv.org/abs/2601.19659.
@@ -42,8 +42,8 @@ def full_weight_gradients(
     count = torch.zeros((), dtype=torch.int64, device=weights[0].device)
     with _requiring_gradients(weights):
         for images, labels in batches:
-            # Until its context ends, autocast keeps a rounded copy of each weight that requires a gradient;
-            # this pass may be the second in that context, with other values in the weights.
+            # Until its context ends, autocast keeps a rounded copy of each weight that requires a gradient.
+            # This pass may be the second in that context, with other values in the weights.
             torch.clear_autocast_cache()
             for summed, gradient in zip(
                 sums, torch.autograd.grad(loss(images, labels) * len(labels), weights), strict=True
@@ -58,7 +58,7 @@ def full_weight_gradients(
 
 @contextmanager
 def _requiring_gradients(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Ask for gradients of ``weights``, even where none are taken; afterwards all is as before."""
+    """Let ``weights`` require gradients, under ``no_grad`` too, and restore everything afterwards."""
     before = [weight.requires_grad for weight in weights]
     try:
         for weight in weights:

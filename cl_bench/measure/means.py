@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from cl_bench.measure.passes import Statistic, measure
+from cl_bench.network.heads import FeatureMap
 from cl_bench.processes.ranks import total
 
 
@@ -24,7 +25,7 @@ class ClassMeans(Statistic):
         self._counts: Tensor | None = None
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Take in the features (B, d) and labels (B,) of one batch."""
+        """Add the features (B, d) and labels (B,) of one batch."""
         found = features.detach().double()
         if self._sums is None or self._counts is None:
             self._sums = found.new_zeros(len(self.classes), found.shape[1])
@@ -48,9 +49,7 @@ class ClassMeans(Statistic):
         )
 
 
-def class_means(
-    features: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], classes: range
-) -> Tensor:
+def class_means(features: FeatureMap, batches: Iterable[tuple[Tensor, Tensor]], classes: range) -> Tensor:
     """Return the mean feature of each class, (len(classes), d), in float32.
 
     Sums are kept in float64, so the means do not depend on the batch size beyond rounding.

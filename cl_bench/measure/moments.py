@@ -3,49 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cl_bench.measure.passes import NOTHING_HEARD, InputStatistic, measure, tokens_heard
+from cl_bench.measure.passes import NOTHING_RECORDED, InputStatistic, measure, tokens_recorded
 from cl_bench.network.adapters import AdaptedLinear
+from cl_bench.network.heads import FeatureMap
 from cl_bench.processes.ranks import total
 
-_STRIPS = 4  # of a symmetric product; more leave out little else, and each would be narrow
-
-
-_ROUNDED_STRIPS = 2  # where numbers are rounded once more for every strip
+_STRIPS = 4  # of a symmetric product; more would be narrow and save little
+_ROUNDED_STRIPS = 2  # if numbers are rounded once more for every strip
 
 
 class SecondMoments(InputStatistic):
     """The uncentred second moment ``X^T X / N`` (d, d) of the inputs of each layer, over all N tokens.
 
     Queries, keys and values share one fused layer, hence one statistic. A batch costs one product of its
-    flattened tokens with themselves for each layer, on the device, less most of what symmetry gives.
+    flattened tokens with themselves for each layer, on the device; most of the symmetric half is left out.
 
     Products are taken in float64 unless told otherwise, and always summed in float64, because eigenvalues are
     the squares of what the tokens hold: in a small ViT trained on natural images those of one block spread
-    over nine orders of magnitude. From float32 products, the weakest keep no correct digit; summed in float32
-    too, they may come out negative. Methods that divide by old energy need them. Rules that count directions
-    up to an energy do not: fractions of energy differ by 1e-8 between the two, by 1e-6 with inputs rounded to
-    TF32, and every count was the same. On a CPU, a forward pass becomes dearer by 11 %, with float32 by 5 %.
-    GPUs made for graphics have little float64: ask for float32 there if only energies matter.
+    over nine orders of magnitude. With float32 products, the weakest keep no correct digit; with float32 sums
+    as well, they may become negative. Methods that divide by old energy need them. Rules that count
+    directions up to an energy do not: fractions of energy differ by 1e-8 between the two, by 1e-6 with inputs
+    rounded to TF32, and every count was the same. On a CPU, a forward pass takes 11 % longer, 5 % with
+    float32. GPUs made for graphics have little float64: choose float32 there if only energies matter.
 
-    Under autocast to bfloat16, float32 takes in tokens rounded as the layers multiply them. Products of these
-    are exact in float32, and a CPU with instructions for them is more than twice as fast. Of a small ViT on
+    Under autocast to bfloat16, float32 records tokens rounded as the layers multiply them. Products of these
+    are exact in float32, and a CPU with instructions for them is more than twice as fast. With a small ViT on
     1,000 natural images, fractions of energy moved by 7e-6 at most, and one count of 36 by one direction.
 
     Args:
         layers: Layers with one number of inputs, ``d``.
-        every: Take in every so many forward passes, the first among them.
+        every: Record every so many forward passes, the first included.
         dtype: Type of the product of one batch.
 
     Attributes:
-        sums: ``X^T X`` of each layer so far, (L, d, d) in float64, empty before the first token. Only what is
-            on or above the diagonal counts.
+        sums: ``X^T X`` of each layer so far, (L, d, d) in float64, empty before the first token. Only
+            entries on or above the diagonal count.
         tokens: Number of tokens that each layer has seen, (L,).
 
     Raises:
@@ -53,7 +51,7 @@ class SecondMoments(InputStatistic):
 
     >>> layer = nn.Linear(2, 3)
     >>> moments = SecondMoments([layer])
-    >>> with moments.listening():
+    >>> with moments.recording():
     ...     _ = layer(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
     >>> moments.mean()
     tensor([[[5., 0.],
@@ -85,13 +83,13 @@ class SecondMoments(InputStatistic):
         """Return the second moments (L, d, d), in float64.
 
         Raises:
-            ValueError: If no token has been heard.
+            ValueError: If no token was recorded.
         """
-        tokens = tokens_heard(self.tokens)
+        tokens = tokens_recorded(self.tokens)
         return total(self.products()) / tokens[:, None, None]
 
     def products(self) -> Tensor:
-        """Return ``X^T X`` of each layer so far, (L, d, d) in float64, of this process alone."""
+        """Return ``X^T X`` of each layer so far, (L, d, d) in float64, on this process only."""
         return self.sums.triu() + self.sums.triu(1).mT
 
     def take(self, index: int, tokens: Tensor) -> None:
@@ -114,24 +112,17 @@ class SecondMoments(InputStatistic):
         self.sums = self.sums + share["sums"] if bool(self.tokens.any()) else share["sums"]
         self.tokens = self.tokens + share["tokens"]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        # Sums are saved as empty or as full; what is here may be the other.
-        saved = state_dict.get(f"{prefix}sums")
-        if saved is not None:
-            self.sums = torch.empty_like(saved, dtype=torch.float64, device=self.sums.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
 
 class TokenAverages(InputStatistic):
     """The mean over batches of the token at each place of a batch, whatever image it belongs to.
 
-    Batches of another size than the first are left out. This is what the released code of KeepLoRA,
-    https://arxiv.org/abs/2601.19659, decomposes in place of the tokens themselves: directions in which tokens
-    vary from batch to batch are averaged away.
+    Batches of another size than the first are left out. The released code of KeepLoRA,
+    https://arxiv.org/abs/2601.19659, decomposes this instead of the tokens themselves: directions in which
+    tokens vary from batch to batch are averaged away.
 
     >>> layer = nn.Linear(1, 1)
     >>> averages = TokenAverages([layer])
-    >>> with averages.listening():
+    >>> with averages.recording():
     ...     _ = layer(torch.tensor([[1.0], [5.0]])), layer(torch.tensor([[1.0], [1.0]]))
     >>> averages.second_moments()
     tensor([[[5.]]], dtype=torch.float64)
@@ -162,13 +153,13 @@ class TokenAverages(InputStatistic):
     def second_moments(self) -> Tensor:
         """Return the uncentred second moment of the averages, (L, d, d) in float64."""
         if not self._batches:
-            raise ValueError(NOTHING_HEARD)
+            raise ValueError(NOTHING_RECORDED)
         averages = torch.stack([self._sums[index] / self._batches for index in range(len(self.layers))])
         return total(averages.mT @ averages) / self._places
 
 
 def second_moments(
-    features: Callable[[Tensor], Tensor],
+    features: FeatureMap,
     layers: Sequence[AdaptedLinear | nn.Linear],
     batches: Iterable[tuple[Tensor, Tensor]],
     dtype: torch.dtype = torch.float64,
@@ -195,9 +186,9 @@ def second_moments(
 def _rounded_products() -> Iterator[None]:
     """Let a CPU multiply float32 by its instructions for bfloat16, whose sums are float32.
 
-    Of numbers that bfloat16 holds the products are exact; others would be rounded.
+    Products of numbers that bfloat16 can hold are exact; other numbers would be rounded.
     """
-    settings = getattr(torch.backends.mkldnn, "matmul", None)  # from torch 2.9 on; before, it takes longer
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # since torch 2.9; older ones take longer
     before = getattr(settings, "fp32_precision", None)
     if settings is None or before is None:
         yield

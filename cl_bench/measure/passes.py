@@ -1,13 +1,13 @@
 """What one pass over the training images of an experience can measure.
 
 A pass is expensive and its statistics are cheap, so :func:`measure` serves any number of them with one pass.
-Before a mean is taken, sums go over all processes of a run, so each may see a part of the images, of a batch
-even none.
+Means are taken after summing over all processes of a run, so each process may see a part of the images, and
+of a batch even none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 
@@ -15,34 +15,35 @@ import torch
 from torch import Tensor, nn
 
 from cl_bench.network.adapters import AdaptedLinear
+from cl_bench.network.heads import FeatureMap, Features, pooled
 from cl_bench.processes.ranks import OfThisRank, total
 
-NOTHING_HEARD = "A layer has seen no token: run images through the backbone while the statistic listens."
+NOTHING_RECORDED = "A layer has seen no token: run images through the backbone while the statistic records."
 
 
 class Statistic:
-    """What a pass adds up. A subclass listens to layers, takes in features and labels, or both."""
+    """What a pass sums up. A subclass records inputs of layers, features and labels, or both."""
 
-    def listening(self) -> AbstractContextManager[object]:
-        """Hear the inputs of layers as long as the context is open."""
+    def recording(self) -> AbstractContextManager[object]:
+        """Record the inputs of layers while the context is open."""
         return nullcontext()
 
     def add(self, features: Tensor, labels: Tensor) -> None:
-        """Take in the features (B, d) and labels (B,) of one batch."""
+        """Add the features (B, d) and labels (B,) of one batch."""
 
 
 class InputStatistic(OfThisRank, Statistic):
-    """What is added up of the inputs of layers of one width, over all tokens.
+    """A sum over the inputs of layers of one width, over all tokens.
 
-    Within :func:`measure` it listens by itself, and around a training step within :meth:`listening`. As an
-    attribute of a strategy, sums that are buffers are in every checkpoint until :meth:`clear` frees them.
+    :func:`measure` records automatically; a training step records inside :meth:`recording`. If the statistic
+    is an attribute of a strategy, its buffers are part of every checkpoint until :meth:`clear` frees them.
 
     Args:
         layers: Layers with one number of inputs, ``d``.
-        every: Take in every so many forward passes, the first among them.
+        every: Record every so many forward passes, the first included.
 
     Attributes:
-        as_multiplied: Whether tokens are taken in as autocast rounds them before the layers multiply them.
+        as_multiplied: Whether tokens are rounded to autocast's type first, as the layers see them.
 
     Raises:
         ValueError: If the layers differ in their number of inputs.
@@ -55,7 +56,7 @@ class InputStatistic(OfThisRank, Statistic):
         widths = sorted({layer.weight.shape[1] for layer in layers})
         if len(widths) != 1:
             raise ValueError(
-                f"Layers of {' and '.join(map(str, widths)) or 'no'} inputs share no statistic: "
+                f"Layers of {' and '.join(map(str, widths)) or 'no'} inputs cannot share a statistic: "
                 "give layers of one width, and others to a statistic of their own."
             )
         self.every = every
@@ -64,7 +65,7 @@ class InputStatistic(OfThisRank, Statistic):
         self._passes = [0] * len(layers)
 
     def take(self, index: int, tokens: Tensor) -> None:
-        """Take in the tokens (N, d) that layer ``index`` was given."""
+        """Add the tokens (N, d) that layer ``index`` received."""
         raise NotImplementedError
 
     def clear(self) -> None:
@@ -72,15 +73,15 @@ class InputStatistic(OfThisRank, Statistic):
         self._passes = [0] * len(self.layers)
 
     def get_extra_state(self) -> dict[str, list[int]]:
-        """Return how many passes each layer has heard: which are taken in depends on it."""
+        """Return how many passes each layer has recorded, which decides which ones count."""
         return {"passes": list(self._passes)}
 
     def set_extra_state(self, state: dict[str, list[int]]) -> None:
-        """Go on counting passes from ``state``."""
+        """Continue to count passes from ``state``."""
         self._passes = list(state["passes"])
 
     def hold(self, shares: Sequence[Mapping[str, Tensor]]) -> None:
-        """Hold what processes had heard of which these are the ``shares``, as many passes as before."""
+        """Hold the sum of the ``shares`` of earlier processes; the count of passes stays."""
         passes = self._passes
         self.clear()
         self._passes = passes
@@ -88,14 +89,14 @@ class InputStatistic(OfThisRank, Statistic):
             self.include(share)
 
     def include(self, share: Mapping[str, Tensor]) -> None:
-        """Add the buffers of another statistic of this kind; where nothing was heard, they are its own."""
+        """Add the buffers of another statistic of this kind, or take them over if this one is empty."""
         raise NotImplementedError
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hear every input of the layers as long as the context is open."""
+    def recording(self) -> Iterator[None]:
+        """Record every input of the layers while the context is open."""
         handles = [
-            layer.register_forward_pre_hook(partial(self._hear, index))
+            layer.register_forward_pre_hook(partial(self._record, index))
             for index, layer in enumerate(self.layers)
         ]
         try:
@@ -105,7 +106,7 @@ class InputStatistic(OfThisRank, Statistic):
                 handle.remove()
 
     @torch.no_grad()
-    def _hear(self, index: int, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _record(self, index: int, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._passes[index] += 1
         if (self._passes[index] - 1) % self.every:
             return
@@ -118,18 +119,16 @@ class InputStatistic(OfThisRank, Statistic):
 
 
 @torch.no_grad()
-def measure(
-    features: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], *statistics: Statistic
-) -> None:
-    """Send every batch through ``features`` once, and let every statistic take from it what it needs.
+def measure(features: FeatureMap, batches: Iterable[tuple[Tensor, Tensor]], *statistics: Statistic) -> None:
+    """Send every batch through ``features`` once, and add it to every statistic.
 
-    Where inputs of layers are all that is needed, the first batch shows how often these are called, and later
-    ones go as far as the last call and no further.
+    If the statistics need only inputs of layers, the first batch shows how often these layers are called, and
+    later batches stop at the last call.
 
     Args:
         features: Maps images (B, 3, H, W) to features (B, d): a backbone.
         batches: Images and labels (B,).
-        statistics: What to measure; each is asked for its mean afterwards.
+        statistics: What to measure; read their means afterwards.
 
     >>> from cl_bench.measure.means import ClassMeans
     >>> from cl_bench.measure.moments import SecondMoments
@@ -143,31 +142,29 @@ def measure(
     """
     with ExitStack() as stack:
         for statistic in statistics:
-            stack.enter_context(statistic.listening())
-        if all(map(_needs_inputs_alone, statistics)):
+            stack.enter_context(statistic.recording())
+        if all(map(_needs_only_inputs, statistics)):
             layers = {layer for statistic in statistics for layer in statistic.layers}  # type: ignore[attr-defined]
             features = stack.enter_context(_as_far_as(layers, features))
         for images, labels in batches:
-            found = features(images)
+            found = pooled(features(images))
             for statistic in statistics:
                 statistic.add(found, labels)
 
 
-class _AllHeard(Exception):
-    """All layers that somebody listens to have been given their inputs."""
+class _AllRecorded(Exception):
+    """All recorded layers have received their inputs."""
 
 
-def _needs_inputs_alone(statistic: Statistic) -> bool:
+def _needs_only_inputs(statistic: Statistic) -> bool:
     return isinstance(statistic, InputStatistic) and type(statistic).add is Statistic.add
 
 
 @contextmanager
-def _as_far_as(
-    layers: Collection[nn.Module], features: Callable[[Tensor], Tensor]
-) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Give what sends images through ``features`` until ``layers`` were called as often as the first time.
+def _as_far_as(layers: Collection[nn.Module], features: FeatureMap) -> Iterator[FeatureMap]:
+    """Yield a map that sends images through ``features`` until ``layers`` were called as often as at first.
 
-    Whoever listens to these layers does so already, as hooks are called in the order in which they came.
+    The statistics have registered their hooks already, and torch calls hooks in the order of registration.
     """
     calls, expected = 0, -1
 
@@ -175,14 +172,14 @@ def _as_far_as(
         nonlocal calls
         calls += 1
         if calls == expected:
-            raise _AllHeard
+            raise _AllRecorded
 
-    def send(images: Tensor) -> Tensor:
+    def send(images: Tensor) -> Tensor | Features:
         nonlocal calls, expected
         calls = 0
         try:
             found = features(images)
-        except _AllHeard:
+        except _AllRecorded:
             return images.new_empty(0)
         expected = calls
         return found
@@ -193,9 +190,13 @@ def _as_far_as(
         yield send
 
 
-def tokens_heard(tokens: Tensor) -> Tensor:
-    """Return the numbers of tokens (L,) over all processes."""
+def tokens_recorded(tokens: Tensor) -> Tensor:
+    """Return the numbers of tokens (L,) over all processes.
+
+    Raises:
+        ValueError: If a layer has recorded none.
+    """
     counts = total(tokens)
     if not bool(counts.all()):
-        raise ValueError(NOTHING_HEARD)
+        raise ValueError(NOTHING_RECORDED)
     return counts

@@ -9,43 +9,43 @@ import torch
 from torch import Tensor, nn
 
 from cl_bench.maths.memory import GPM
-from cl_bench.measure.passes import InputStatistic, tokens_heard
+from cl_bench.measure.passes import InputStatistic, tokens_recorded
 from cl_bench.network.adapters import AdaptedLinear
 from cl_bench.processes.ranks import total
 
 
 class InputSketch(InputStatistic):
-    """A sketch of the inputs of each layer outside of what a memory protects, in ``rows`` vectors.
+    """A sketch, in ``rows`` vectors, of what the inputs of each layer have outside a memory.
 
-    Between the steps of training it holds (rows, d) numbers for each layer instead of (d, d). A batch is
-    stacked below the sketch, and the singular values of both together are shrunk until no more than ``rows``
-    are left. What shrinking took away is known as a whole, and put back evenly: energies inside and outside
-    of the memory are exact, directions beyond those of the sketch are not. A memory takes no more than these.
-    Of several processes each keeps a sketch of its own images, and what stands for all is their sum: energies
-    are those of one process, directions need not be.
+    Between training steps it holds (rows, d) numbers for each layer instead of (d, d). A batch is stacked
+    below the sketch, and the singular values of both together are shrunk until no more than ``rows`` are
+    left. The energy that shrinking removes is known in total and added back evenly: energies inside and
+    outside the memory are exact, directions beyond those of the sketch are not. A memory takes no more than
+    these. In a run of several processes each keeps a sketch of its own images, and the result is their sum:
+    energies are those of one process, directions need not be.
 
     Source: frequent directions, https://arxiv.org/abs/1501.01711.
 
     Args:
         layers: Layers with one number of inputs, ``d``.
         memory: What is protected in each of them.
-        rows: Directions that are kept; never more than d.
-        every: Take in every so many forward passes, the first among them.
-        most_tokens: Tokens of a batch that are taken in, spread over images and places alike.
+        rows: Directions to keep; never more than d.
+        every: Record every so many forward passes, the first included.
+        most_tokens: Tokens to record of a batch, spread over images and places.
 
     Attributes:
         sketch: ``Y`` (L, rows, d), so that ``Y^T Y`` is nearly ``P X^T X P`` of the inputs ``X``.
         inside: Energy of the inputs in the protected directions, (L,) in float64.
         outside: Their energy elsewhere, (L,) in float64.
-        tokens: Number of tokens that each layer has taken in, (L,).
+        tokens: Number of tokens recorded of each layer, (L,).
 
     Raises:
         ValueError: If the layers differ in their number of inputs, the sketch has no row, or the memory
-            measures the energy of the covariance, of which a sketch does not know the whole.
+            measures the energy of the covariance, which a sketch does not know in total.
 
     >>> layer = nn.Linear(2, 3)
-    >>> inputs = InputSketch([layer], GPM(num_layers=1, dim=2), rows=1)
-    >>> with inputs.listening():
+    >>> inputs = InputSketch([layer], GPM(1, dim=2), rows=1)
+    >>> with inputs.recording():
     ...     _ = layer(torch.tensor([[1.0, 0.0], [3.0, 0.0]]))
     >>> inputs.mean().round(decimals=4)
     tensor([[[5., 0.],
@@ -70,10 +70,11 @@ class InputSketch(InputStatistic):
             raise ValueError(f"A sketch of {rows} rows holds nothing: give it at least one.")
         if memory.energy != "features":
             raise ValueError(
-                "A sketch knows the energy of features as a whole and that of their covariance in part: "
+                "A sketch knows the total energy of features, but not that of their covariance: "
                 "set energy to features, or estimate exact moments."
             )
         self._memory = (memory,)  # in a tuple, it does not become a part of this module
+        self._projection = [memory.projections.index(index) for index in range(len(layers))]
         self.rows = min(rows, self.width)
         self.most_tokens = most_tokens
         self.clear()
@@ -88,18 +89,18 @@ class InputSketch(InputStatistic):
         self.register_buffer("tokens", torch.zeros(count, dtype=torch.int64, device=device))
 
     def mean(self) -> Tensor:
-        """Return what stands for the second moments (L, d, d), in float64: their energies are exact.
+        """Return an estimate of the second moments (L, d, d), in float64, whose energies are exact.
 
         Raises:
-            ValueError: If no token has been heard.
+            ValueError: If no token was recorded.
         """
-        tokens = tokens_heard(self.tokens)
+        tokens = tokens_recorded(self.tokens)
         kept = self.sketch.double()
         found = total(kept.mT @ kept)
         inside, outside = total(self.inside), total(self.outside)
         missing = (outside - found.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=0)
         for index, moment in enumerate(found):
-            basis = self._memory[0].basis(index).double()
+            basis = self._memory[0].basis(self._projection[index]).double()
             held, free = basis.shape[1], self.width - basis.shape[1]
             protected = basis @ basis.mT
             moment += protected * (inside[index] / max(held, 1))
@@ -107,9 +108,9 @@ class InputSketch(InputStatistic):
         return found / tokens[:, None, None]
 
     def take(self, index: int, tokens: Tensor) -> None:
-        """Take their energies, and stack what is outside of the memory below the sketch."""
+        """Add the energies of tokens (N, d), and stack their part outside the memory below the sketch."""
         tokens = tokens[_spread(len(tokens), self.most_tokens)].float()
-        rest = self._memory[0].right_residual(tokens, index)
+        rest = self._memory[0].right_residual(tokens, self._projection[index])
         energy = rest.double().square().sum()
         self.inside[index] += (tokens.double().square().sum() - energy).clamp(min=0)
         self.outside[index] += energy
@@ -137,10 +138,10 @@ class InputSketch(InputStatistic):
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Return at most ``most`` of ``count`` places, far apart, and in step with no period of them.
+    """Return at most ``most`` of ``count`` places, far apart, and out of step with any period.
 
     The places of a token repeat from image to image: a stride that divided their number would pick the same
-    ones from every image. This one shares no factor with the count, near the golden section of it.
+    ones from every image. This stride shares no factor with the count, and is near its golden section.
     """
     if count <= most:
         return list(range(count))

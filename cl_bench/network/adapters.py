@@ -2,8 +2,8 @@
 
 An adapted layer computes ``y = W x + b + s B (A x)`` with the down-projection ``A`` (r, n), the up-projection
 ``B`` (m, r) and the scale ``s``. Queries, keys and values come from one fused layer, so the adapter of each
-adds to a third of its rows; the target ``qkv`` is all of them. Where adapters share rows, their products add
-up.
+adds to a third of its rows; the target ``qkv`` is all of them. The products of adapters that share rows add
+up. A method may add adapters during a stream, learn their scale, and gate them by the input.
 
 Source: LoRA, https://arxiv.org/abs/2106.09685.
 """
@@ -11,17 +11,16 @@ Source: LoRA, https://arxiv.org/abs/2106.09685.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from cl_bench.errors import suggestion
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.frozen import Frozen
+from cl_bench.network.product import AdaptedProduct, Placement
 
 _LAYER_OF_TARGET = {
     "q": "attn.qkv",
@@ -45,7 +44,6 @@ class LowRank(nn.Module):
     """One adapter: a down-projection ``A`` (r, n) and an up-projection ``B`` (m, r).
 
     Both are plain parameters: a method freezes one with ``requires_grad_(False)`` and writes them in place.
-    The scale is a plain number, which a method sets when it is built: no checkpoint holds it.
 
     Args:
         in_features: Inputs of the adapted projection, ``n``.
@@ -55,6 +53,12 @@ class LowRank(nn.Module):
         device: Where the parameters live.
         dtype: Their type.
 
+    Attributes:
+        scale: A number, which no checkpoint holds; or a scalar parameter, which is learnt. One parameter may
+            serve several adapters.
+        gate: A module that maps inputs (…, n) to a factor (…, 1) of the output, or None. A gated adapter
+            cannot be merged.
+
     Raises:
         ValueError: If the rank is not between 1 and min(m, n).
 
@@ -62,6 +66,9 @@ class LowRank(nn.Module):
     >>> adapter.A.shape, adapter.B.shape, adapter.delta().abs().sum()
     (torch.Size([2, 6]), torch.Size([4, 2]), tensor(0., grad_fn=<SumBackward0>))
     """
+
+    scale: float | Tensor
+    gate: nn.Module | None
 
     def __init__(
         self,
@@ -81,6 +88,7 @@ class LowRank(nn.Module):
                 f"features: choose a rank from 1 to {largest}."
             )
         self.scale = scale
+        self.gate = None
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.empty(out_features, rank, device=device, dtype=dtype))
         self.reset()
@@ -90,23 +98,40 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the scale is a number and there is no gate."""
+        return self.gate is None and not isinstance(self.scale, Tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the adapter adds to the outputs, s g(x) B (A x), (…, m), of inputs (…, n)."""
+        y = self.scale * F.linear(F.linear(x, self.A), self.B)
+        return y if self.gate is None else self.gate(x) * y
+
     def delta(self) -> Tensor:
-        """Return what the adapter adds to the weight, s B A, (m, n), in full precision."""
+        """Return what the adapter adds to the weight, s B A, (m, n), in full precision.
+
+        Raises:
+            ValueError: If a gate makes that depend on the input.
+        """
+        if self.gate is not None:
+            raise ValueError(
+                "A gated adapter adds something else to the weight for every input, so it cannot be merged: "
+                "keep it, or remove its gate first."
+            )
         with torch.autocast(self.A.device.type, enabled=False):
             return self.scale * (self.B @ self.A)
 
     def extra_repr(self) -> str:
         """Sizes, as they are printed."""
-        return f"{self.A.shape[1]} to {self.B.shape[0]}, rank={self.A.shape[0]}, scale={self.scale}"
+        scale = "learnt" if isinstance(self.scale, Tensor) else self.scale
+        return f"{self.A.shape[1]} to {self.B.shape[0]}, rank={self.A.shape[0]}, scale={scale}"
 
 
 class AdaptedLinear(Frozen):
     """A frozen linear layer with adapters on some of its rows.
 
     It takes over the tensors of ``linear`` under their names, so checkpoints of the backbone keep their keys.
-    The backward pass computes no gradient that nobody asked for: none of the weight, none of a frozen factor
-    alone, and none of the input where nothing before it is trained. It keeps no tensor that only such a
-    gradient would need.
 
     Args:
         linear: The layer to adapt; its weight and bias are frozen and shared, not copied.
@@ -116,7 +141,7 @@ class AdaptedLinear(Frozen):
 
     Attributes:
         weight: ``W`` (m, n), without the adapters.
-        rows: As given.
+        rows: Rows of the weight that each adapter adds to, by the adapter's name.
         adapters: The :class:`LowRank` of each name.
 
     >>> _ = torch.manual_seed(0)
@@ -130,26 +155,40 @@ class AdaptedLinear(Frozen):
     tensor([False, False,  True,  True, False, False])
     """
 
-    shielded: Tensor | None
-
     def __init__(self, linear: nn.Linear, rows: Mapping[str, slice], rank: int, scale: float = 1.0) -> None:
         super().__init__()
         self._take_over(linear)
-        self.rows = dict(rows)
-        self.adapters = nn.ModuleDict(
-            {
-                name: LowRank(
-                    linear.in_features,
-                    own.stop - own.start,
-                    rank,
-                    scale,
-                    device=linear.weight.device,
-                    dtype=linear.weight.dtype,
-                )
-                for name, own in self.rows.items()
-            }
-        )
-        self.register_buffer("shielded", None, persistent=False)
+        self.rows: dict[str, slice] = {}
+        self.adapters = nn.ModuleDict()
+        for name, own in rows.items():
+            self.add(name, own, rank, scale)
+
+    def add(self, name: str, rows: slice, rank: int, scale: float = 1.0) -> LowRank:
+        """Add a fresh adapter, which changes nothing yet, and return it.
+
+        A method that adds adapters during a stream does so in ``expand``, before the optimizer is built.
+
+        Args:
+            name: Name of the adapter; a dot cannot be part of it.
+            rows: Rows of the weight that it adds to, such as those of another: ``layer.rows["k"]``.
+            rank: Its rank.
+            scale: Its factor.
+
+        Raises:
+            ValueError: If the name is taken or cannot be one, or the rank does not fit.
+
+        >>> layer = AdaptedLinear(nn.Linear(4, 6), {"k": slice(2, 4)}, rank=1)
+        >>> layer.add("second", layer.rows["k"], rank=2)
+        LowRank(4 to 2, rank=2, scale=1.0)
+        """
+        _require_name(name)
+        if name in self.rows:
+            raise ValueError(f"This layer already has an adapter called {name}: choose another name.")
+        like = {"device": self.weight.device, "dtype": self.weight.dtype}
+        adapter = LowRank(self.weight.shape[1], rows.stop - rows.start, rank, scale, **like)  # type: ignore[arg-type]
+        self.adapters[name] = adapter
+        self.rows[name] = rows
+        return adapter
 
     def adapter(self, name: str) -> LowRank:
         """Return the adapter called ``name``: its target, unless :func:`inject` was given names."""
@@ -164,64 +203,38 @@ class AdaptedLinear(Frozen):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add every adapter to the weight and zero its ``B``, in place: the function stays the same."""
-        for name, rows in self.rows.items():
-            adapter = self.adapter(name)
-            self.weight[rows] += adapter.delta()
-            adapter.B.zero_()
+        """Add every adapter to the weight and zero its ``B``, in place: the function stays the same.
+
+        Raises:
+            ValueError: If an adapter has a gate.
+        """
+        for rows, delta in self._deltas():
+            self.weight[rows] += delta
+        for name in self.rows:
+            self.adapter(name).B.zero_()
         self.follow()
 
     @torch.no_grad()
     def subtract(self) -> None:
-        """Take every adapter out of the weight, in place, and leave the factors.
+        """Subtract every adapter from the weight, in place, and leave the factors.
 
         Factors that were written into a layer whose adapters added nothing then change no output, although
         ``B`` is not zero: a method may start from a product that it has measured.
         """
-        for name, rows in self.rows.items():
-            self.weight[rows] -= self.adapter(name).delta()
+        for rows, delta in self._deltas():
+            self.weight[rows] -= delta
         self.follow()
 
     def effective_weight(self) -> Tensor:
         """Return the weight with every adapter in it, W + sum of s B A, (m, n), in full precision."""
         whole = self.weight.clone()
-        for name, rows in self.rows.items():
-            whole[rows] += self.adapter(name).delta()
+        for rows, delta in self._deltas():
+            whole[rows] += delta
         return whole
 
-    def shield(self, basis: Tensor | None) -> None:
-        """Keep what inputs have in the span of ``basis`` (n, k) out of the gradient of every ``B``.
-
-        Let ``G`` (m, n) be the gradient of the weight and ``P = I - V V^T`` the projector on the complement
-        of the basis ``V``. The backward pass then gives ``B`` the gradient ``s G P A^T`` instead of
-        ``s G A^T``. Outputs and all other gradients stay, and so does that of ``A``: its safe form
-        ``s B^T G P`` is ``A.grad`` without what lies in the span. ``G`` is never formed. A training step pays
-        for one more product with a down-projection, and 4 n k flops for each row of ``A``; without gradients
-        nothing is paid. Where the rows of ``A`` lie outside the span, the two gradients of ``B`` agree.
-
-        Source: the update of JANUS-LoRA, https://arxiv.org/abs/2605.28495, whose rectification starts from a
-        projected full-weight gradient. Taking this product of it inside the layer is our choice.
-
-        Args:
-            basis: Orthonormal columns; None, or no column, for the ordinary gradient.
-
-        Raises:
-            ValueError: If the basis is one of another space.
-
-        >>> layer = AdaptedLinear(nn.Linear(2, 1), {"v": slice(0, 1)}, rank=1)
-        >>> _ = layer.adapter("v").A.data.copy_(torch.tensor([[1.0, 1.0]]))
-        >>> layer.shield(torch.tensor([[1.0], [0.0]]))
-        >>> layer(torch.tensor([[5.0, 3.0]])).sum().backward()
-        >>> layer.adapter("v").B.grad  # the ordinary gradient is 8
-        tensor([[3.]])
-        """
-        features = self.weight.shape[1]
-        if basis is not None and (basis.ndim != 2 or basis.shape[0] != features):
-            raise ValueError(
-                f"A basis of shape {tuple(basis.shape)} does not fit inputs of {features} features: "
-                f"give orthonormal columns ({features}, k), or None."
-            )
-        self.shielded = None if basis is None or basis.shape[1] == 0 else basis.to(self.weight)
+    def _deltas(self) -> list[tuple[slice, Tensor]]:
+        """Return the rows and the product of every adapter; a gate is refused before anything is written."""
+        return [(rows, self.adapter(name).delta()) for name, rows in self.rows.items()]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs (…, n) to outputs (…, m).
@@ -230,19 +243,25 @@ class AdaptedLinear(Frozen):
             ValueError: If the inputs have another type than the layer, and autocast is off.
         """
         adapters = [self.adapter(name) for name in self.rows]
-        x, weight, bias = self._in_one_type(x, *self.in_precision())
-        safe = None
-        if self.shielded is not None and torch.is_grad_enabled() and any(a.B.requires_grad for a in adapters):
-            safe = self._outside([adapter.A for adapter in adapters], self.shielded)
-        places = _Places(tuple(self.rows.values()), tuple(adapter.scale for adapter in adapters))
-        factors = [*(adapter.A for adapter in adapters), *(adapter.B for adapter in adapters)]
-        y: Tensor = _AdaptedProduct.apply(x, weight, bias, places, *factors, safe)
+        if all(adapter.is_plain for adapter in adapters):
+            return self._product(x, adapters, safe=None)
+        x, weight, bias = self._in_one_type(x)
+        y = F.linear(x, weight, bias)
+        for rows, adapter in zip(self.rows.values(), adapters, strict=True):
+            y[..., rows] += adapter(x).to(y.dtype)
         return y
 
-    def _in_one_type(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return all three in the type of autocast where it is on; elsewhere they must have one type."""
+    def _product(self, x: Tensor, adapters: Sequence[LowRank], safe: Tensor | None) -> Tensor:
+        """Return the outputs of plain ``adapters`` by the fused operation."""
+        x, weight, bias = self._in_one_type(x)
+        placement = Placement(tuple(self.rows.values()), tuple(float(one.scale) for one in adapters))
+        factors = [*(adapter.A for adapter in adapters), *(adapter.B for adapter in adapters)]
+        y: Tensor = AdaptedProduct.apply(x, weight, bias, placement, *factors, safe)
+        return y
+
+    def _in_one_type(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return inputs, weight and bias in the type of autocast; without it they must have one type."""
+        weight, bias = self.in_precision()
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -253,104 +272,6 @@ class AdaptedLinear(Frozen):
             )
         return x, weight, bias
 
-    @staticmethod
-    @torch.no_grad()
-    def _outside(rows: Sequence[Tensor], basis: Tensor) -> Tensor:
-        """Return all ``rows`` (R, n) without their parts in the span of ``basis`` (n, k)."""
-        # Where a row lies almost in the span, half precision would lose the little that is outside.
-        with torch.autocast(basis.device.type, enabled=False):
-            down = torch.cat(list(rows))
-            return down - (down @ basis) @ basis.T
-
-
-class _Places(NamedTuple):
-    """Where the adapters of a layer add their products, and the scale of each."""
-
-    rows: tuple[slice, ...]
-    scales: tuple[float, ...]
-
-    def blocks(self, up: Tensor, ranks: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the part of ``up`` (m, R) that belongs to each adapter, given its rank."""
-        start = 0
-        for rows, rank in zip(self.rows, ranks, strict=True):
-            yield up[rows, start : start + rank]
-            start += rank
-
-
-class _AdaptedProduct(torch.autograd.Function):
-    """``W x + b + U (D x)``: ``D`` (R, n) stacks every ``A``, ``U`` (m, R) holds every ``s B`` on its rows.
-
-    One wide product each way costs a quarter of adding the outputs of the adapters to their rows one by one,
-    and what it gives is added in place, forward and backward. The transforms of torch.func are not supported:
-    they take a forward pass that cannot know who asks for a gradient, and this one keeps nothing beyond that.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        places: _Places,
-        *factors_and_safe: Any,
-    ) -> Tensor:
-        """Return outputs (…, m) of inputs ``x`` (…, n), all in the type of ``x``.
-
-        After ``places`` come every ``A``, every ``B``, and ``safe`` (R, n) or None. If given, ``safe`` stands
-        for ``D`` in the gradient of ``U``.
-        """
-        # An odd number: where the arguments are as many as the names, torch.compile leaves out ctx (2.14).
-        *factors, safe = factors_and_safe
-        count = len(places.rows)
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        needs_A, needs_B = any(ctx.needs_input_grad[4 : 4 + count]), any(ctx.needs_input_grad[4 + count :])
-        ranks = [len(A) for A in factors[:count]]
-        down = torch.cat(factors[:count]).to(x.dtype)
-        up = x.new_zeros(len(weight), len(down))
-        for block, B, scale in zip(places.blocks(up, ranks), factors[count:], places.scales, strict=True):
-            block.copy_(B if scale == 1 else scale * B)
-        tokens = x.reshape(-1, x.shape[-1])
-        hidden, y = F.linear(tokens, down), F.linear(tokens, weight, bias)
-        torch.addmm(y, hidden, up.T, out=y)
-        if needs_B and safe is not None:
-            hidden = F.linear(tokens, safe.to(x.dtype))
-        ctx.save_for_backward(
-            tokens if needs_A or needs_weight else None,
-            hidden if needs_B else None,
-            weight if needs_x else None,
-            down if needs_x else None,
-            up if needs_x or needs_A else None,
-        )
-        ctx.places, ctx.ranks, ctx.shape = places, ranks, x.shape
-        ctx.dtype = factors[0].dtype
-        # A true view could not be written in place by whoever comes next.
-        outputs: Tensor = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])
-        return outputs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients that somebody asked for."""
-        tokens, hidden, weight, down, up = ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        count, dtype = len(ctx.ranks), ctx.dtype
-        of_y = gradient.reshape(-1, gradient.shape[-1])
-        of_hidden: Any = None if up is None else of_y @ up
-        of_x: Any = None
-        if needs_x:
-            of_x = of_y @ weight
-            of_x = torch.addmm(of_x, of_hidden, down, out=of_x).view(ctx.shape)
-        of_weight = of_y.T @ tokens if needs_weight else None
-        of_bias = of_y.sum(dim=0) if ctx.needs_input_grad[2] else None
-        of_A: Sequence[Tensor | None] = [None] * count
-        of_B: Sequence[Tensor | None] = [None] * count
-        if any(ctx.needs_input_grad[4 : 4 + count]):
-            of_A = (of_hidden.T @ tokens).to(dtype).split(ctx.ranks)
-        if hidden is not None:
-            blocks = ctx.places.blocks((of_y.T @ hidden).to(dtype), ctx.ranks)
-            of_B = [scale * block for scale, block in zip(ctx.places.scales, blocks, strict=True)]
-        return of_x, of_weight, of_bias, None, *of_A, *of_B, None
-
 
 def inject(
     backbone: Backbone,
@@ -358,6 +279,7 @@ def inject(
     rank: int = 10,
     scale: float = 1.0,
     blocks: Sequence[int] | None = None,
+    layer_class: type[AdaptedLinear] = AdaptedLinear,
 ) -> list[AdaptedLinear]:
     """Put adapters into ``backbone``, in place, and return the adapted layers in the order of the blocks.
 
@@ -370,6 +292,7 @@ def inject(
         rank: Rank of every adapter.
         scale: Factor of every adapter; each has its own in ``layer.adapter(name).scale``.
         blocks: Which blocks, from 0; all of them if None.
+        layer_class: What a linear layer becomes.
 
     Raises:
         ValueError: If a target or block does not exist, a name cannot be given, a layer cannot carry an
@@ -391,7 +314,7 @@ def inject(
         for name, chosen in _layers_of(named).items():
             linear = _linear(block, name)
             rows = {adapter: _rows(linear, target) for adapter, target in chosen.items()}
-            replacements.append((block, name, AdaptedLinear(linear, rows, rank, scale)))
+            replacements.append((block, name, layer_class(linear, rows, rank, scale)))
     for block, name, layer in replacements:
         block.set_submodule(name, layer)
     return [layer for _, _, layer in replacements]
@@ -400,11 +323,7 @@ def inject(
 def _layers_of(named: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Return what each layer carries of the ``named`` targets, both in the order of the forward pass."""
     for name, target in named.items():
-        if not name or "." in name or hasattr(nn.ModuleDict(), name):
-            raise ValueError(
-                f"An adapter cannot be called {name!r}: choose a name without a dot that is no attribute of "
-                "torch's ModuleDict."
-            )
+        _require_name(name)
         if target not in _LAYER_OF_TARGET:
             raise ValueError(f"There is no adapter target {target!r}. {suggestion(target, TARGETS)}")
     if not named:
@@ -415,6 +334,14 @@ def _layers_of(named: Mapping[str, str]) -> dict[str, dict[str, str]]:
             if chosen == target:
                 layers.setdefault(layer, {})[name] = target
     return layers
+
+
+def _require_name(name: str) -> None:
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"An adapter cannot be called {name!r}: choose a name without a dot that is not an attribute of "
+            "torch's ModuleDict."
+        )
 
 
 def _block(backbone: Backbone, index: int) -> nn.Module:
@@ -451,7 +378,7 @@ def _rows(linear: nn.Linear, target: str) -> slice:
     third, remainder = divmod(linear.out_features, len(_THIRDS))
     if remainder:
         raise ValueError(
-            f"A fused layer of {linear.out_features} rows is no three parts of equal size for q, k and v: "
+            f"A fused layer of {linear.out_features} rows cannot be divided into equal parts for q, k and v: "
             "choose other targets or another model."
         )
     start = _THIRDS.index(target) * third

@@ -1,17 +1,13 @@
-"""Vision transformers of timm by pinned weight tag, by local checkpoint, drawn from a seed, or our own."""
+"""Vision transformers of timm: by weight tag, from a local checkpoint, with random weights, or our own."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import math
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
 import timm
 import torch
 from timm.data.constants import (
@@ -29,6 +25,8 @@ from torch import Tensor, nn
 from cl_bench.errors import by_likeness, nearest, suggestion
 from cl_bench.network import embedded
 from cl_bench.network.frozen import Frozen, freeze_layers, refresh
+from cl_bench.network.prompts import Prompts, pooled_tokens, prompted_tokens
+from cl_bench.network.weights import load, sha256_of_file, sha256_of_tensors
 
 Normalisation = Literal["unit", "half", "imagenet", "clip"]
 
@@ -41,8 +39,6 @@ _MEAN_AND_STD: dict[Normalisation, tuple[tuple[float, ...], tuple[float, ...]]] 
 _BY_OPTIONS = "vision_transformer"
 _EMBEDDED = "embedded"
 _WORDS = ("pretrained", "random")
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-_CLASSIFIERS = ("head.", "head_dist.")
 
 
 class Backbone(nn.Module):
@@ -52,18 +48,20 @@ class Backbone(nn.Module):
 
     Args:
         model: A timm vision transformer with its weight tag, such as vit_base_patch16_224.augreg_in21k;
-            vision_transformer, built from the options alone; or embedded, which is shipped with the suite.
+            vision_transformer, built only from the options; or embedded, which is shipped with the suite.
         weights: pretrained: downloaded by timm, or shipped; random: drawn from the seed; otherwise the path
             of a checkpoint, a .safetensors file or a torch file that holds nothing but tensors.
         options: Arguments of the timm model, such as img_size, patch_size, embed_dim, depth and num_heads.
-        normalisation: What becomes of images in [0, 1]. unit: they stay; half: they are mapped to [-1, 1];
-            imagenet and clip: the mean and deviation of those data are taken out.
+        normalisation: What is done to images in [0, 1]. unit: nothing; half: they are mapped to [-1, 1];
+            imagenet and clip: they are standardised by the mean and deviation of those data.
         seed: Seed of random weights.
-        compiler: Backend of torch.compile, such as inductor; null to run the model as it is written. What is
-            compiled serves every experience of a stream. As long as somebody listens to a layer, as online
-            estimation does in training, the model runs as it is written.
+        compiler: Backend of torch.compile, such as inductor; null to run the model as it is written. One
+            compilation serves every experience of a stream. While a layer has a hook, as online estimation
+            needs in training, the model runs as it is written.
 
     Attributes:
+        vit: The timm model: a method may read its modules and parameters, such as ``pos_embed``. What a
+            method trains inside it goes through adapters or prompts; everything else is frozen.
         image_size: Height and width of an image in pixels.
         feature_dim: Size of a feature, ``d``.
         weights_sha256: Of the checkpoint file; without one, of the tensors by name.
@@ -79,6 +77,9 @@ class Backbone(nn.Module):
     torch.Size([5, 32])
     >>> backbone.feature_dim, backbone.image_size, backbone.depth
     (32, 8, 2)
+    >>> prefix = torch.zeros(3, 32), torch.zeros(3, 32)
+    >>> backbone(torch.zeros(5, 3, 8, 8), Prompts(torch.zeros(4, 32), prefixes={1: prefix})).shape
+    torch.Size([5, 32])
     """
 
     mean: Tensor
@@ -109,12 +110,13 @@ class Backbone(nn.Module):
         self.image_size = _image_size(model, vit)
         self.feature_dim: int = vit.num_features
         if file is not None:
-            _load(self.vit, file, model)
-        # Taken now: merged adapters will change the tensors.
-        self.weights_sha256 = _sha256_of_tensors(self.vit) if file is None else _sha256_of_file(file)
+            load(self.vit, file, model)
+        # Computed now: merged adapters will change the tensors.
+        self.weights_sha256 = sha256_of_tensors(self.vit) if file is None else sha256_of_file(file)
         freeze_layers(self.vit)
         self.compiler = compiler
         self._compile()
+        self._precision: Callable[[], AbstractContextManager[object]] = nullcontext
         mean, std = _MEAN_AND_STD[normalisation]
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -122,7 +124,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def named(cls, model: str) -> dict[str, Any]:
-        """Return the settings that a model's name alone stands for: the name, and every default."""
+        """Return the settings that the name of a model stands for: the name, and every default."""
         parameters = inspect.signature(cls).parameters
         return {name: parameter.default for name, parameter in parameters.items()} | {"model": model}
 
@@ -137,7 +139,7 @@ class Backbone(nn.Module):
         return len(self.blocks)
 
     def fuse_attention(self, fused: bool) -> None:
-        """Let attention run in one kernel, or as the products it is made of; results agree to rounding.
+        """Choose whether attention runs in one kernel, or as separate products; results agree to rounding.
 
         Measured with torch 2.14 on two CPU cores, training in bf16: the kernel's backward pass makes a step
         of a small ViT twice as long as the products do, and one of ViT-B/16 a fifth longer. In float32 and
@@ -158,53 +160,80 @@ class Backbone(nn.Module):
             "normalisation": self.normalisation,
         }
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) in [0, 1] to features (B, d).
+    def compute_in(self, precision: Callable[[], AbstractContextManager[object]]) -> None:
+        """Run every later forward pass inside the context ``precision()``, such as autocast.
+
+        The trainer sets its own, so measurements and tests see images as training does, while the hooks
+        around training run in full precision.
+        """
+        self._precision = precision
+
+    def forward(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to features (B, d); ``prompts`` are left out of the pooling.
 
         Raises:
-            ValueError: If the images have another size.
+            ValueError: If the images have another size, or the model cannot take the prompts.
         """
+        return self._in_precision(images, prompts, pool=True)
+
+    def tokens(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
+        """Map images (B, 3, H, W) in [0, 1] to all tokens (B, N, d) after the final norm, prompts included.
+
+        Class token and registers come first, then prompt tokens, then patches.
+
+        Raises:
+            ValueError: If the images have another size, or the model cannot take the prompts.
+        """
+        return self._in_precision(images, prompts, pool=False)
+
+    def _in_precision(self, images: Tensor, prompts: Prompts | None, *, pool: bool) -> Tensor:
         expected = (3, self.image_size, self.image_size)
         if images.shape[1:] != expected:
             raise ValueError(
                 f"Images of shape {tuple(images.shape)} do not fit a backbone of {self.image_size} pixels: "
                 f"set the image_size of the data to {self.image_size}, or img_size in the backbone's options."
             )
-        refresh(self.vit)
-        if self.normalisation != "unit":
-            images = (images - self.mean) / self.std
-        if self._compiled is None or self._is_listened_to() or self._is_trained():
-            return self._run(images)
-        return self._compiled(images)
+        run = self._compiled
+        if run is None or self._has_hooks() or self._is_trained():
+            run = self._run
+        with self._precision():
+            refresh(self.vit)
+            if self.normalisation != "unit":
+                images = (images - self.mean) / self.std
+            return run(images, prompts, pool)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the compiled code, which belongs to this backbone and not to a copy of it."""
-        return self.__dict__ | {"_compiled": None}
+        """Leave out the compiled code and the trainer's precision, which a copy does not share."""
+        return self.__dict__ | {"_compiled": None, "_precision": nullcontext}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Compile the copy by itself."""
+        """Compile the copy again."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._compile()
 
     def _compile(self) -> None:
-        # Heads stay outside: they grow with every experience, and a compiled one would be compiled anew.
+        # Heads stay outside: they grow with every experience, so each would compile again.
         self._compiled = None if self.compiler is None else torch.compile(self._run, backend=self.compiler)
 
     def _is_trained(self) -> bool:
-        """Whether a measurement asks for gradients of frozen weights: code would be compiled for it."""
+        """Whether a measurement needs gradients of frozen weights, which would compile again."""
         return any(layer.is_trained for layer in self.vit.modules() if isinstance(layer, Frozen))
 
-    def _run(self, images: Tensor) -> Tensor:
-        features: Tensor = self.vit(images)
-        return features
+    def _run(self, images: Tensor, prompts: Prompts | None, pool: bool) -> Tensor:
+        if prompts is None:
+            model: Any = self.vit
+            found: Tensor = model(images) if pool else model.forward_features(images)
+            return found
+        tokens = prompted_tokens(self.vit, images, prompts)
+        return pooled_tokens(self.vit, tokens, prompts) if pool else tokens
 
-    def _is_listened_to(self) -> bool:
+    def _has_hooks(self) -> bool:
         """Whether a layer has a hook, which compiled code would not call."""
         return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.vit.modules())
 
 
 def weights_identity(model: str, weights: str) -> str:
-    """Return what stands for ``weights`` where a path may not: a file's sha256, or the word itself.
+    """Return what identifies ``weights`` whatever its path: a file's sha256, or the word itself.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -213,7 +242,7 @@ def weights_identity(model: str, weights: str) -> str:
     'random'
     """
     file = _file(model, weights)
-    return weights if file is None else f"sha256:{_sha256_of_file(file)}"
+    return weights if file is None else f"sha256:{sha256_of_file(file)}"
 
 
 def _file(model: str, weights: str) -> Path | None:
@@ -236,7 +265,7 @@ def _file(model: str, weights: str) -> Path | None:
 
 
 def _require_name(model: str, *, tagged: bool) -> None:
-    """Refuse a name that timm does not know today, or that leaves open which weights it means."""
+    """Refuse a name that timm does not know, or that does not determine the weights."""
     if model == _BY_OPTIONS:
         if tagged:
             raise ValueError(
@@ -246,7 +275,7 @@ def _require_name(model: str, *, tagged: bool) -> None:
         return
     current = get_deprecated_models().get(model)
     if current is not None:
-        raise ValueError(f"{model} is an old name that timm gave up: write {current}.")
+        raise ValueError(f"{model} is a name that timm has dropped: write {current}.")
     architecture, _, tag = model.partition(".")
     if not timm.is_model(architecture):
         names = by_likeness(model, [_BY_OPTIONS, _EMBEDDED, *timm.list_models(pretrained=tagged)])
@@ -256,7 +285,7 @@ def _require_name(model: str, *, tagged: bool) -> None:
     if tag and model not in tags:
         raise ValueError(f"timm has no weights {model}: {choice}.")
     if tagged and not tag:
-        raise ValueError(f"{model} names no weights, and timm's versions differ in what they add: {choice}.")
+        raise ValueError(f"{model} does not determine the weights: {choice}.")
 
 
 def _require_compiler(compiler: str | None) -> None:
@@ -269,7 +298,7 @@ def _require_compiler(compiler: str | None) -> None:
 
 
 def _vision_transformer(model: str, options: dict[str, Any], seed: int, *, pretrained: bool) -> nn.Module:
-    """Build the model; what is random is drawn from ``seed`` and leaves the global generator as it was."""
+    """Build the model; random weights depend on ``seed``, and the global generator stays as it was."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -279,7 +308,7 @@ def _vision_transformer(model: str, options: dict[str, Any], seed: int, *, pretr
     except OSError as error:
         raise FileNotFoundError(
             f"The weights of {model} could not be downloaded ({type(error).__name__}): get model.safetensors "
-            f"of timm/{model} from the Hugging Face Hub by other means, and give its path as weights."
+            f"of timm/{model} from the Hugging Face Hub another way, and give its path as weights."
         ) from error
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise ValueError(
@@ -298,116 +327,11 @@ def _image_size(model: str, vit: nn.Module) -> int:
     block = next(iter(getattr(vit, "blocks", ())), None)
     size = getattr(getattr(vit, "patch_embed", None), "img_size", None)
     if size is None or not hasattr(block, "attn"):
-        raise ValueError(f"{model} is no row of attention blocks over patches: choose a vision transformer.")
+        raise ValueError(f"{model} does not consist of attention blocks: choose a vision transformer.")
     height, width = size
     if height != width:
-        raise ValueError(f"Images are square, not of {height} x {width} pixels: give one number as img_size.")
+        raise ValueError(f"Images must be square, not {height} x {width} pixels: give img_size one number.")
     return int(height)
-
-
-# Checkpoints
-
-
-def _load(vit: nn.Module, file: Path, model: str) -> None:
-    """Copy the tensors of ``file`` into ``vit``; every key and shape must agree, but for a classifier."""
-    state = _without_classifier(_state_dict(file), vit)
-    problems = _problems(state, vit.state_dict())
-    if problems:
-        made_with = ", ".join(f"{name} {value}" for name, value in _options_of(state).items())
-        raise ValueError(
-            f"{file} does not fit {model}: {'; '.join(problems)}. "
-            "Choose the model and the options that it was made with"
-            + (f": its shapes speak of {made_with}." if made_with else ".")
-        )
-    vit.load_state_dict(state)
-
-
-def _state_dict(file: Path) -> dict[str, Tensor]:
-    """Read the tensors of ``file`` by name, without running anything that it may contain."""
-    content = _content(file)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(
-            f"{file} holds no tensors by name, at its top or under state_dict or model: "
-            "save the state dict of the model alone."
-        )
-    return dict(content)
-
-
-def _content(file: Path) -> Any:
-    if file.suffix not in _SUFFIXES:
-        raise ValueError(f"{file} is no checkpoint by its name: give a file in {', '.join(_SUFFIXES)}.")
-    try:
-        if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds something else than tensors, and reading it could run code: "
-            "save its state dict as .safetensors where you trust it, and give that file."
-        ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{file} cannot be read as a checkpoint ({_one_line(error)}): see that it is whole and readable."
-        ) from error
-
-
-def _without_classifier(state: Mapping[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
-    own = vit.state_dict()
-    return {key: tensor for key, tensor in state.items() if key in own or not key.startswith(_CLASSIFIERS)}
-
-
-def _problems(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Return one phrase for each way in which the two differ, naming the first keys."""
-    missing = [f"{key} {tuple(own[key].shape)}" for key in own if key not in state]
-    unexpected = [f"{key} {tuple(state[key].shape)}" for key in state if key not in own]
-    reshaped = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    return [f"{what}: {_first(keys)}" for what, keys in found.items() if keys]
-
-
-def _first(keys: Sequence[str], shown: int = 3) -> str:
-    rest = len(keys) - shown
-    return ", ".join(keys[:shown]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _options_of(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Read off the shapes which options a plain ViT was made with; the number of heads leaves no trace."""
-    patches, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
-    if patches is None or positions is None:
-        return {}
-    patch_size = patches.shape[-1]
-    blocks = {key.split(".")[1] for key in state if key.startswith("blocks.")}
-    return {
-        # Class and register tokens are too few to complete another row of patches.
-        "img_size": math.isqrt(positions.shape[1]) * patch_size,
-        "patch_size": patch_size,
-        "embed_dim": patches.shape[0],
-        "depth": len(blocks),
-    }
-
-
-# Hashes
-
-
-def _sha256_of_file(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _sha256_of_tensors(module: nn.Module) -> str:
-    """Return the sha256 over names, types, shapes and bytes of the state, by name."""
-    sha256 = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha256.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return sha256.hexdigest()
 
 
 def _one_line(error: Exception) -> str:

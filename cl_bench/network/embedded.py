@@ -1,4 +1,7 @@
-"""A small vision transformer of our own, pre-trained on images that formulas draw; the README says how."""
+"""A small vision transformer of our own, pre-trained on images that formulas draw.
+
+``notebooks/pretraining/README.md`` describes how.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ OPTIONS: dict[str, Any] = {
     "class_token": False,
     "global_pool": "avg",
 }
-"""Of timm's VisionTransformer."""
+"""Options of timm's VisionTransformer."""
 
 SHA256 = "f2536ac550bde722c6e8cde4384aaf1c94c7af8b4daa3cab02524872b8b4f94b"
-"""Of the file of weights."""
+"""Sha256 of the file of weights."""
 
 
 def weights_file() -> Path:

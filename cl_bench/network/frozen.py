@@ -1,9 +1,11 @@
-"""Frozen layers that keep their weights in full precision and multiply with a copy in that of autocast.
+"""Frozen layers that keep their weights in full precision and multiply by a copy in autocast's type.
 
-Autocast rounds a frozen weight to half precision anew in every forward pass. Here it is rounded once, and
-again when it has changed: a merge of adapters changes it between experiences, a training step never. Products
-have the same bits either way, and what is saved or merged is always the weight itself. A write through
-``weight.data`` goes unseen, as torch counts none: write in place under ``torch.no_grad()``.
+Autocast rounds a frozen weight to half precision in every forward pass. Here it is rounded once, and again
+only when it has changed: a merge of adapters changes it between experiences, a training step never does.
+Products have the same bits either way, and what is saved or merged is always the weight itself.
+
+The trick is ``tensor._version``, which torch raises at every write in place. It does not count a write
+through ``weight.data``: write in place under ``torch.no_grad()``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ class Frozen(nn.Module):
 
     Attributes:
         weight: In full precision.
-        bias: Likewise, or None.
+        bias: In full precision, or None.
     """
 
     weight: Tensor
@@ -28,37 +30,37 @@ class Frozen(nn.Module):
         """Freeze the tensors of ``layer`` and hold them under their names; they are shared, not copied."""
         self.weight = layer.weight.requires_grad_(False)
         self.bias = None if layer.bias is None else layer.bias.requires_grad_(False)
-        # No buffers: nobody has to save them, nor to send them to other processes.
+        # Not buffers: they are neither saved nor sent to other processes.
         self._half_weight: Tensor | None = None
         self._half_bias: Tensor | None = None
         self._copied: list[tuple[object, ...]] = []
 
     @torch.no_grad()
     def refresh(self, dtype: torch.dtype) -> None:
-        """Make the copies agree with the weight in ``dtype``; nothing is done if they do."""
+        """Update the copies in ``dtype`` if the weight has changed."""
         tensors = [self.weight] if self.bias is None else [self.weight, self.bias]
-        # A write in place raises the version, and a move to another device changes the address.
+        # A write in place raises the version; a move to another device changes the address.
         found = [(dtype, tensor.device, tensor.data_ptr(), tensor._version) for tensor in tensors]
         if found == self._copied:
             return
-        # A copy made under inference mode could not be trained through; leaving it turns gradients on again.
+        # A copy made in inference mode could not be used in training; leaving that mode turns gradients on.
         with torch.inference_mode(False), torch.no_grad():
             self._half_weight = _rounded(self.weight, dtype, self._half_weight)
             self._half_bias = None if self.bias is None else _rounded(self.bias, dtype, self._half_bias)
         self._copied = list(found)
 
     def follow(self) -> None:
-        """Make the copies, where there are any, agree with a weight that has just been written."""
+        """Update existing copies after the weight was written."""
         if self._half_weight is not None:
             self.refresh(self._half_weight.dtype)
 
     @property
     def is_trained(self) -> bool:
-        """Whether somebody asks for a gradient of the weight or the bias for once."""
+        """Whether weight or bias currently requires a gradient."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def in_precision(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias as a product takes them: the copies under autocast, where there are any."""
+        """Return weight and bias for a product: under autocast their copies, if there are any."""
         if self._half_weight is None or self.is_trained:
             return self.weight, self.bias
         if torch.is_autocast_enabled(self.weight.device.type):
@@ -118,9 +120,9 @@ class FrozenConv2d(Frozen, nn.Conv2d):
 
 
 def freeze_layers(module: nn.Module) -> None:
-    """Put a frozen layer in place of every linear layer and convolution in ``module``.
+    """Replace every linear layer and convolution in ``module`` by a frozen one.
 
-    The names and objects of parameters stay. So do layers of a subclass, which may compute something else.
+    The names and objects of parameters stay. Layers of a subclass stay too, since they may compute more.
 
     >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     >>> freeze_layers(model)
@@ -135,7 +137,7 @@ def freeze_layers(module: nn.Module) -> None:
 
 
 def refresh(module: nn.Module) -> None:
-    """Where autocast is on, make the copies of all frozen layers in ``module`` agree with their weights."""
+    """Under autocast, update the copies of all frozen layers in ``module``."""
     kind = next(module.parameters()).device.type
     if not torch.is_autocast_enabled(kind):
         return
@@ -146,7 +148,7 @@ def refresh(module: nn.Module) -> None:
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype, into: Tensor | None) -> Tensor:
-    """Return ``tensor`` in ``dtype``, written into an old copy of its kind so that this stays one object."""
+    """Return ``tensor`` in ``dtype``, written into the old copy if that fits, so that it stays one object."""
     if into is None or into.dtype != dtype or into.device != tensor.device or into.shape != tensor.shape:
         return tensor.to(dtype, copy=True)
     return into.copy_(tensor)

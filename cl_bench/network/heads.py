@@ -1,16 +1,76 @@
-"""Classifiers that grow with the classes seen.
+"""Features, and the classifiers that grow with the classes seen.
 
-A head maps features (B, d) to one column for each class seen, in class order. It grows before it learns, and
-its ``sizes`` tell a loader how to grow a fresh head until the saved state fits.
+A head maps features (B, d) to one column for each class seen, in class order. It grows before it learns.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cl_bench.maths.losses import cosine_similarities
+
+_MEANS_SCALE = 30.0
+
+
+class Features(NamedTuple):
+    """Features with whatever else the forward pass made that the loss needs.
+
+    Attributes:
+        pooled: Features (B, d), which a head classifies.
+        extra: Anything, such as the similarity (B, k) of each image to the keys that it chose.
+    """
+
+    pooled: Tensor
+    extra: Any
+
+
+FeatureMap = Callable[[Tensor], Tensor | Features]
+"""What maps images (B, 3, H, W) to features: a backbone, or the ``features`` of a strategy."""
+
+
+def pooled(features: Tensor | Features) -> Tensor:
+    """Return the features (B, d) that a head classifies.
+
+    >>> pooled(Features(torch.zeros(4, 8), extra=None)).shape, pooled(torch.zeros(4, 8)).shape
+    (torch.Size([4, 8]), torch.Size([4, 8]))
+    """
+    return features.pooled if isinstance(features, Features) else features
+
+
+@runtime_checkable
+class Head(Protocol):
+    """What a strategy needs of a classifier, which is a module."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes seen."""
+        ...
+
+    def grow(self, num_classes: int) -> None:
+        """Make room for ``num_classes`` new classes."""
+        ...
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield what may be trained, as a module does."""
+        ...
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the logits (B, classes seen) of features (B, d)."""
+        ...
+
+
+@runtime_checkable
+class TrainableHead(Head, Protocol):
+    """A head that the default loss can train, one experience at a time."""
+
+    def current(self, features: Tensor) -> Tensor:
+        """Return the logits (B, classes of this experience) of features (B, d)."""
+        ...
 
 
 class GrowingLinear(nn.Module):
@@ -70,6 +130,17 @@ class GrowingLinear(nn.Module):
         if newest.bias is not None:
             newest.bias.zero_()
 
+    def start_from(self, means: Tensor) -> None:
+        """Start the newest part from the mean feature (C, d) of each of its classes.
+
+        Its logits are 30 times the cosine to each mean for features of average length, so that the heads of
+        different experiences compare from the start.
+
+        Source: the scale of the classifier of KeepLoRA+, https://arxiv.org/abs/2601.19659.
+        """
+        length = means.norm(dim=1).square().mean().sqrt()
+        self.write_current(_MEANS_SCALE * F.normalize(means) / length)
+
     def current(self, features: Tensor) -> Tensor:
         """Return the logits (B, classes of the newest part) of features (B, d)."""
         logits: Tensor = self._linears[-1](features)
@@ -87,8 +158,8 @@ class GrowingLinear(nn.Module):
 class GrowingCosine(GrowingLinear):
     """One set of class weights for each experience, compared by angle; only the newest is trained.
 
-    The logit of a class is the cosine between feature and weight, in [-1, 1]: a loss such as CosFace brings
-    the scale and the margin.
+    The logit of a class is the cosine between feature and weight, in [-1, 1]: a loss such as CosFace adds the
+    scale and the margin.
 
     Source: the classifier of LoDA, https://arxiv.org/abs/2603.00191.
 
@@ -116,19 +187,19 @@ class GrowingCosine(GrowingLinear):
 
     def current(self, features: Tensor) -> Tensor:
         """Return the cosines (B, classes of the newest part) of features (B, d)."""
-        return _cosines(features, self._linears[-1].weight)
+        return cosine_similarities(features, self._linears[-1].weight)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the cosines (B, classes seen) of features (B, d)."""
-        return torch.cat([_cosines(features, linear.weight) for linear in self._linears], dim=1)
+        return torch.cat([cosine_similarities(features, linear.weight) for linear in self._linears], dim=1)
 
 
 class Prototypes(nn.Module):
-    """A mean feature for each class; the logit of a class says how near its mean is.
+    """A mean feature for each class; the logit of a class is the similarity to its mean.
 
     Args:
         feature_dim: Size of a feature, ``d``.
-        similarity: ``cosine``: of the angle between feature and mean; ``euclidean``: the negative distance.
+        similarity: ``cosine`` of the angle between feature and mean, or ``euclidean``, the negative distance.
 
     >>> head = Prototypes(feature_dim=2)
     >>> head.grow(2)
@@ -169,7 +240,7 @@ class Prototypes(nn.Module):
         """
         if classes.start < 0 or classes.stop > self.num_classes:
             raise ValueError(
-                f"Prototypes of {self.num_classes} classes have no positions {classes.start} to "
+                f"Prototypes of {self.num_classes} classes do not have positions {classes.start} to "
                 f"{classes.stop - 1}: grow the head first."
             )
         if means.shape != (len(classes), self.feature_dim):
@@ -182,20 +253,12 @@ class Prototypes(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return the similarity (B, classes seen) of features (B, d) to each mean, in float32."""
         if self.similarity == "cosine":
-            return _cosines(features, self.means)
+            return cosine_similarities(features, self.means)
         with torch.autocast(features.device.type, enabled=False):
             # Through a matrix product, distances between close features would lose most of their digits.
             return -torch.cdist(
                 features.float(), self.means.float(), compute_mode="donot_use_mm_for_euclid_dist"
             )
-
-
-def _cosines(features: Tensor, weights: Tensor) -> Tensor:
-    """Return the cosine (B, C) of features (B, d) to each of the ``weights`` (C, d), in float32 at least."""
-    precise = torch.promote_types(weights.dtype, torch.float32)
-    # Half precision would round cosines to multiples of 1/256, coarser than what separates two classes.
-    with torch.autocast(features.device.type, enabled=False):
-        return F.linear(F.normalize(features.to(precise)), F.normalize(weights.to(precise)))
 
 
 def _require_classes(num_classes: int) -> None:

@@ -1,6 +1,6 @@
-"""Several processes in one run: how they start, how their gradients become one, and how they are watched.
+"""Several processes in one run: how they start, how their gradients are summed, and how they are checked.
 
-Each has a device and the same model, and meets its part of every batch; see
+Each has a device and the same model, and takes its part of every batch; see
 :mod:`cl_bench.processes.ranks`. They are started by Lightning, which runs the same command again for each, or
 by a launcher such as ``fabric run`` or ``torchrun``, whose variables say so.
 """
@@ -19,12 +19,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies import Strategy as Distribution
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor
-from torch.optim import Optimizer
 
 from cl_bench.processes.launcher import launched
-from cl_bench.processes.ranks import connected, meet, part, require_agreement, totals
+from cl_bench.processes.ranks import connected, meet, require_agreement, totals
 
 _Result = TypeVar("_Result")
 
@@ -32,17 +30,14 @@ _Result = TypeVar("_Result")
 class SummedGradients(DDPStrategy):
     """Lightning's ``ddp``, with one sum over the gradients of all processes after every backward pass.
 
-    A method trains a thousandth of the model. PyTorch's wrapper would send the rest around at the start of
-    every experience, and all buffers, bases and moments among them, before every step; it would wait for
-    gradients that a frozen part never gets, and it takes the mean over processes, however many images each
-    had. Here the loss of a process, a mean over its images, counts by their share of the batch.
-
-    Where a method steps by itself, as by ``manual_backward``, it weighs its losses by itself.
+    A method trains a thousandth of the model. PyTorch's wrapper would send the rest at the start of every
+    experience, and all buffers, bases and moments included, before every step; it would wait for gradients
+    that a frozen part never gets, and it takes the mean over processes, however many images each had. Here a
+    training step returns the process's share of the batch loss, so gradients only have to be summed.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._images = 0
         self._more_to_come = False
 
     def setup(self, trainer: Trainer) -> None:
@@ -54,27 +49,11 @@ class SummedGradients(DDPStrategy):
     def configure_ddp(self) -> None:
         """Leave the model as it is."""
 
-    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """Take a step on ``batch``, images and labels, and keep in mind how many there are."""
-        self._images = len(batch[1])
-        loss = super().training_step(batch, *args, **kwargs)
-        # The mean over no image is NaN, and no sign of divergence.
-        return loss if self._images or not isinstance(loss, Tensor) else loss.nan_to_num()
-
-    def backward(
-        self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """Go backward from the loss, weighted by the images that it is a mean of."""
-        assert self.lightning_module is not None
-        if self.lightning_module.automatic_optimization:
-            closure_loss = part(closure_loss, self._images)
-        return super().backward(closure_loss, optimizer, *args, **kwargs)
-
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Add up the gradients, unless more are to be accumulated."""
+        """Sum the gradients, unless more are to be accumulated."""
         assert self.lightning_module is not None
         if not self._more_to_come:
-            add_up_gradients([p for p in self.lightning_module.parameters() if p.requires_grad])
+            sum_gradients([p for p in self.lightning_module.parameters() if p.requires_grad])
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -86,19 +65,8 @@ class SummedGradients(DDPStrategy):
             self._more_to_come = False
 
 
-class OwnSignals(_SignalConnector):
-    """Leaves signals to the run, which hears them between two steps.
-
-    Lightning's handler of SIGTERM broadcasts from wherever the signal hits, into the midst of another sum;
-    from then on the processes wait for each other forever.
-    """
-
-    def register_signal_handlers(self) -> None:
-        """Register none."""
-
-
-def add_up_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Give every process the sum of the gradients of all; a parameter that has one nowhere keeps none."""
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Give every process the sum of all gradients; a parameter without one on any process keeps none."""
     if not parameters:
         return
     mine = [p.grad for p in parameters]
@@ -142,26 +110,26 @@ def require_one_command(strategy: Distribution, world_size: int) -> None:
     several = max(world_size, launched()) > 1 or strategy.launcher is not None
     if several and not isinstance(strategy, SummedGradients):
         raise ValueError(
-            "A stream runs in several processes by --trainer.strategy ddp alone: set that, or start one "
+            "A stream runs in several processes only with --trainer.strategy ddp: set that, or start one "
             "process with --trainer.devices 1."
         )
     starts_some = world_size > 1 and not (connected() or "LOCAL_RANK" in os.environ)
     if starts_some and not _has_own_command():
         raise ValueError(
-            "A run in several processes starts its own command anew, and a cell of a grid has none: run it "
-            "alone with cl-bench run, or set --trainer.devices 1."
+            "A run in several processes starts its own command again, and a cell of a grid has none: run it "
+            "with cl-bench run, or set --trainer.devices 1."
         )
 
 
 def _has_own_command() -> bool:
-    """Return whether the command that started this process runs this cell, and no worker or job of a grid."""
+    """Return whether the command that started this process runs this cell, not a worker or job of a grid."""
     main = getattr(sys.modules["__main__"], "__spec__", None)
     job = main is not None and main.name.startswith("submitit.")
     return multiprocessing.parent_process() is None and not job
 
 
 def launch(distribution: Distribution, function: Callable[[], _Result]) -> _Result:
-    """Start the other processes, if there are any, connect them, and call ``function`` in each.
+    """Start the other processes, if any, connect them, and call ``function`` in each.
 
     An error in the first process ends the others.
     """

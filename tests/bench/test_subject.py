@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cl_bench.bench.subject import Subject, fill
 from cl_bench.contracts.datamodule import Batch
 from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
-from cl_bench.maths.memory import GPM, DualGPM
+from cl_bench.maths.memory import GPM, DualGPM, reaching
 from cl_bench.results.result import FILE_NAME
 from strategies.lora import LoRA
 
@@ -190,11 +190,11 @@ def test_no_step_waits_for_the_device(subject: Callable[..., Subject], stem: str
 
 @pytest.mark.parametrize("kind", [GPM, DualGPM])
 def test_a_memory_is_filled_up_to_the_share_with_random_directions(kind: type[GPM]) -> None:
-    memory = kind(num_layers=2, dim=20, dtype=torch.float32)
+    memory = kind([0, 1, 1], dim=20, dtype=torch.float32)
     first = torch.diag(torch.tensor([1.0] * 3 + [0.0] * 17)).double()
-    memory.update(first.expand(2, 20, 20), threshold=1.0)
+    memory.update(first.expand(2, 20, 20), reaching(1.0))
     fill(memory, share=0.75)
-    assert memory.dims == [15, 15]
+    assert memory.dims == [15, 15, 15]
     assert memory.residual(torch.eye(20)[:, :3], 0).abs().max() < 1e-5  # what was protected still is
     fill(memory, share=0.5)
-    assert memory.dims == [15, 15]  # it never shrinks
+    assert memory.dims == [15, 15, 15]  # it never shrinks

@@ -165,7 +165,7 @@ def test_a_run_of_two_processes_ends_when_told_and_goes_on(tmp_path: Path) -> No
     finally:
         process.kill()
     assert process.returncode == cli.INTERRUPTED
-    assert "The same command goes on where this one stopped." in said.read_text()
+    assert "Run the same command again to resume." in said.read_text()
     done = command(*words, str(tmp_path / "two"), *several)
     assert done.returncode == 0, done.stderr
     assert cli.main([*words, str(tmp_path / "one")]) == 0
@@ -253,7 +253,7 @@ def test_shares_of_a_sum_go_on_in_more_or_fewer_processes(kind: str, before: int
 
     def heard(seeds: range) -> SecondMoments | InputSketch:
         found = blank()
-        with found.listening():
+        with found.recording():
             for seed in seeds:
                 layer(torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)))
         return found
