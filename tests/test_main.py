@@ -27,7 +27,7 @@ class Sharpened(Strategy):
 
     Args:
         backbone: Pre-trained vision transformer.
-        factor: Of the features.
+        factor: Factor of the features.
         kwargs: Settings of every strategy.
     """
 

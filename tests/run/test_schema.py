@@ -1,7 +1,10 @@
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
+from cl_bench.contracts.strategy import Strategy
+from cl_bench.network.backbones import Backbone
 from cl_bench.run.schema import Schema
 from datamodules.image_folder import ImageFolder
 from datamodules.toy import Toy
@@ -16,6 +19,14 @@ def schema() -> Schema:
 def test_defaults_come_from_the_signatures(schema: Schema) -> None:
     values = schema.parse({}, [])
     assert (values.model.rank, values.model.variant, values.seed) == (10, "merge", 1)
+
+
+def test_a_strategy_without_arguments_has_an_empty_group() -> None:
+    class Bare(Strategy):
+        def __init__(self, backbone: Backbone) -> None:
+            super().__init__(backbone)
+
+    assert Schema(Bare, Toy).parse({}, []).model == Namespace()
 
 
 def test_the_command_line_wins_over_the_config(schema: Schema) -> None:
