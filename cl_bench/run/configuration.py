@@ -92,14 +92,18 @@ class Configuration:
 
     @cached_property
     def resolved(self) -> Config:
-        """Every setting as a plain value; defaults of PyTorch's and Lightning's own classes are left out."""
+        """Every setting as a plain value, without the defaults of PyTorch's and Lightning's own classes."""
         config: Config = json.loads(
             self.schema.parser.dump(self.namespace, skip_link_targets=True, skip_unset=False, format="json")
         )
         trainer = config["trainer"] | {"precision": _precision(config["trainer"]["precision"])}
         config["trainer"] = _without_defaults(trainer, StreamTrainer, Trainer)
+        ours = self.schema.parser.get_defaults()
         for group, class_ in (("model", self.strategy_class), ("data", self.datamodule_class)):
-            arguments = {key: _without_torch_defaults(value) for key, value in config[group].items()}
+            arguments = {
+                key: _without_torch_defaults(value, ours.get(f"{group}.{key}"))
+                for key, value in config[group].items()
+            }
             config[group] = {"class_path": _class_path(class_), "init_args": arguments}
         used = {_root(class_path) for class_path in _class_paths(config)}
         code = [str(folder) for folder in self.code if folder in used]
@@ -110,11 +114,15 @@ class Configuration:
         """The resolved config without paths, devices and logging: equal cells are the same experiment."""
         config: Config = _renamed(_without(self.resolved, _RUN_KEYS_OUTSIDE_THE_CELL), _FIRST_PATHS)
         backbone = config["backbone"]
-        arguments = _without(config["data"]["init_args"], _DATA_KEYS_OUTSIDE_THE_CELL)
+        model, data = (
+            {key: _without_torch_defaults(value) for key, value in config[group]["init_args"].items()}
+            for group in ("model", "data")
+        )
         return config | {
+            "model": config["model"] | {"init_args": model},
             "dataset": self.datamodule.name,
             "trainer": _without(config["trainer"], _TRAINER_KEYS_OUTSIDE_THE_CELL),
-            "data": config["data"] | {"init_args": arguments},
+            "data": config["data"] | {"init_args": _without(data, _DATA_KEYS_OUTSIDE_THE_CELL)},
             "backbone": backbone | {"weights": weights_identity(backbone["model"], backbone["weights"])},
         }
 
@@ -204,7 +212,8 @@ def resolve(layers: Sequence[Path | Config], overrides: Sequence[str] = ()) -> C
     strategy = _class(config, "model", Strategy, files)
     datamodule = _class(config, "data", StreamDataModule, files)
     schema = Schema(strategy, datamodule)
-    values = schema.parse(_arguments(config), overrides, files)
+    words = [_PATHS.get(word, word) for word in overrides]
+    values = schema.parse(_arguments(config), words, files)
     return Configuration(strategy, datamodule, schema, values, tuple(dict.fromkeys(code)))
 
 
@@ -304,14 +313,11 @@ def _class_paths(value: Any) -> Iterator[str]:
 
 def _renamed(value: Any, paths: Mapping[str, str]) -> Any:
     """Return a copy of a config with its class paths replaced by what ``paths`` maps them to."""
+    if isinstance(value, dict):
+        return {key: _renamed(item, paths) for key, item in value.items()}
     if isinstance(value, list):
         return [_renamed(item, paths) for item in value]
-    if not isinstance(value, dict):
-        return value
-    renamed = {key: _renamed(item, paths) for key, item in value.items()}
-    if isinstance(class_path := value.get("class_path"), str):
-        renamed["class_path"] = paths.get(class_path, class_path)
-    return renamed
+    return paths.get(value, value) if isinstance(value, str) else value
 
 
 def _root(class_path: str) -> Path | None:
@@ -345,10 +351,18 @@ def _without_defaults(arguments: Config, *classes: type[Any]) -> Config:
     return {key: value for key, value in arguments.items() if key not in defaults or value != defaults[key]}
 
 
-def _without_torch_defaults(value: Any) -> Any:
-    """Drop the defaults of PyTorch's classes: its version determines them, and that is not a setting."""
+def _without_torch_defaults(value: Any, ours: Any = None) -> Any:
+    """Drop the defaults of a PyTorch class, which follow PyTorch's version, and keep what differs from ours.
+
+    ``ours`` is the default of this argument. A setting of it, under this class or another, takes the place of
+    one that is left out.
+    """
     if not (isinstance(value, dict) and str(value.get("class_path")).startswith("torch.")):
         return value
     module, _, name = value["class_path"].rpartition(".")
-    arguments = _without_defaults(value.get("init_args", {}), getattr(importlib.import_module(module), name))
+    given = value.get("init_args", {})
+    arguments = _without_defaults(given, getattr(importlib.import_module(module), name))
+    if isinstance(ours, Namespace):
+        before = json.loads(json.dumps(ours.init_args.as_dict()))
+        arguments = {k: item for k, item in given.items() if k in arguments or item != before.get(k, item)}
     return {"class_path": value["class_path"], "init_args": arguments}
