@@ -13,7 +13,7 @@ from cl_bench.check.subject import Moment, Run, Subject, differing, some
 from cl_bench.check.verdict import Broken
 from cl_bench.loop.checkpoint import Checkpoint, Checkpoints
 from cl_bench.loop.continuation import resumption
-from cl_bench.loop.snapshot import NoPlace
+from cl_bench.processes.state import NoPlace
 
 _WORDS = {
     "expanded": "the pass over its data",

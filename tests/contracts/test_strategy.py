@@ -1,5 +1,4 @@
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -55,21 +54,6 @@ def test_the_head_is_a_parameter_group_with_its_own_learning_rate(backbone: Back
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in trained} == {id(p) for p in strategy.parameters() if p.requires_grad}
     assert len(trained) == len({id(p) for p in trained})
-
-
-def test_the_optimizer_moves_all_parameters_in_one_kernel_unless_it_is_told_otherwise(
-    backbone: Backbone,
-) -> None:
-    def steps_in_one_kernel(**settings: Any) -> bool:
-        strategy = LinearProbe(backbone, optimizer=lambda groups: torch.optim.AdamW(groups, **settings))
-        strategy.expand(FIRST)
-        optimizer = strategy.configure_optimizers()
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        return all(group["fused"] for group in optimizer.param_groups)
-
-    assert steps_in_one_kernel()
-    assert not steps_in_one_kernel(fused=False)
-    assert not steps_in_one_kernel(foreach=True)
 
 
 def test_trainable_parameters_and_stored_bytes_count_adapters_and_heads(backbone: Backbone) -> None:
