@@ -1,1 +1,1 @@
-"""One file for each dataset; nothing is imported here, so that one dataset cannot break another."""
+"""One file for each dataset; this one imports none of them, so that one dataset cannot break another."""

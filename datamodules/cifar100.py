@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from cl_bench.contracts.photographs import Photographs
-from cl_bench.data.images import PixelSource
 from cl_bench.data.published import cifar100
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import PixelSource, Sources
 
 
 class Cifar100(Photographs):
-    """The images of ``root/cifar-100-python``, in the order of the published files, whole in memory.
+    """The images of ``root/cifar-100-python``, in the order of the published files, all in memory.
 
-    Labels are the published fine labels. torchvision's own class reads the same files in the same order, but
-    by an unpickler that runs what a pickle asks for; here they are read through a restricted one, once their
-    checksum holds. Published with T=10.
+    Labels are the published fine labels. torchvision reads the same files in the same order, but its
+    unpickler runs code that a pickle names. Here the checksum of a file is verified first, and a restricted
+    unpickler reads it. Published with T=10.
     """
 
     name = "cifar100"

@@ -1,4 +1,4 @@
-"""Real handwritten digits that come with scikit-learn: nothing to download."""
+"""Real handwritten digits from scikit-learn, which need no download."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _DARKEST = 16
 class Digits(StreamDataModule):
     """The 1,797 digits of 8 × 8 pixels in scikit-learn, enlarged.
 
-    Of each class the first 80 % in the order of the dataset are training images and the others test images,
-    so every seed has the same split. Neighbours in that order are often by one hand: a random split puts them
-    on both sides, and the nearest class mean of the pixels rises from 85 to 90 % by it. Training shifts a
-    digit by up to an eighth of its width, one of its own pixels.
+    The first 80 % of each class in the order of the dataset are training images and the others test images,
+    so every seed has the same split. Neighbours in that order were often written by one hand: a random split
+    would put them on both sides, and raise the accuracy of the nearest class mean of the pixels from 85 to
+    90 %. Training shifts a digit by up to an eighth of its width, which is one of its own pixels.
 
     Source: test part of the UCI optical digits, https://doi.org/10.24432/C50P49.
 
     Args:
         num_experiences: Number of equal experiences, T; null if num_classes_per_experience is given.
-        image_size: Height and width to which the digits are enlarged, in pixels.
+        image_size: Height and width of the enlarged digits, in pixels.
         kwargs: As in every dataset.
     """
 
@@ -69,7 +69,7 @@ class Digits(StreamDataModule):
 
 
 def _first_of_each_class(labels: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool_]:
-    """Return where the first ``share`` of each class stands in ``labels`` (N,), rounded down."""
+    """Return whether each of ``labels`` (N,) is in the first ``share`` of its class, rounded down."""
     first = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):
         of_class = np.flatnonzero(labels == label)

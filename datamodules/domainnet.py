@@ -1,26 +1,24 @@
-"""DomainNet: 345 classes, each drawn, painted and photographed in up to six domains."""
+"""DomainNet: 345 classes in up to six domains, such as photographs, paintings and drawings."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from cl_bench.contracts.photographs import PhotographFiles
-from cl_bench.data.images import FileSource, require_files
 from cl_bench.data.published import domainnet
 from cl_bench.data.published.domainnet import Variant
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import FileSource, Sources, require_files
 
 
 class DomainNet(PhotographFiles):
-    """The images that the official lists in ``root`` name, all domains pooled.
+    """The images in the official lists in ``root``, all domains pooled.
 
-    Labels are in the official numbering, and the images are those of the cleaned version. Every image carries
-    its domain, so a result counts each domain apart. Published with T=5, 69 classes an experience; published
-    rows do not say which of the two variants they used.
+    Labels are in the official numbering, and the images are those of the cleaned version. Every image has its
+    domain, so a result counts each domain separately. Published with T=5, 69 classes an experience; published
+    rows do not state which of the two variants they used.
 
     Args:
-        variant: official345, all six domains; no_quickdraw, without that one, as in a list that many
-            copied.
+        variant: official345, all six domains; no_quickdraw, the other five, as in a list that many copied.
         kwargs: As in every dataset of photographs.
     """
 
@@ -36,7 +34,7 @@ class DomainNet(PhotographFiles):
         return {"variant": self.variant} | super().variants
 
     def sources(self) -> Sources:
-        """Read the official lists and see that every file is there; no image is opened."""
+        """Read the official lists and check that every file exists; no image is opened."""
         root = self._existing_root()
         domains = domainnet.domains(self.variant)
         train, test = (domainnet.listed(root, split, domains) for split in ("train", "test"))

@@ -1,4 +1,4 @@
-"""A user's own images: one folder for each class, below ``train`` and below ``test``."""
+"""Your own images: one folder for each class, below ``train`` and below ``test``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torchvision.transforms import v2
 
 from cl_bench.contracts.datamodule import StreamDataModule
-from cl_bench.data.images import FileSource
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import FileSource, Sources
 from cl_bench.data.stream import Transform
 
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -23,16 +22,16 @@ EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 class ImageFolder(StreamDataModule):
     """Images under ``root/train/<class>/`` and ``root/test/<class>/``, with the same classes in both.
 
-    Classes and files are taken in the byte order of their names. What begins with a dot, and files without
-    the extension of an image beside others that have one, are no part of the dataset. Training crops at
-    random, resizes and mirrors; testing resizes and crops the centre.
+    Classes and files are sorted by the bytes of their names. Names that begin with a dot, and files without
+    the extension of an image, are ignored. Training crops at random, resizes and mirrors; testing resizes and
+    crops the centre.
 
     Args:
         root: Folder that holds ``train`` and ``test``.
-        name: What paths and tables call the dataset; the name of the root folder if null. Datasets whose
-            folders share a name need one each.
-        max_train_per_class: How many training images of each class to take, the first by name; all if null.
-        max_test_per_class: How many test images of each class to take, likewise.
+        name: Name of the dataset in paths and tables; the name of the root folder if null. Datasets whose
+            folders share a name need different ones.
+        max_train_per_class: Number of training images of each class, the first by name; all if null.
+        max_test_per_class: Number of test images of each class, the first by name; all if null.
         train_scale: Smallest and largest share of the area of an image that a random crop covers.
         train_interpolation: How a random crop is resized.
         test_resize: Short side in pixels of a test image before its centre is cropped; 8/7 of image_size if
@@ -81,7 +80,7 @@ class ImageFolder(StreamDataModule):
         smallest, largest = self.train_scale
         if not 0 < smallest <= largest <= 1:
             raise ValueError(
-                f"train_scale is {smallest} to {largest}, and a crop covers a share of an image: "
+                f"train_scale is {smallest} to {largest}, not a range of shares of an image: "
                 "give two ascending numbers above 0 and up to 1."
             )
         interpolation = v2.InterpolationMode(self.train_interpolation)
@@ -105,13 +104,13 @@ class ImageFolder(StreamDataModule):
         root = Path(self.root)
         if not root.is_dir():
             raise FileNotFoundError(
-                f"There is no folder {root}: set --root to the folder that holds train and test."
+                f"The folder {root} does not exist: set --root to the folder that holds train and test."
             )
         return root
 
 
 def _to_tensor(*steps: v2.Transform) -> Transform:
-    """Return ``steps`` on a Pillow image, then its conversion to a float tensor (3, H, W) in [0, 1]."""
+    """Return a transform by ``steps`` from a Pillow image to a float tensor (3, H, W) in [0, 1]."""
     ending = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.ToPureTensor())
     transform: Transform = v2.Compose([*steps, *ending])
     return transform
@@ -119,12 +118,12 @@ def _to_tensor(*steps: v2.Transform) -> Transform:
 
 def _checked_limit(limit: int | None) -> int | None:
     if limit is not None and limit < 1:
-        raise ValueError(f"A class cannot be limited to {limit} images: take at least 1, or null for all.")
+        raise ValueError(f"A class cannot be limited to {limit} images: choose at least 1, or null for all.")
     return limit
 
 
 def _names(folder: Path, *, folders: bool) -> list[str]:
-    """Return the visible folders, or files, in ``folder`` in the byte order of their names."""
+    """Return the visible folders, or files, in ``folder``, sorted by the bytes of their names."""
     with os.scandir(folder) as entries:
         visible = [entry for entry in entries if not entry.name.startswith(".")]
         return sorted((entry.name for entry in visible if entry.is_dir() == folders), key=os.fsencode)
@@ -134,26 +133,26 @@ def _shared_classes(root: Path) -> list[str]:
     """Return the classes of both splits."""
     train, test = _classes(root / "train"), _classes(root / "test")
     for split, classes, other, others in (("train", train, "test", test), ("test", test, "train", train)):
-        alone = sorted(set(classes) - set(others), key=os.fsencode)
-        if alone:
+        missing = sorted(set(classes) - set(others), key=os.fsencode)
+        if missing:
             raise ValueError(
-                f"The class {alone[0]} of {root} is in {split} but not in {other} "
-                f"({len(alone)} such): add its folder to {other}, or remove it from {split}."
+                f"The class {missing[0]} of {root} is in {split} but not in {other} "
+                f"({len(missing)} such): add its folder to {other}, or remove it from {split}."
             )
     return train
 
 
 def _classes(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}: put one folder for each class into it.")
+        raise FileNotFoundError(f"The folder {folder} does not exist: put one folder for each class into it.")
     classes = _names(folder, folders=True)
     if not classes:
-        raise ValueError(f"The folder {folder} is without a class: put one folder for each class into it.")
+        raise ValueError(f"The folder {folder} has no classes: put one folder for each class into it.")
     return classes
 
 
 def _source(root: Path, split: str, class_names: Sequence[str], limit: int | None) -> FileSource:
-    """Return the images of one split, class after class; the first ``limit`` of each."""
+    """Return the first ``limit`` images of each class of a split, class by class."""
     files, targets = [], []
     for label, name in enumerate(class_names):
         images = _images(root / split / name)[:limit]

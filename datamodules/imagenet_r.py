@@ -5,22 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from cl_bench.contracts.photographs import PhotographFiles
-from cl_bench.data.images import FileSource, require_files
 from cl_bench.data.published import imagenet_r
 from cl_bench.data.published.imagenet_r import LabelOrder, Split
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import FileSource, Sources, require_files
 
 
 class ImageNetR(PhotographFiles):
-    """The images of ``root/imagenet-r``, divided as one of three splits in use.
+    """The images of ``root/imagenet-r``, in one of three published splits.
 
-    Published with T=5, 10 and 20. PILOT's split cannot be made: it is a pair of archives without a list.
+    Published with T=5, 10 and 20. PILOT's split cannot be reproduced: it is two archives without a list.
 
     Args:
         split: coda, the list of 24,000 and 6,000 that most papers share; inflora, the split that InfLoRA's
             code makes on its first run; sorted80, the first 80 % of each class by name for training.
-        label_order: sorted, by WordNet id, or published, as the lists of coda number the classes; a class
-            order permutes these labels, so it deals other experiences under the other.
+        label_order: sorted, by WordNet id, or published, as in the lists of coda; a class order permutes
+            these labels, so the same class order deals different experiences under each.
         kwargs: As in every dataset of photographs.
     """
 
@@ -37,7 +36,7 @@ class ImageNetR(PhotographFiles):
         return {"split": self.split, "label_order": self.label_order} | super().variants
 
     def sources(self) -> Sources:
-        """Read the baked lists and see that every file is there; no image is opened."""
+        """Read the stored lists and check that every file exists; no image is opened."""
         folder = self._existing_root() / imagenet_r.FOLDER
         train, test = imagenet_r.split(self.split)
         require_files(folder, [*train, *test], self._remedy)

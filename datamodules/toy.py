@@ -1,4 +1,4 @@
-"""Generated pictures, for tests: dealing and training take milliseconds."""
+"""Generated pictures for tests: dealing and training take milliseconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = npt.NDArray[np.float64]
 
 
 class Toy(StreamDataModule):
-    """Every class is a Gaussian spot with a place, a width and a colour of its own, under noise.
+    """Pictures of Gaussian spots under noise; every class has a place, a width and a colour of its own.
 
     Training shifts a picture by up to one pixel.
 
@@ -25,8 +25,8 @@ class Toy(StreamDataModule):
         num_classes: Number of classes.
         images_per_class: Training images of each class.
         test_images_per_class: Test images of each class.
-        noise: Standard deviation of the noise, where white is 1.
-        data_seed: Seed of the classes and the noise; another one is another dataset.
+        noise: Standard deviation of the noise, in units of white.
+        data_seed: Seed of the classes and the noise; each seed is another dataset.
         image_size: Height and width of the images, in pixels.
         batch_size: Images in a batch of training.
         kwargs: As in every dataset.

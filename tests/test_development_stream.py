@@ -1,4 +1,4 @@
-"""Fifty classes of real images and a small pre-trained backbone, where a machine has them."""
+"""Fifty classes of real images and a small pre-trained backbone, if the machine has them."""
 
 import tarfile
 from pathlib import Path

@@ -58,11 +58,12 @@ def test_package_resolves_to_this_checkout(package: str, checkout: Path, tmp_pat
     )
 
 
-def test_results_are_read_and_reported_without_torch_or_lightning(checkout: Path, tmp_path: Path) -> None:
-    files = (checkout / "cl_bench" / "report").glob("*.py")
-    modules = ["cl_bench.__main__", "cl_bench.results.result"] + [
-        f"cl_bench.report.{file.stem}" for file in files
-    ]
+@pytest.mark.parametrize("pattern", ("__main__", "*/options", "results/*", "report/*", "grid/work"))
+def test_commands_cells_and_results_are_read_without_torch_or_lightning(
+    pattern: str, checkout: Path, tmp_path: Path
+) -> None:
+    files = [file.relative_to(checkout).with_suffix("") for file in checkout.glob(f"cl_bench/{pattern}.py")]
+    modules = [".".join(file.parts).removesuffix(".__init__") for file in files]
     heavy = {"torch", "torchvision", "lightning", "timm", "torchmetrics", "avalanche"}
     code = f"import sys, {', '.join(modules)}\nfor name in {heavy} & set(sys.modules): print(name)"
     assert printed(code, tmp_path) == []

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader
 from cl_bench.bench.handover import Handover
 from cl_bench.contracts.datamodule import Batch, StreamDataModule
 from cl_bench.data.experience import Experience
-from cl_bench.data.images import PixelSource
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import PixelSource, Sources
 from cl_bench.data.stream import Stream, Transform
 from cl_bench.data.views import Preset, preset
 

@@ -124,7 +124,7 @@ class Subject:
 
     def finish(self) -> Between:
         """End the experience; return what came after the last step."""
-        before = self.trainer.seconds["data_passes"]
+        before = self.trainer.course.seconds["data_passes"]
         self.stream.pass_seconds.clear()
         self._training.finish()
         return self._between(before)
@@ -158,7 +158,7 @@ class Subject:
 
     def _between(self, before: float) -> Between:
         passes = list(self.stream.pass_seconds)
-        return Between(passes, self.trainer.seconds["data_passes"] - before - sum(passes))
+        return Between(passes, self.trainer.course.seconds["data_passes"] - before - sum(passes))
 
     def _stepped(self, index: int) -> SteppedTraining:
         """Return the training of one experience, not yet started."""

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
-from cl_bench.check import cost, data, freezing, function, precision, prediction, reproduction
-from cl_bench.check.observation import Observed, observed
-from cl_bench.check.optimizer import optimizer
-from cl_bench.check.reproduction import Plain, plain
-from cl_bench.check.subject import LONG, Run, Subject
-from cl_bench.check.verdict import Broken, Verdict
+from cl_bench.check import cost, data, reproduction, stability
+from cl_bench.check.subject import Broken, Subject, Verdict
 from cl_bench.errors import sentence
 
 
 class Evidence:
-    """The trainings that the claims look at; each is made when the first claim asks for it.
+    """The trainings that the claims examine; each runs when the first claim needs it.
 
     Args:
         subject: The strategy under check.
@@ -23,41 +19,36 @@ class Evidence:
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
-        self.promises = subject.fresh.strategy.promises  # which may depend on its settings
 
     @cached_property
-    def observed(self) -> list[Observed]:
-        """A training looked at from close by, under a strong optimizer."""
-        return observed(self.subject)
+    def observed(self) -> stability.Observed:
+        """A training under a strong optimizer, observed four times in every experience."""
+        return stability.observed(self.subject)
 
     @cached_property
-    def plain(self) -> Plain:
-        """A training that nobody disturbed."""
-        return plain(self.subject)
+    def plain(self) -> reproduction.Plain:
+        """A training that runs as it is configured."""
+        return reproduction.plain(self.subject)
 
     @cached_property
-    def long(self) -> tuple[Run, list[cost.Experienced]]:
-        """A training on a long stream."""
-        return cost.experienced(self.subject)
+    def measured(self) -> cost.Measured:
+        """A training on a long stream, with the cost of every experience."""
+        return cost.measured(self.subject)
 
 
 CLAIMS: dict[str, Callable[[Evidence], str]] = {
-    "the function is unchanged at the start of an experience": lambda e: function.start(
-        e.observed, e.promises
-    ),
-    "frozen parts stay frozen": lambda e: freezing.frozen(e.observed, e.subject.fresh),
-    "old heads are untouched": lambda e: freezing.old_head(e.observed, e.promises),
-    "merged equals unmerged": lambda e: function.merge(e.observed, e.promises),
-    "the optimizer's parameters are the strategy's own": lambda e: optimizer(e.observed),
-    "no task id at test": lambda e: prediction.prediction(e.plain.run),
-    "no data of other experiences is seen": lambda e: data.data(e.plain.sightings),
-    "the same seed gives the same bits": lambda e: reproduction.seed(e.plain, plain(e.subject)),
-    "a run that is cut off ends in the same bits": lambda e: reproduction.checkpoint(e.subject),
-    "memory is bounded as declared": lambda e: cost.memory(*e.long),
-    "float32 and bfloat16 both run": lambda e: precision.precision(e.subject),
-    f"a step costs in experience {LONG} what it costs in experience 2": lambda e: cost.step(
-        e.long[1], e.promises
-    ),
+    "the function is unchanged at the start of an experience": lambda e: stability.start(*e.observed),
+    "frozen parts stay frozen": lambda e: stability.frozen(*e.observed),
+    "old heads are untouched": lambda e: stability.old_head(*e.observed),
+    "after_training keeps the trained features": lambda e: stability.after_training(*e.observed),
+    "the optimizer's parameters are the strategy's own": lambda e: stability.optimizer(*e.observed),
+    "no task id at test time": lambda e: data.prediction(e.plain.run),
+    "no data of other experiences is seen": lambda e: data.training(e.plain.seen),
+    "the same seed gives the same bits": lambda e: reproduction.seed(e.plain, reproduction.plain(e.subject)),
+    "a resumed run ends in the same bits": lambda e: reproduction.resume(e.subject),
+    "stored state grows only as declared": lambda e: cost.state(*e.measured),
+    "float32 and bfloat16 both run": lambda e: reproduction.precision(e.subject),
+    "the cost of a step grows only as declared": lambda e: cost.step(*e.measured),
 }
 """What is claimed of every strategy, in words, and the check of it."""
 
@@ -74,5 +65,5 @@ def _verdict(claim: str, check: Callable[[Evidence], str], evidence: Evidence) -
         return Verdict(claim, passed=True, why=check(evidence))
     except Broken as broken:
         return Verdict(claim, passed=False, why=f"{broken}.")
-    except Exception as error:  # a strategy under check may raise anything; the other claims still count
+    except Exception as error:  # a strategy may raise anything, and the other claims are still checked
         return Verdict(claim, passed=False, why=f"it stopped with: {sentence(error)}")

@@ -25,7 +25,7 @@ def check(name: str, overrides: Sequence[str], console: Console) -> bool:
 
     Args:
         name: A class path, a config stem or YAML file, or a Python file, ``FILE.py`` or ``FILE.py:Class``.
-        overrides: Words of the command line, such as ``--variant shared``.
+        overrides: Options of the command line, such as ``--variant shared``.
         console: Where to print.
 
     Raises:
@@ -48,8 +48,8 @@ def check(name: str, overrides: Sequence[str], console: Console) -> bool:
 
 def _require_buildable(subject: Subject) -> None:
     try:
-        _ = subject.fresh
-    except Exception as error:  # whatever a constructor raises, there is nothing to check then
+        subject.run()
+    except Exception as error:  # a constructor may raise anything
         raise ValueError(
             f"{subject.strategy_class.__name__} cannot be built for a transformer of two blocks of width 32: "
             f"{sentence(error)}"
@@ -57,10 +57,10 @@ def _require_buildable(subject: Subject) -> None:
 
 
 def layer(name: str) -> Path | Config:
-    """Return the config of the strategy that ``name`` means.
+    """Return the config of the strategy called ``name``.
 
     Raises:
-        ValueError: If it means none.
+        ValueError: If there is no such strategy.
         FileNotFoundError: If there is no such file.
     """
     file, _, class_name = name.partition(":")
@@ -72,8 +72,8 @@ def layer(name: str) -> Path | Config:
         return config_file("strategies", name)
     except ValueError as error:
         raise ValueError(
-            f"There is no strategy {name!r}. {suggestion(name, stems_of('strategies'))} A class path, "
-            "such as strategies.lora.LoRA, and a file, such as my_strategy.py, do as well."
+            f"There is no strategy {name!r}. {suggestion(name, stems_of('strategies'))} You can also give a "
+            "class path, such as strategies.lora.LoRA, or a file, such as my_strategy.py."
         ) from error
 
 
@@ -89,14 +89,14 @@ def _class_path_in(file: Path, class_name: str) -> str:
         raise ValueError(f"There is no strategy {class_name!r} in {file}. {suggestion(class_name, own)}")
     if not class_name and len(own) != 1:
         raise ValueError(
-            f"{file} holds {len(own)} strategies, {', '.join(own) or 'no subclass of Strategy'}: "
-            f"name one, as {file}:Class."
+            f"{file} defines {len(own)} subclasses of Strategy{': ' * bool(own)}{', '.join(own)}. "
+            f"Name one, as {file}:Class."
         )
     return f"{module.__name__}.{class_name or own[0]}"
 
 
 def _imported(file: Path) -> ModuleType:
-    """Import ``file`` under its own name; its folder becomes importable for what stands beside it."""
+    """Import ``file`` under its own name, and make the other modules of its folder importable."""
     if not file.is_file():
         raise FileNotFoundError(f"There is no file {file}.")
     folder = str(file.resolve().parent)

@@ -1,4 +1,4 @@
-"""Claims about bits: the same seed gives the same ones, and so does a run that is cut off."""
+"""Claims about bits: the same from the same seed, the same after a resumption, and precise in bfloat16."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from cl_bench.check.data import Sightings
-from cl_bench.check.subject import Moment, Run, Subject, differing, some
-from cl_bench.check.verdict import Broken
+from cl_bench.check.data import ImagesSeen
+from cl_bench.check.subject import Broken, Moment, Run, Subject, copied_state, differing, some
 from cl_bench.loop.checkpoint import Checkpoint, Checkpoints
 from cl_bench.loop.continuation import resumption
 from cl_bench.processes.state import NoPlace
+
+PRECISIONS = ("32-true", "bf16-mixed")
 
 _WORDS = {
     "expanded": "the pass over its data",
@@ -25,33 +26,33 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Plain:
-    """A training that nobody disturbed.
+    """A training that runs as it is configured.
 
     Attributes:
-        run: The strategy as it was left.
+        run: The strategy, after training.
         moments: After every experience.
-        sightings: What was seen of the stream meanwhile.
+        seen: The images that the strategy saw.
     """
 
     run: Run
     moments: list[Moment]
-    sightings: Sightings
+    seen: ImagesSeen
 
 
 def plain(subject: Subject) -> Plain:
-    """Train ``subject`` on the tiny stream, and look at it after every experience."""
+    """Train ``subject`` on the tiny stream, and observe it after every experience."""
     run = subject.run()
-    sightings = Sightings(run)
+    seen = ImagesSeen(run)
     moments = []
     for experience in run.experiences:
-        with sightings.during(experience):
+        with seen.during(experience):
             run.learn(experience)
         moments.append(run.moment())
-    return Plain(run, moments, sightings)
+    return Plain(run, moments, seen)
 
 
 def seed(one: Plain, other: Plain) -> str:
-    """Claim: two trainings from one seed end in the same bits, whatever the generators held before."""
+    """Claim: two trainings from one seed end in the same bits, whatever was drawn before."""
     for index, (mine, its) in enumerate(zip(one.moments, other.moments, strict=True), 1):
         names = differing(mine.state, its.state)
         if names:
@@ -61,18 +62,19 @@ def seed(one: Plain, other: Plain) -> str:
             )
         if not torch.equal(mine.logits, its.logits):
             raise Broken(
-                f"logits differ after experience {index}, although parameters and buffers agree: keep what "
-                "they depend on in a buffer, and draw nothing at test time"
+                f"logits differ after experience {index}, although parameters and buffers agree: keep in a "
+                "buffer what they depend on, and draw nothing at test time"
             )
     tensors, experiences = len(one.moments[-1].state), len(one.moments)
     return f"{tensors} tensors and all logits agree after each of {experiences} experiences"
 
 
-def checkpoint(subject: Subject) -> str:
-    """Claim: a run that is cut off goes on to the same bits, wherever in an experience that was.
+def resume(subject: Subject) -> str:
+    """Claim: a run that was interrupted resumes to the same bits, wherever in an experience that was.
 
     A run writes its checkpoints halfway through the stream: before the pass over the data, the steps, the
-    pass after them and the evaluation. From each, a strategy that was built anew goes on to the end.
+    second epoch, the pass after training, and the evaluation. From each, a newly built strategy runs to the
+    end of the stream.
     """
     run = subject.run()
     half = len(run.experiences) // 2
@@ -80,32 +82,32 @@ def checkpoint(subject: Subject) -> str:
         kept = _Kept(Path(name), half)
         run.trainer.run(run.strategy, run.stream, checkpoints=kept)
         whole = run.moment()
-        for phase, path in kept.phases.items():
-            _require_equal(_gone_on(subject, path), whole, phase)
-    return f"cut off before {', '.join(kept.phases)} of experience {half + 1}, and ended in the same bits"
+        for moment, folder in kept.folders.items():
+            _require_equal(_resumed(subject, folder), whole, moment)
+    return f"interrupted before {', '.join(kept.folders)} of experience {half + 1}; the same bits each time"
 
 
 class _Kept(Checkpoints):
-    """Keeps the checkpoints of one experience, each in a folder of its own."""
+    """Keeps every checkpoint of one experience, each in its own folder."""
 
     def __init__(self, folder: Path, experience: int) -> None:
-        super().__init__(folder, cell="")
-        self.phases: dict[str, Path] = {}
+        super().__init__(folder, cell="", every=0)
+        self.folders: dict[str, Path] = {}
         self._experience = experience
 
     def write(self, checkpoint: Checkpoint) -> Path:
         """Keep ``checkpoint`` if it is one of the experience."""
-        folder = self.folder / checkpoint.phase
-        if checkpoint.experience == self._experience:
-            self.phases[_WORDS[checkpoint.phase]] = folder
-            return Checkpoints(folder, cell="").write(checkpoint)
-        return folder
+        if checkpoint.experience != self._experience:
+            return self.folder
+        before = f"epoch {checkpoint.epoch + 1}" if checkpoint.epoch else _WORDS[checkpoint.phase]
+        self.folders[before] = self.folder / before.replace(" ", "-")
+        return Checkpoints(self.folders[before], cell="").write(checkpoint)
 
     def clear(self) -> None:
-        """Keep them although the run is done: others go on from them."""
+        """Keep the checkpoints after the run: other runs resume from them."""
 
 
-def _gone_on(subject: Subject, folder: Path) -> Moment:
+def _resumed(subject: Subject, folder: Path) -> Moment:
     run = subject.run()
     try:
         result = run.trainer.run(run.strategy, run.stream, checkpoints=Checkpoints(folder, cell=""))
@@ -115,15 +117,39 @@ def _gone_on(subject: Subject, folder: Path) -> Moment:
     return run.moment()
 
 
-def _require_equal(found: Moment, expected: Moment, phase: str) -> None:
-    when = f"differ at the end of a run that was cut off before {phase}"
+def _require_equal(found: Moment, expected: Moment, interrupted: str) -> None:
+    when = f"differ at the end of a run that was interrupted before {interrupted}"
     names = differing(found.state, expected.state)
     if names:
         raise Broken(
-            f"{some(names)} {when}: keep what training depends on in parameters, in buffers, or where "
-            "get_extra_state of a module returns it"
+            f"{some(names)} {when}: keep what training depends on in parameters, in buffers, or in what "
+            "get_extra_state of a module returns"
         )
     if not torch.equal(found.logits, expected.logits):
         raise Broken(
-            f"logits {when}, although parameters and buffers agree: keep what they depend on in a buffer"
+            f"logits {when}, although parameters and buffers agree: keep in a buffer what they depend on"
         )
+
+
+def precision(subject: Subject) -> str:
+    """Claim: in float32 and in mixed bfloat16 a stream runs to its end, and what is kept stays precise."""
+    accuracies = []
+    for name in PRECISIONS:
+        run = subject.run({"trainer.precision": name})
+        result = run.trainer.run(run.strategy, run.stream)
+        _require_precise(run, name)
+        accuracies.append(f"{name} ends at {result.metrics()['acc/sample']:.0f} %")
+    return ", ".join(accuracies)
+
+
+def _require_precise(run: Run, name: str) -> None:
+    state = copied_state(run.strategy)
+    coarse = [key for key, value in state.items() if value.dtype in (torch.bfloat16, torch.float16)]
+    if coarse:
+        raise Broken(
+            f"under {name} the strategy keeps {some(coarse)} in half precision: compute in float32 what is "
+            "kept"
+        )
+    endless = [key for key, value in state.items() if not value.isfinite().all()]
+    if endless:
+        raise Broken(f"under {name}, {some(endless)} are not finite: find the cause with --detect_anomaly")

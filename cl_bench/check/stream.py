@@ -1,4 +1,4 @@
-"""A stream of generated images that knows which of them were looked at."""
+"""A stream of generated images that records which of them were read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TEST_IMAGES_PER_CLASS = 3
 
 
 class WatchedSource(ArraySource):
-    """A source that remembers which images were read.
+    """A source that records which images were read.
 
     Attributes:
         read: Indices of the images read since the set was last cleared.
@@ -31,17 +31,17 @@ class WatchedSource(ArraySource):
         self.read: set[int] = set()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Return image ``index`` (3, H, W) with its label, and remember that it was read."""
+        """Return image ``index`` (3, H, W) with its label, and record the read."""
         self.read.add(index)
         return super().__getitem__(index)
 
 
 class TinyStream(StreamDataModule):
-    """Slopes of one colour a class, without noise: what layers see of them spans few directions.
+    """Slopes of one colour a class, without noise: the inputs of every layer span few directions.
 
-    So a memory that only grows has room for many experiences although the transformer is small. No two images
-    are equal, and nothing is drawn in training, so an image is known by its pixels wherever it appears. The
-    training images of an experience fit into one batch.
+    A memory that only grows therefore has room for many experiences, although the transformer is small. No
+    two images are equal and training augments none, so an image is recognised by its pixels. The training
+    images of an experience fit into one batch.
 
     Args:
         num_experiences: Number of experiences, of two classes each.
@@ -70,7 +70,7 @@ class TinyStream(StreamDataModule):
         self.test = self._slopes(colours, TEST_IMAGES_PER_CLASS, 0.63, 0.97)
 
     def sources(self) -> Sources:
-        """Return the images that were generated."""
+        """Return the generated images."""
         return Sources(self.train, self.test, [f"slope {label}" for label in range(self.num_classes)])
 
     def train_transform(self) -> Transform:

@@ -1,4 +1,4 @@
-"""The strategy under check: how it is built, trained on a tiny stream, and looked at."""
+"""The strategy under check: how it is built, trained and observed, and what can be found about it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from cl_bench.check.stream import TinyStream
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
+from cl_bench.errors import sentence
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import pooled
@@ -26,10 +26,10 @@ from cl_bench.run.configuration import CONFIGS, Configuration, resolve
 from cl_bench.run.schema import Config
 
 RANK = 4
-"""Rank of the adapters of a strategy that has one; a published rank would fill the tiny transformer."""
+"""Rank of adapters under check; a published rank would fill the tiny transformer."""
 
 LONG = 20
-"""Number of experiences of the long stream, on which cost must not grow."""
+"""Number of experiences of the long stream, on which growth is measured."""
 
 _LEARNING_RATE, _WEIGHT_DECAY = 0.01, 0.1
 
@@ -40,17 +40,19 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Moment:
-    """What a strategy is, and what it does with the probe images, at one moment.
+    """What a strategy holds, and what it computes for the probe images, at one moment.
 
     Attributes:
         state: Copies of its parameters and persistent buffers.
-        trained: Names of the parameters with a gradient.
-        features: Of the probe images (N, d).
-        logits: Of the probe images (N, classes seen), without a column before the first experience.
+        trained: Names of the parameters that require a gradient.
+        frozen: Names of the parameters that do not.
+        features: Of the probe images (N, d); (N, 0) if the first ``expand`` has yet to draw what they need.
+        logits: Of the probe images (N, classes seen).
     """
 
     state: State
     trained: frozenset[str]
+    frozen: frozenset[str]
     features: Tensor
     logits: Tensor
 
@@ -60,8 +62,8 @@ class Run:
     """A strategy and what it runs with.
 
     Attributes:
-        strategy: As it was built, and after training as it was left.
-        trainer: Lightning's, for a stream.
+        strategy: The method; training changes it in place.
+        trainer: Its trainer.
         stream: The tiny stream, set up.
         backbone: Arguments of the backbone.
     """
@@ -81,38 +83,57 @@ class Run:
         self.trainer.learn(self.strategy, self.stream, experience)
 
     def pretrained(self) -> State:
-        """Return the parameters of the backbone before the strategy had it."""
+        """Return the parameters of the backbone as the strategy received it."""
         return dict(Backbone(**self.backbone).named_parameters())
 
     def moment(self) -> Moment:
-        """Look at the strategy; it stays as it is."""
-        images = self.stream.probe()[0]
-        with _at_test_time(self.strategy):
-            features = pooled(self.strategy.features(images)).clone()
-            seen = self.strategy.head.num_classes
-            logits = self.strategy(images).clone() if seen else features.new_zeros(len(images), 0)
-        trained = frozenset(n for n, p in self.strategy.named_parameters() if p.requires_grad)
-        return Moment(copied_state(self.strategy), trained, features, logits)
+        """Observe the strategy, and leave it as it is."""
+        images, _ = self.stream.probe()
+        strategy, nothing = self.strategy, images.new_empty(len(images), 0)
+        begun = strategy.head.num_classes > 0
+        features = self._features(images, begun) if begun or not strategy.promises.drawn_once else nothing
+        parameters = dict(strategy.named_parameters())
+        trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
+        return Moment(
+            copied_state(strategy),
+            trained,
+            frozenset(parameters) - trained,
+            features,
+            self.logits(images) if begun else nothing,
+        )
 
     def tested(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return what the test step of Lightning answers to images with ``labels``."""
+        """Return the logits (B, classes seen) of Lightning's test step for images with ``labels``."""
         with _at_test_time(self.strategy):
             answer: Tensor = self.strategy.test_step((images, labels), 0)
-        return answer
+        return answer.clone()
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return what the strategy answers to images (B, 3, H, W) at test time, (B, classes seen)."""
+        """Return the logits (B, classes seen) of images (B, 3, H, W) at test time."""
         with _at_test_time(self.strategy):
             answer: Tensor = self.strategy(images)
-        return answer
+        return answer.clone()
+
+    def _features(self, images: Tensor, begun: bool) -> Tensor:
+        try:
+            with _at_test_time(self.strategy):
+                return pooled(self.strategy.features(images)).clone()
+        except Exception as error:
+            if begun:
+                raise
+            raise Broken(
+                f"before the first experience, features stops with {sentence(error).rstrip('.')}: make what "
+                "it needs in the constructor, or declare drawn_once in Promises if the first expand draws "
+                "that for the whole stream"
+            ) from error
 
 
 class Subject:
     """A strategy under check.
 
     Args:
-        layer: Its config: a file, or its content.
-        overrides: Words of the command line, such as ``--rank 2``.
+        layer: Its config: a file, or the content of one.
+        overrides: Options of the command line, such as ``--rank 2``.
 
     Raises:
         ValueError: If the config or an override is not valid.
@@ -131,11 +152,11 @@ class Subject:
         return self._configuration.strategy_class
 
     def run(self, settings: Mapping[str, Any] | None = None, callbacks: Sequence[Callback] = ()) -> Run:
-        """Build the strategy anew, with a trainer and a stream of their own.
+        """Build a new strategy with its own trainer and stream.
 
         Args:
-            settings: Values in place of those of the config, such as 20 for ``data.num_experiences``.
-            callbacks: Watchers of the training.
+            settings: Values that replace those of the config, such as 20 for ``data.num_experiences``.
+            callbacks: Callbacks of the trainer.
         """
         values = self._configuration.namespace.clone()
         for key, value in (settings or {}).items():
@@ -146,14 +167,9 @@ class Subject:
         trainer.require_fit(strategy, stream)
         return Run(strategy, trainer, stream, values.backbone.as_dict())
 
-    @cached_property
-    def fresh(self) -> Run:
-        """The strategy before its first experience."""
-        return self.run()
-
 
 def _small(configuration: Configuration) -> list[str]:
-    """Return the settings that make a strategy fit into the tiny transformer."""
+    """Return the options that make a strategy fit the tiny transformer."""
     depth = configuration.namespace.backbone.options["depth"]
     words = ["--model.rank", str(RANK)] if "model.rank" in configuration.schema.keys else []
     blocks = configuration.namespace.model.get("blocks")
@@ -161,16 +177,16 @@ def _small(configuration: Configuration) -> list[str]:
 
 
 def strong(run: Run) -> Run:
-    """Let the optimizer move and decay whatever it holds, so that what should not move is seen to."""
+    """Raise learning rate and weight decay, so that whatever the optimizer can move moves visibly."""
     strategy = run.strategy
     build = strategy._optimizer
 
     def strengthened(parameters: Any) -> torch.optim.Optimizer:
         optimizer = build(parameters)
-        for group in optimizer.param_groups:
-            group["lr"] = max(group["lr"], _LEARNING_RATE)
-            if "weight_decay" in group:
-                group["weight_decay"] = _WEIGHT_DECAY
+        for settings in (optimizer.defaults, *optimizer.param_groups):  # groups added later take the defaults
+            settings["lr"] = max(settings["lr"], _LEARNING_RATE)
+            if "weight_decay" in settings:
+                settings["weight_decay"] = _WEIGHT_DECAY
         return optimizer
 
     strategy._optimizer = strengthened
@@ -210,7 +226,7 @@ def copied_state(strategy: Strategy) -> State:
 
 
 def differing(one: State, other: State) -> list[str]:
-    """Return the names under which two states do not hold the same bits.
+    """Return the names of the tensors that are not bit-identical in two states.
 
     >>> differing({"a": torch.zeros(1), "b": torch.zeros(1)}, {"a": torch.zeros(1), "b": torch.ones(1)})
     ['b']
@@ -223,14 +239,14 @@ def differing(one: State, other: State) -> list[str]:
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:
-    """Return the first of ``names`` and how many more there are."""
+    """Return the first ``shown`` names, and the number of the others."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
 
 
 @contextmanager
 def _at_test_time(strategy: Strategy) -> Iterator[None]:
-    """No gradients, layers in evaluation mode, random numbers left as they were."""
+    """Turn gradients off, set evaluation mode, and restore the random generators afterwards."""
     modes = [(module, module.training) for module in strategy.modules()]
     strategy.eval()
     try:
@@ -242,8 +258,34 @@ def _at_test_time(strategy: Strategy) -> Iterator[None]:
 
 
 def _stir() -> None:
-    """Leave the global generators in another state than any run before."""
+    """Seed the global generators in another way than for any earlier run."""
     seed = next(_seeds)
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
+
+
+class Broken(Exception):
+    """A claim does not hold; the message names what was found and the remedy."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of checking one claim.
+
+    Attributes:
+        claim: The claim, in words.
+        passed: Whether it holds.
+        why: What was measured; or what was found instead, with the remedy.
+
+    >>> print(Verdict("frozen parts stay frozen", passed=True, why="31 tensors, bit by bit"))
+    passed  frozen parts stay frozen: 31 tensors, bit by bit
+    """
+
+    claim: str
+    passed: bool
+    why: str
+
+    def __str__(self) -> str:
+        """Return one line."""
+        return f"{'passed' if self.passed else 'FAILED'}  {self.claim}: {self.why}"

@@ -1,10 +1,10 @@
-"""The contract of a dataset: what it brings, and how its stream is served."""
+"""The contract of a dataset: its images and transforms, and how its stream is served."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,14 +14,11 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cl_bench.data.batches import copied
 from cl_bench.data.draws import DrawnImages, DrawSampler
 from cl_bench.data.experience import Experience
-from cl_bench.data.loading import RankBatches, StreamLoader, WorkerPool
-from cl_bench.data.regions import BatchedView, Regions
-from cl_bench.data.sources import Sources, of_classes
+from cl_bench.data.loading import RankBatches, StreamLoader, WorkerPool, copied
+from cl_bench.data.sources import Indices, Sources, for_validation, of_classes
 from cl_bench.data.stream import (
-    Indices,
     Stream,
     Transform,
     class_order,
@@ -30,50 +27,45 @@ from cl_bench.data.stream import (
     order_name,
     require_one_division,
 )
-from cl_bench.data.validation import PartSource, held_out
-from cl_bench.data.views import CentreView, RandomView, scaled
+from cl_bench.data.views import View, scaled
 from cl_bench.processes.ranks import place
 
 Batch = tuple[Tensor, Tensor]
 """Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
-
-_HELD_OUT_IMAGES = 32  # of each class for its mean, and as many for the accuracy
-
-
+_HELD_OUT_IMAGES = 32  # of each held-out class and split, at most
 _MOST_WORKERS = 256
-
-
-_TRAINING, _TEST, _PLAIN, _AUGMENTED, _OUTSIDE = range(5)
+_TRAINING, _TEST, _PLAIN, _AUGMENTED, _HELD_OUT = range(5)  # kinds of passes, whose draws differ
 
 
 class StreamDataModule(LightningDataModule, ABC):
-    """A dataset dealt into a stream, one experience of which is served at a time.
+    """A dataset dealt into a stream of experiences, of which it serves one at a time.
 
     A dataset is a subclass with a ``name`` that implements :meth:`sources`, :meth:`train_transform` and
-    :meth:`test_transform`; its transforms draw from torch's generator alone. What a loader yields is then a
-    function of the seed, the experience, the pass over it, the epoch and the image, whatever the number of
-    workers, and leaves torch's and NumPy's global generators as they were.
+    :meth:`test_transform`. Its transforms must draw only from torch's generator. What a loader yields is
+    then a function of the seed, the experience, the pass over it, the epoch and the image, for any number of
+    workers, and loading leaves torch's and NumPy's global generators as they were.
 
     Args:
         num_experiences: Number of equal experiences, T; null if num_classes_per_experience is given.
         num_classes_per_experience: Size of equal experiences, or a list with the size of each.
         order: Class order: identity, numpy:SEED, python:SEED, or a list of labels.
-        seed: Seed of the order of the images and of their augmentation; at least 0.
+        seed: Seed of the order of the images and of their augmentation, at least 0.
         image_size: Height and width of the images, in pixels.
-        batch_size: Images in a batch of training, over all processes of a run together.
-        test_batch_size: Images in a batch without gradients, likewise; twice batch_size if null.
+        batch_size: Images in a training batch, summed over all processes of a run.
+        test_batch_size: Images in a batch without gradients, summed over all processes of a run; twice
+            batch_size if null.
         num_workers: Processes that load images; they change the speed, never a batch. They live as long as
             the stream is served, and each process of a run has its own.
-        held_out_classes: How many classes, the last by original label, are no part of the stream; diagnostics
-            measure on them what the backbone still knows of the rest of the world.
+        held_out_classes: Number of classes to leave out of the stream, the last ones by original label; the
+            diagnostics measure on them what the backbone still knows outside the stream.
         val_fraction: Share of each class's training images to hold out and evaluate on, to choose settings
-            by; the test images then stay closed. 0 for a result.
-        val_seed: Seed of the choice of these images; every seed and class order shares it.
+            without opening a test image; 0 for a result.
+        val_seed: Seed of the choice of these images, shared by all seeds and class orders.
     """
 
     name: str
-    """What paths and tables call the dataset."""
+    """Name of the dataset in paths and tables."""
 
     decoding: str = "uint8 RGB"
     """How stored images become pixels; part of the protocol."""
@@ -109,24 +101,24 @@ class StreamDataModule(LightningDataModule, ABC):
         self._pool: WorkerPool | None = None
         self._experience: Experience | None = None
 
-    # What a dataset implements
+    # To implement
 
     @abstractmethod
     def sources(self) -> Sources:
         """Find the images and their labels.
 
         Raises:
-            FileNotFoundError: If the data are not there.
-            ValueError: If they cannot be a dataset.
+            FileNotFoundError: If the data are missing.
+            ValueError: If the data cannot be used.
         """
 
     @abstractmethod
     def train_transform(self) -> Transform:
-        """Return what turns a decoded image into a float tensor (3, H, W) in [0, 1], drawn anew each time."""
+        """Return the transform from a decoded image to a float tensor (3, H, W) in [0, 1], augmented."""
 
     @abstractmethod
     def test_transform(self) -> Transform:
-        """Return what turns a decoded image into a float tensor (3, H, W) in [0, 1], always the same."""
+        """Return the transform from a decoded image to a float tensor (3, H, W) in [0, 1], deterministic."""
 
     # The stream
 
@@ -134,11 +126,11 @@ class StreamDataModule(LightningDataModule, ABC):
         """Check the arguments and deal the stream; a second call changes nothing.
 
         Args:
-            stage: As Lightning names it; every stage needs the same.
+            stage: Lightning's name of the stage; all stages need the same.
 
         Raises:
             ValueError: If an argument or the data cannot be used.
-            FileNotFoundError: If the data are not there.
+            FileNotFoundError: If the data are missing.
         """
         if self._served is None:
             self._require_valid_arguments()
@@ -151,7 +143,7 @@ class StreamDataModule(LightningDataModule, ABC):
 
     @property
     def experiences(self) -> tuple[Experience, ...]:
-        """The experiences, in the order in which they are met."""
+        """The experiences, in the order of training."""
         return self.stream.experiences
 
     @property
@@ -161,23 +153,23 @@ class StreamDataModule(LightningDataModule, ABC):
 
     @property
     def evaluated_on(self) -> str:
-        """``test``, or ``validation`` where training images are held out and the test images stay closed."""
+        """``test``, or ``validation`` if held-out training images are used instead of the test images."""
         return "validation" if self.val_fraction else "test"
 
     @property
     def test_images(self) -> list[int]:
-        """Number of images to evaluate on, of the class at each position."""
+        """Number of images to evaluate on, for the class at each position."""
         counts: list[int] = np.bincount(self._dealt.test.positions).tolist()
         return counts
 
     @property
     def domains(self) -> list[str]:
-        """Names of the domains that the images come from; empty where a dataset has none."""
+        """Names of the domains that the images come from; empty if the dataset has none."""
         return list(self._opened.domains)
 
     @property
     def domain_images(self) -> list[list[int]]:
-        """Number of images to evaluate on, of each domain and of the class at each position."""
+        """Number of images to evaluate on, for each domain and the class at each position."""
         test = self._dealt.test
         counts = np.zeros((len(self.domains), len(self.stream.order)), dtype=np.int64)
         if self.domains:
@@ -187,25 +179,25 @@ class StreamDataModule(LightningDataModule, ABC):
 
     @property
     def variants(self) -> dict[str, str]:
-        """Which of its published meanings a dataset has here: what was chosen, by the name of the choice."""
+        """The published meaning of the dataset that is used: choices such as ``split``, by name."""
         return {}
 
     @property
     def images_sha256(self) -> str | None:
-        """Hash of the bytes of all image files as ``cl-bench prepare`` scanned them, for the provenance.
+        """Hash over all image files as ``cl-bench prepare`` scanned them, for the provenance.
 
-        None where nobody scanned them, and where the protocol's own hashes are of pixels.
+        None if they were not scanned, or if the hashes in the protocol are of pixels already.
         """
         return None
 
     @property
     def order_name(self) -> str:
-        """Short name of the class order, as paths show it."""
+        """Short name of the class order, as in paths."""
         return order_name(self.order)
 
     @property
     def stream_length(self) -> int:
-        """Number of experiences; the data are looked for only if the arguments alone do not tell."""
+        """Number of experiences; the data are read only if the arguments do not determine it."""
         require_one_division(self.num_experiences, self.num_classes_per_experience)
         if self.num_experiences is not None:
             return self.num_experiences
@@ -214,10 +206,10 @@ class StreamDataModule(LightningDataModule, ABC):
         return len(self._sizes())
 
     def protocol(self) -> dict[str, object]:
-        """Return what must be equal for two results on this dataset to stand side by side.
+        """Return the part of the protocol that two comparable results on this dataset share.
 
         Raises:
-            ValueError: If a transform cannot be told from another by its text.
+            ValueError: If the text of a transform does not identify it.
         """
         dealt = self._dealt
         return {
@@ -235,95 +227,84 @@ class StreamDataModule(LightningDataModule, ABC):
         }
 
     def close(self) -> None:
-        """End the processes that load images; they are started anew when a batch is asked for."""
+        """Stop the workers; the next batch starts new ones."""
         if self._pool is not None:
             self._pool.close()
         self._pool = None
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Finish a batch on the device: whole numbers become [0, 1] as a new tensor, regions become views."""
+        """Finish a batch on the device: images of uint8 become floats in [0, 1], in a new tensor."""
         images, *rest = batch
-        if isinstance(images, Regions):
-            transform = self._dealt.train.transform
-            assert isinstance(transform, BatchedView)
-            finished = transform.views(images)
-        elif images.dtype == torch.uint8:
-            finished = scaled(images)
-        else:
+        if images.dtype != torch.uint8:
             return batch
         trainer = self._serving
-        return [finished if trainer is None else trainer.precision_plugin.convert_input(finished), *rest]
+        floats = scaled(images)
+        return [floats if trainer is None else trainer.precision_plugin.convert_input(floats), *rest]
 
     @property
     def _serving(self) -> Trainer | None:
-        """The trainer that is at work, if one is."""
-        working = self.trainer is not None and self.trainer.state.stage is not None
-        return self.trainer if working else None
+        """The trainer, while it runs a stage."""
+        running = self.trainer is not None and self.trainer.state.stage is not None
+        return self.trainer if running else None
 
-    @property
-    def _on_accelerator(self) -> bool:
-        """Whether batches are moved to another device, and finished there."""
-        trainer = self._serving
-        return trainer is not None and trainer.strategy.root_device.type != "cpu"
-
-    # The experience at hand
+    # The current experience
 
     def enter(self, experience: Experience) -> None:
-        """Serve ``experience`` from now on: its training images, and test images of all classes up to it."""
+        """Serve ``experience`` from now on: its training images, and the test images of all classes seen."""
         self._experience = experience
 
     @property
     def experience(self) -> Experience:
-        """The experience being served."""
+        """The current experience."""
         if self._experience is None:
-            raise RuntimeError("No experience is being served yet: call enter(experience) first.")
+            raise RuntimeError("No experience is served yet: call enter(experience) first.")
         return self._experience
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Serve the training images of the experience, augmented, in an order that changes with the epoch."""
+        """Serve the training images of the experience, augmented and reshuffled in every epoch."""
         train = self._dealt.train
-        sampler = self._sampler(self._current(train), _TRAINING, shuffle=True)
+        entropy = (self.seed, self.experience.index, _TRAINING)
+        sampler = DrawSampler(self._current(train), entropy, shuffle=True)
         return self._loader(train, RankBatches(sampler, self.batch_size, *place()))
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Serve the test images of all classes seen, mixed as the dataset holds them.
+        """Serve the test images of all classes seen, in the order of the dataset.
 
-        Where there are domains, a batch ends with the place of each image's domain (B,).
+        If the dataset has domains, a batch also holds the index of each image's domain (B,).
         """
         test = self._dealt.test
         seen = np.flatnonzero(test.positions < self.experience.classes.stop)
-        return self._loader(test, self._batches(self._sampler(seen, _TEST)))
+        return self._one_pass(test, seen, _TEST)
 
     def augmented_dataloader(self, pass_index: int) -> DataLoader[Batch]:
-        """Serve every training image of the experience once, drawn as in training and anew for each pass.
+        """Serve every training image of the experience once, augmented anew in each pass.
 
         Args:
-            pass_index: Which pass over the experience this is, from 0.
+            pass_index: Index of the pass over the experience, from 0.
         """
         train = self._dealt.train
-        sampler = self._sampler(self._current(train), _AUGMENTED, pass_index)
-        return self._loader(train, self._batches(sampler))
+        return self._one_pass(train, self._current(train), _AUGMENTED, pass_index)
 
     def plain_dataloader(self) -> DataLoader[Batch]:
         """Serve every training image of the experience once, transformed as at test time."""
         plain = self._dealt.plain
-        return self._loader(plain, self._batches(self._sampler(self._current(plain), _PLAIN)))
+        return self._one_pass(plain, self._current(plain), _PLAIN)
 
     def held_out_dataloaders(self) -> tuple[DataLoader[Batch], DataLoader[Batch]] | None:
-        """Serve images to train and to evaluate on, of the classes that are held out; None if none are.
+        """Serve training and test images of the held-out classes; None if no class is held out.
 
-        The first 32 of each class and kind, or all if there are fewer: they are looked at after every
-        experience. All are transformed as at test time and labelled from 0.
+        Each loader serves at most the first 32 images of each class, because the diagnostics read them after
+        every experience. All are transformed as at test time, and their labels are numbered from 0.
         """
         if not self.held_out_classes:
             return None
         train, test = self._held_out
-        return self._outside(train), self._outside(test)
+        return self._first_images(train), self._first_images(test)
 
-    # How it is done
+    # Implementation
 
     def ready(self, sources: Sources) -> Sources:
-        """Return ``sources`` as the loaders read them; a dataset may put a cache in front."""
+        """Return ``sources`` as the loaders read them; a dataset may put a cache in front of them."""
         return sources
 
     @cached_property
@@ -332,7 +313,7 @@ class StreamDataModule(LightningDataModule, ABC):
 
     @cached_property
     def _opened(self) -> Sources:
-        """What is dealt: everything but the classes that are held out."""
+        """The sources that are dealt: all but the held-out classes."""
         if not self.held_out_classes:
             return self._found
         return of_classes(self._found, range(len(self._found.class_names) - self.held_out_classes))
@@ -340,16 +321,17 @@ class StreamDataModule(LightningDataModule, ABC):
     @cached_property
     def _held_out(self) -> tuple[DrawnImages, DrawnImages]:
         number = len(self._found.class_names)
-        sources = self._divided(of_classes(self._found, range(number - self.held_out_classes, number)))
+        outside = of_classes(self._found, range(number - self.held_out_classes, number))
+        sources = for_validation(outside, self.val_fraction, self.val_seed)
         labels, plain = range(self.held_out_classes), self.test_transform()
         return DrawnImages(sources.train, labels, plain), DrawnImages(sources.test, labels, plain)
 
-    def _outside(self, images: DrawnImages) -> DataLoader[Batch]:
+    def _first_images(self, images: DrawnImages) -> DataLoader[Batch]:
         first = [np.flatnonzero(images.positions == label) for label in range(self.held_out_classes)]
         indices = np.concatenate([of_class[:_HELD_OUT_IMAGES] for of_class in first])
-        sampler = DrawSampler(indices, (self.seed, _OUTSIDE), shuffle=False)
-        everything = RankBatches(sampler, self.test_batch_size)  # on every process: there are few
-        return self._loader(images, everything)
+        sampler = DrawSampler(indices, (self.seed, _HELD_OUT), shuffle=False)
+        # Every process loads all of them: they are few.
+        return self._loader(images, RankBatches(sampler, self.test_batch_size))
 
     @property
     def _dealt(self) -> _Served:
@@ -358,17 +340,15 @@ class StreamDataModule(LightningDataModule, ABC):
         return self._served
 
     def _require_valid_arguments(self) -> None:
-        for name in ("image_size", "batch_size", "test_batch_size"):
+        sizes = dict.fromkeys(("image_size", "batch_size", "test_batch_size"), 1)
+        counts = dict.fromkeys(("seed", "num_workers", "held_out_classes", "val_seed"), 0)
+        for name, least in (sizes | counts).items():
             value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} is {value} and must be at least 1: choose a larger one.")
-        for name in ("seed", "num_workers", "held_out_classes", "val_seed"):
-            value = getattr(self, name)
-            if value < 0:
-                raise ValueError(f"{name} is {value} and cannot be negative: choose 0 or more.")
+            if value < least:
+                raise ValueError(f"{name} is {value} and must be at least {least}: choose a larger one.")
         if self.num_workers > _MOST_WORKERS:
             raise ValueError(
-                f"num_workers is {self.num_workers}, a process each: choose {_MOST_WORKERS} or fewer."
+                f"num_workers is {self.num_workers}, and each is a process: choose {_MOST_WORKERS} or fewer."
             )
         if not 0 <= self.val_fraction < 1:
             raise ValueError(
@@ -377,8 +357,8 @@ class StreamDataModule(LightningDataModule, ABC):
             )
         if self.held_out_classes and self.held_out_classes >= len(self._found.class_names):
             raise ValueError(
-                f"{self.held_out_classes} of {len(self._found.class_names)} classes cannot be held out: "
-                "leave the stream at least one."
+                f"held_out_classes is {self.held_out_classes} of {len(self._found.class_names)} classes: "
+                "leave at least one for the stream."
             )
 
     def _sizes(self) -> list[int]:
@@ -387,15 +367,14 @@ class StreamDataModule(LightningDataModule, ABC):
         )
 
     def _deal(self) -> _Served:
-        divided = self._divided(self._opened)
-        train, test = divided.train, divided.test
+        sources = for_validation(self._opened, self.val_fraction, self.val_seed)
         augmented, plain = self.train_transform(), self.test_transform()
-        stream = self._dealt_stream(divided)
+        stream = self._dealt_stream(sources)
         return _Served(
             stream=stream,
-            train=DrawnImages(train, stream.order, augmented),
-            plain=DrawnImages(train, stream.order, plain),
-            test=DrawnImages(test, stream.order, plain, divided.test_domains),
+            train=DrawnImages(sources.train, stream.order, augmented),
+            plain=DrawnImages(sources.train, stream.order, plain),
+            test=DrawnImages(sources.test, stream.order, plain, sources.test_domains),
         )
 
     def _dealt_stream(self, sources: Sources) -> Stream:
@@ -404,68 +383,50 @@ class StreamDataModule(LightningDataModule, ABC):
             sources.test,
             class_order(self.order, len(sources.class_names)),
             self._sizes(),
+            class_names=sources.class_names,
             train_transform=self.train_transform(),
             test_transform=self.test_transform(),
         )
 
-    def _divided(self, sources: Sources) -> Sources:
-        """Return ``sources``, evaluated on training images that are held out where settings are chosen."""
-        if not self.val_fraction:
-            return sources
-        kept, held = held_out(sources.train.targets, self.val_fraction, self.val_seed)
-        kept_domains, held_domains = (
-            [sources.train_domains[index] for index in part.tolist()] if sources.domains else ()
-            for part in (kept, held)
-        )
-        return replace(
-            sources,
-            train=PartSource(sources.train, kept),
-            test=PartSource(sources.train, held),
-            train_domains=kept_domains,
-            test_domains=held_domains,
-        )
-
     def _current(self, images: DrawnImages) -> Indices:
-        """Return the images of the experience's classes; under the joint regime these are all classes."""
+        """Return the images of the experience's classes: all classes in the joint regime."""
         classes = self.experience.classes
         return np.flatnonzero((images.positions >= classes.start) & (images.positions < classes.stop))
 
-    def _sampler(self, indices: Indices, *what: int, shuffle: bool = False) -> DrawSampler:
-        return DrawSampler(indices, (self.seed, self.experience.index, *what), shuffle=shuffle)
-
-    def _batches(self, sampler: DrawSampler) -> RankBatches:
-        """Return the batches of a pass without gradients."""
-        return RankBatches(sampler, self.test_batch_size, *place())
+    def _one_pass(self, images: DrawnImages, indices: Indices, *kind: int) -> DataLoader[Batch]:
+        """Return a loader of a pass without gradients, in the order of ``indices``."""
+        sampler = DrawSampler(indices, (self.seed, self.experience.index, *kind), shuffle=False)
+        return self._loader(images, RankBatches(sampler, self.test_batch_size, *place()))
 
     @property
     def _image_bytes(self) -> int:
-        """Bytes of this process's images of the largest batch of whole numbers; 1 if there is none."""
-        served = self._dealt
-        train = self.batch_size * _views_of(served.train.transform)
-        test = self.test_batch_size * _views_of(served.test.transform)
+        """Bytes of this process's part of the largest batch of uint8 images; 1 if all images are floats."""
+        batches = (self._dealt.train, self.batch_size), (self._dealt.test, self.test_batch_size)
+        largest = max(size if isinstance(images.transform, View) else 0 for images, size in batches)
         _, processes = place()
-        return max(1, math.ceil(max(train, test) / processes) * 3 * self.image_size**2)
+        return max(1, math.ceil(largest / processes) * 3 * self.image_size**2)
 
     def _loader(self, images: DrawnImages, batches: RankBatches) -> DataLoader[Batch]:
         outside = self._held_out if self.held_out_classes else ()
         datasets = (self._dealt.train, self._dealt.plain, self._dealt.test, *outside)
         if self.num_workers and self._pool is None:
             self._pool = WorkerPool(datasets, self.num_workers, self._image_bytes)
+        trainer = self._serving
+        on_cpu = trainer is None or trainer.strategy.root_device.type == "cpu"
         return StreamLoader(
             dataset=images,
             batches=batches,
             num_workers=self.num_workers,
-            finish=copied
-            if self._on_accelerator
-            else partial(self.on_after_batch_transfer, dataloader_idx=0),
+            # A batch for another device is finished after its transfer.
+            finish=partial(self.on_after_batch_transfer, dataloader_idx=0) if on_cpu else copied,
             pool=self._pool if self.num_workers else None,
-            place=datasets.index(images),
+            index=datasets.index(images),
         )
 
 
 @dataclass(frozen=True)
 class _Served:
-    """The stream, and the datasets its loaders serve from; each spans the whole stream."""
+    """The stream, and the datasets of its loaders; each spans the whole stream."""
 
     stream: Stream
     train: DrawnImages
@@ -473,23 +434,12 @@ class _Served:
     test: DrawnImages
 
 
-def _views_of(transform: Transform) -> float:
-    """Return how many views take the room of an image that leaves its process in whole numbers.
-
-    A canvas is as high and as wide as the largest crops, of landscapes and of portraits. Their short side is
-    8/7 of a view's, and 3/4 of the long one for most photographs.
-    """
-    if isinstance(transform, BatchedView):
-        return (8 / 7 * 4 / 3) ** 2
-    return 1 if isinstance(transform, RandomView | CentreView) else 0
-
-
 def _text(name: str, transform: Transform) -> str:
-    """Return the transform as text."""
+    """Return the text of a transform, by which the protocol identifies it."""
     text = repr(transform)
     if " at 0x" in text:
         raise ValueError(
-            f"The {name} transform is described by a memory address, {text}, which no two runs share: "
+            f"The text of the {name} transform holds a memory address, {text}, which differs in every run: "
             "give it a __repr__ that names its settings."
         )
     return text

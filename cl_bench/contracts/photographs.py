@@ -1,34 +1,29 @@
-"""What the four benchmarks share: a root to read from, and the transforms of a published codebase."""
+"""What the four benchmarks share: a root with the data, and the transforms of a published codebase."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data import manifest
 from cl_bench.data.cache import CachedSource, CacheKind, description
-from cl_bench.data.images import FileSource
-from cl_bench.data.regions import BatchedView
-from cl_bench.data.sources import Sources
-from cl_bench.data.stream import Source, Transform
-from cl_bench.data.views import NORMALISATION, Preset, PresetName, RandomView, preset
-
-Augmentation = Literal["exact", "batched"]
+from cl_bench.data.sources import FileSource, Source, Sources
+from cl_bench.data.stream import Transform
+from cl_bench.data.views import NORMALISATION, Preset, PresetName, preset
 
 
 class Photographs(StreamDataModule):
-    """A published dataset below a root, seen through a transform preset.
+    """A published dataset below a root, transformed by a preset.
 
     A dataset is a subclass with a ``name`` that implements :meth:`sources`.
 
     Args:
         root: Folder that ``cl-bench prepare`` filled.
         transforms: Codebase whose training and test transforms are used: inflora, pilot or clip.
-        augmentation: exact, each training view by Pillow as in published code; batched, crops drawn alike and
-            resized batch by batch on the training device. Test views are exact in either case.
+        augmentation: exact, the only value; every cell holds it.
         kwargs: As in every dataset.
     """
 
@@ -42,7 +37,7 @@ class Photographs(StreamDataModule):
         *,
         root: str = "",
         transforms: PresetName = "inflora",
-        augmentation: Augmentation = "exact",
+        augmentation: str = "exact",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -52,7 +47,7 @@ class Photographs(StreamDataModule):
 
     @property
     def variants(self) -> dict[str, str]:
-        """Which of its published meanings the dataset has here."""
+        """The transforms; a dataset with other choices adds them."""
         return {"transforms": self.transforms}
 
     @property
@@ -62,12 +57,19 @@ class Photographs(StreamDataModule):
 
     def train_transform(self) -> Transform:
         """Return the preset's view for training."""
-        view = self._preset.train
-        return BatchedView(view) if self.augmentation == "batched" and isinstance(view, RandomView) else view
+        return self._preset.train
 
     def test_transform(self) -> Transform:
         """Return the preset's view for testing."""
         return self._preset.test
+
+    def _require_valid_arguments(self) -> None:
+        super()._require_valid_arguments()
+        if self.augmentation != "exact":
+            raise ValueError(
+                f"augmentation is {self.augmentation}, and only exact exists: remove the option, and set "
+                "--cache pixels to load images faster."
+            )
 
     @cached_property
     def _preset(self) -> Preset:
@@ -77,7 +79,7 @@ class Photographs(StreamDataModule):
         """Return the root.
 
         Raises:
-            ValueError: If none is given.
+            ValueError: If no root is given.
             FileNotFoundError: If it does not exist.
         """
         if not self.root:
@@ -87,7 +89,7 @@ class Photographs(StreamDataModule):
             )
         root = Path(self.root)
         if not root.is_dir():
-            raise FileNotFoundError(f"There is no folder {root}: {self._remedy}")
+            raise FileNotFoundError(f"The folder {root} does not exist: {self._remedy}")
         return root
 
     @property
@@ -96,13 +98,13 @@ class Photographs(StreamDataModule):
 
 
 class PhotographFiles(Photographs):
-    """A published dataset of image files, which may be decoded once and kept.
+    """A published dataset of image files, which can be decoded once and cached.
 
     Args:
-        cache: none, every image is decoded each time; pixels, it is kept resized, uint8 in a memory-mapped
-            file; jpeg, likewise, re-encoded. Training crops of the last two are cut out of the resized image.
-        cache_dir: Where caches are kept; below the root if null.
-        augmentation: As in every dataset of photographs; batched takes a cache.
+        cache: none, to decode an image each time; pixels, to store it resized, in uint8, in a memory-mapped
+            file; jpeg, to store it resized and re-encoded. Training views are then cropped from the resized
+            image.
+        cache_dir: Folder of the caches; below the root if null.
         kwargs: As in every dataset of photographs.
     """
 
@@ -111,10 +113,9 @@ class PhotographFiles(Photographs):
         *,
         cache: CacheKind = "none",
         cache_dir: str | None = None,
-        augmentation: Augmentation = "exact",
         **kwargs: Any,
     ) -> None:
-        super().__init__(augmentation=augmentation, **kwargs)
+        super().__init__(**kwargs)
         self.cache = cache
         self.cache_dir = cache_dir
 
@@ -123,30 +124,24 @@ class PhotographFiles(Photographs):
         """How stored images become pixels."""
         if self.cache == "none":
             return super().decoding
-        by_torch = self.cache == "pixels" and self.augmentation == "exact"
-        crops = "; training crops resized by torch in uint8" if by_torch else ""
+        crops = "; training crops resized by torch in uint8" if self.cache == "pixels" else ""
         return f"{super().decoding}, {description(self.cache, self._preset.test)}{crops}"
 
     @property
     def images_sha256(self) -> str | None:
-        """That of the variant, by the manifest in the root."""
+        """Hash over the image files of the variant, from the manifest in the root; None if it has none."""
         names = [f"{name} {value}" for name, value in self.variants.items()]
         prepared = manifest.variants(Path(self.root), self.name)
         return next((variant.images_sha256 for variant in prepared if variant.name in names), None)
 
     def ready(self, sources: Sources) -> Sources:
-        """Return ``sources`` with the cache in front, of the test images only where they are opened.
+        """Return ``sources`` with the cache in front; test images are cached only if they are evaluated on.
 
         Raises:
-            ValueError: If augmentation is batched without a cache, or an image cannot be decoded.
-            OSError: If the disk has no room for the cache.
+            ValueError: If an image cannot be decoded.
+            OSError: If the disk has too little room for the cache.
         """
         if self.cache == "none":
-            if self.augmentation == "batched":
-                raise ValueError(
-                    "Batched augmentation of images at their own sizes would leave out most pixels of large "
-                    "ones: set --cache to pixels or jpeg, or --augmentation to exact."
-                )
             return sources
         test = sources.test if self.val_fraction else self._cached(sources.test)
         return replace(sources, train=self._cached(sources.train), test=test)

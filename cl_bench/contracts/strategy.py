@@ -21,7 +21,7 @@ from cl_bench.data.experience import Experience
 from cl_bench.maths.losses import local_cross_entropy
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.heads import Features, GrowingLinear, Head, TrainableHead, pooled
+from cl_bench.network.heads import GrowingLinear, Head, TrainableHead, pooled
 from cl_bench.processes.ranks import connected, from_first, gathered, part, totals
 
 Batch = tuple[Tensor, Tensor]
@@ -54,8 +54,8 @@ class Promises:
             the method changes what it has trained.
         keeps_old_head: Whether the head leaves what belongs to old classes as it is, bit by bit.
         vectors_per_class: Features kept for each class outside the head, such as prototypes.
-        state_grows_with: What the state outside head, memory and declared vectors may grow with:
-            ``experiences``, by as much in each.
+        state_grows_with: What the state outside head, memory and declared vectors grows with:
+            ``experiences``, by the same bytes in each from the second on.
         step_grows_with: What the operations of a training step may grow with, by terms of first order:
             ``basis``, the columns that ``memory`` holds, ``classes``, the number of old classes, and
             ``experiences``, the number of old experiences.
@@ -133,7 +133,7 @@ class Strategy(LightningModule):
         self._scheduler = scheduler
         self._head_lr = head_lr
         self._head_start = head_start
-        self._pretrained_bytes = _state_bytes(backbone)
+        self._pretrained_bytes = state_bytes(backbone)
         self._experience: Experience | None = None
 
     # What a method overrides
@@ -151,17 +151,16 @@ class Strategy(LightningModule):
     def before_training(self, data: TrainingData) -> None:
         """Measure the data before the first step; write tensors that the optimizer holds in place."""
 
-    def features(self, images: Tensor) -> Tensor | Features:
-        """Map images (B, 3, H, W) to features (B, d), in training and at test time alike.
+    def features(self, images: Tensor) -> Any:
+        """Map images (B, 3, H, W) to features (B, d), in training and at test time.
 
         A method that feeds prompts to the backbone, or reads something else from it, overrides this. If its
         loss needs more than the features, it returns :class:`~cl_bench.network.heads.Features`, and
         :meth:`loss` receives these.
         """
-        found: Tensor = self.backbone(images)
-        return found
+        return self.backbone(images)
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
         """Return the scalar loss of what :meth:`features` returned, and labels (B,).
 
         By default it is the cross-entropy over the classes of this experience.
@@ -216,7 +215,7 @@ class Strategy(LightningModule):
     @property
     def stored_bytes(self) -> int:
         """Bytes of state beyond the pre-trained backbone: adapters, heads, prototypes, bases."""
-        return _state_bytes(self) - self._pretrained_bytes
+        return state_bytes(self) - self._pretrained_bytes
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """Return this process's share of the mean loss of a batch, images and labels.
@@ -261,6 +260,8 @@ class Strategy(LightningModule):
             self.kept_optimizer = self._optimizer(groups)
             return self.kept_optimizer
         held = {id(p) for group in self.kept_optimizer.param_groups for p in group["params"]}
+        for group in self.kept_optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])  # a schedule starts anew from where it began
         for group in groups:
             new = [p for p in group["params"] if id(p) not in held]
             if new:
@@ -296,6 +297,7 @@ class Strategy(LightningModule):
             self.after_step()
 
 
-def _state_bytes(module: nn.Module) -> int:
-    state = module.state_dict().values()
-    return sum(value.numel() * value.element_size() for value in state if isinstance(value, Tensor))
+def state_bytes(module: nn.Module) -> int:
+    """Return the bytes of the parameters and persistent buffers of ``module``, shared ones counted once."""
+    found = {id(value): value for value in module.state_dict(keep_vars=True).values()}.values()
+    return sum(value.numel() * value.element_size() for value in found if isinstance(value, Tensor))

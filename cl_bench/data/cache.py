@@ -1,8 +1,8 @@
-"""A decode cache: images decoded and resized once, so that no epoch does it again.
+"""A decode cache: images are decoded and resized once, not in every epoch.
 
-Each image is kept as it is before the centre of a test image is cropped, its short side resized by the same
-operation. Test views are then equal to the last bit with pixels, and nearly with JPEG; training crops are cut
-out of the resized image.
+An image is stored with its short side resized, exactly as a test view resizes it before cropping the centre.
+Test views from a cache of pixels are therefore bit-identical to those of the files, and from a cache of JPEGs
+nearly equal. Training views are cropped from the resized image.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from cl_bench.data.images import FileSource, Picture, Pixels, decoded, opened
-from cl_bench.data.views import CentreView, resized_shape
+from cl_bench.data.sources import FileSource, decoded, opened
+from cl_bench.data.views import CentreView, Picture, Pixels, resized_shape
 
 CacheKind = Literal["none", "pixels", "jpeg"]
 
 JPEG_QUALITY = 95
-_SAMPLE = 64  # images from which the size of a JPEG cache is estimated
+_SAMPLE = 64  # images that a JPEG cache's size is estimated from
 _HEADROOM = 1.05
-_AHEAD = 256  # encoded images that wait for their turn to be written
+_AHEAD = 256  # encoded images that wait to be written
 
 
 class CachedSource:
-    """A source of files whose images come out of a cache.
+    """A source of files whose images are read from a cache, which is built first if necessary.
 
     Args:
         source: The files.
         kind: ``pixels``, uint8 in a memory-mapped file; ``jpeg``, re-encoded.
-        view: Its resizing is done before an image is kept.
-        folder: Where caches are kept.
+        view: The test view, which resizes an image before it is stored.
+        folder: Folder of all caches.
 
     Raises:
         OSError: If the disk has no room for it.
@@ -61,7 +61,7 @@ class CachedSource:
 
     @property
     def fingerprint(self) -> str:
-        """That of the files."""
+        """Fingerprint of the files."""
         return self.source.fingerprint
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class CachedSource:
 
 
 def description(kind: CacheKind, view: CentreView) -> str:
-    """Return what a protocol says of a cache."""
+    """Return the words for a cache in the protocol."""
     how = "uint8" if kind == "pixels" else f"JPEG of quality {JPEG_QUALITY}"
     return f"kept as {how} with a short side of {view.short_side} pixels, {view.interpolation}"
 
@@ -88,13 +88,13 @@ Index = dict[str, npt.NDArray[np.int64]]
 
 
 def _built(source: FileSource, kind: CacheKind, view: CentreView, folder: Path) -> tuple[Path, Index]:
-    """Return the file of the cache and its index; build them unless they are there, whole."""
+    """Return the file of the cache and its index; build them unless a complete cache exists."""
     place = folder / f"{kind}-{view.short_side}-{_key(source, kind, view)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"The folder {folder} of the decode cache cannot be made ({error.strerror}): "
+            f"The folder {folder} of the decode cache cannot be created ({error.strerror}): "
             "choose another with --cache_dir."
         ) from error
     with FileLock(folder / f".{place.name}.lock"):
@@ -113,7 +113,7 @@ def _built(source: FileSource, kind: CacheKind, view: CentreView, folder: Path) 
 
 
 def _key(source: FileSource, kind: CacheKind, view: CentreView) -> str:
-    """Return the sha256 of all that decides the bytes: which files in which order, and how each is kept."""
+    """Return the sha256 of all that determines the bytes: the files in order, and how each is stored."""
     stats = [(file, (source.root / file).stat()) for file in source.files]
     files = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in stats]
     made = [files, description(kind, view), PIL.__version__]  # the quality of a JPEG is in its description
@@ -138,20 +138,20 @@ def _build(source: FileSource, kind: CacheKind, view: CentreView, folder: Path) 
 def _in_order(
     pool: ThreadPoolExecutor, encode: Callable[[Path], bytes], paths: list[Path]
 ) -> Iterable[bytes]:
-    """Yield the encoded images in their order, holding only some of them in memory."""
+    """Yield the encoded images in order, with a limited number of them in memory."""
     for start in range(0, len(paths), _AHEAD):
         yield from pool.map(encode, paths[start : start + _AHEAD])
 
 
 def _shown(encoded: Iterable[bytes], number: int) -> Iterable[bytes]:
-    """Yield what is given, under a bar where there is a terminal."""
+    """Yield the encoded images, with a progress bar on a terminal."""
     console = Console(stderr=True)
     quiet = not console.is_terminal
     return track(encoded, "keep images", number, console=console, transient=True, disable=quiet)
 
 
 def _size(kind: CacheKind, shapes: list[tuple[int, int]], paths: list[Path], view: CentreView) -> int:
-    """Return the size of a cache in bytes; of JPEGs it is estimated from a few, spread over the whole."""
+    """Return the size of a cache in bytes, for JPEGs an estimate from a sample spread over all images."""
     pixels = sum(height * width * 3 for height, width in shapes)
     if kind == "pixels":
         return pixels
@@ -162,7 +162,7 @@ def _size(kind: CacheKind, shapes: list[tuple[int, int]], paths: list[Path], vie
 
 
 def _require_room(size: int, images: int, folder: Path) -> None:
-    """Say how large the cache will be, and refuse it if the disk has no room."""
+    """Print how large the cache will be, and raise if the disk has too little room."""
     free = shutil.disk_usage(folder).free
     sys.stderr.write(
         f"Building a cache of {images:,} decoded images, {size / 1e9:.2f} GB, in {folder.parent}\n"

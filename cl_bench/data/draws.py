@@ -1,4 +1,4 @@
-"""Which image is loaded next, and with which seed its transform draws."""
+"""The draws of a pass: which image comes next, and the seed of its transform."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from cl_bench.data.regions import BatchedView, Region
-from cl_bench.data.stream import (
-    Indices,
-    Source,
-    Transform,
-)
-from cl_bench.data.views import CentreView, RandomView
+from cl_bench.data.sources import Indices, Source
+from cl_bench.data.stream import Transform
+from cl_bench.data.views import View
 
 
 class Draw(NamedTuple):
@@ -25,7 +21,7 @@ class Draw(NamedTuple):
 
     Attributes:
         image: Its index in the dataset.
-        seed: Seed of what its transform draws.
+        seed: Seed of its transform.
     """
 
     image: int
@@ -37,8 +33,8 @@ class DrawSampler(Sampler[Draw]):
 
     Args:
         indices: Images of the dataset (N,).
-        entropy: What tells these draws from others: the seed, the experience, the pass over it.
-        shuffle: Whether the order changes with the epoch, too.
+        entropy: What identifies these draws: the seed, the experience, the pass over it.
+        shuffle: Whether the order of the images changes with the epoch.
     """
 
     def __init__(self, indices: Indices, entropy: Sequence[int], *, shuffle: bool) -> None:
@@ -48,7 +44,7 @@ class DrawSampler(Sampler[Draw]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw for ``epoch`` from now on; Lightning calls this at the start of each."""
+        """Draw for ``epoch`` from now on; Lightning calls this at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -67,13 +63,13 @@ class DrawSampler(Sampler[Draw]):
 
 
 class DrawnImages(Dataset[tuple[Any, ...]]):
-    """The images of a whole source, transformed as drawn and labelled by position.
+    """The images of a whole source, transformed as drawn and labelled by position in the class order.
 
     Args:
         source: Decoded images with original labels.
         order: Original label at each position.
         transform: What is applied to each image.
-        domains: Place of each image's domain; empty where there are none, or nobody asks.
+        domains: Index of each image's domain; empty to leave domains out.
     """
 
     def __init__(
@@ -85,12 +81,15 @@ class DrawnImages(Dataset[tuple[Any, ...]]):
         self.domains: Indices = np.asarray(domains, dtype=np.int64)
 
     def __getitem__(self, draw: Draw) -> tuple[Any, ...]:
-        """Return the drawn image (3, H, W), its position in the class order, and its domain if it has one."""
+        """Return the drawn image (3, H, W), its position in the class order, and its domain if it has one.
+
+        A view of :mod:`cl_bench.data.views` leaves its image in uint8; other transforms give floats.
+        """
         return self.__getitems__([draw])[0]
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[tuple[Any, ...]]:
-        """Return what is drawn, one after the other, and leave torch's generator as it was."""
-        with _kept_generator() as generator:
+        """Return the sample of each draw, and leave torch's generator as it was."""
+        with _preserved_generator() as generator:
             return [self._drawn(draw, generator) for draw in draws]
 
     def _drawn(self, draw: Draw, generator: torch.Generator) -> tuple[Any, ...]:
@@ -101,18 +100,13 @@ class DrawnImages(Dataset[tuple[Any, ...]]):
         domain = (int(self.domains[draw.image]),) if len(self.domains) else ()
         return (transformed, position, *domain)
 
-    def _transformed(self, image: Any) -> Tensor | Region:
-        """Return what of the transform is done for each image alone; the rest is done batch by batch."""
-        if isinstance(self.transform, BatchedView):
-            return self.transform.region(image)
-        if isinstance(self.transform, RandomView | CentreView):
-            return self.transform.pixels(image)
-        return self.transform(image)
+    def _transformed(self, image: Any) -> Tensor:
+        return self.transform.pixels(image) if isinstance(self.transform, View) else self.transform(image)
 
 
 @contextmanager
-def _kept_generator() -> Iterator[torch.Generator]:
-    """Give torch's CPU generator, and leave it as it was."""
+def _preserved_generator() -> Iterator[torch.Generator]:
+    """Yield torch's CPU generator, and restore its state afterwards."""
     generator = torch.default_generator
     state = generator.get_state()
     try:

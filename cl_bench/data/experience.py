@@ -7,30 +7,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Experience:
-    """One experience of a class-incremental stream: its place and its classes, nothing of the others.
+    """One experience of a class-incremental stream: its place and its own classes, nothing of the others.
 
-    Labels are positions in the class order, so the classes of an experience are a contiguous range and
-    every class before ``classes.start`` was met earlier.
+    Labels are positions in the class order, so the classes of an experience are a contiguous range, and
+    every class before ``classes.start`` belongs to an earlier experience.
 
     Attributes:
         index: Place in the stream, from 0.
         num_experiences: Length of the stream, ``T``.
         classes: Positions of the classes that this experience brings.
+        class_names: Names of these classes, in order of position; empty if they have none.
 
     Raises:
-        ValueError: If the index lies outside the stream or the experience brings no class.
+        ValueError: If the index lies outside the stream, the experience brings no class, or the number of
+            names differs from the number of classes.
 
-    >>> second = Experience(index=1, num_experiences=5, classes=range(2, 4))
-    >>> second.num_classes, second.num_classes_seen, second.is_first, second.is_last
-    (2, 4, False, False)
+    >>> second = Experience(index=1, num_experiences=5, classes=range(2, 4), class_names=("ant", "bee"))
+    >>> second.num_classes, second.num_classes_seen, second.is_first
+    (2, 4, False)
     """
 
     index: int
     num_experiences: int
     classes: range
+    class_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be a step of a stream."""
+        """Refuse values that describe no experience."""
         if not 0 <= self.index < self.num_experiences:
             raise ValueError(
                 f"Experience {self.index} does not exist in a stream of {self.num_experiences}: "
@@ -40,23 +43,23 @@ class Experience:
             raise ValueError(
                 f"An experience brings a contiguous, non-empty range of classes, not {self.classes}."
             )
+        if self.class_names and len(self.class_names) != len(self.classes):
+            raise ValueError(
+                f"Experience {self.index} brings {len(self.classes)} classes, not {len(self.class_names)}: "
+                "give class_names one name for each class, or none at all."
+            )
 
     @property
     def num_classes(self) -> int:
-        """Number of classes this experience brings."""
+        """Number of classes that this experience brings."""
         return len(self.classes)
 
     @property
     def num_classes_seen(self) -> int:
-        """Number of classes met up to and including this experience."""
+        """Number of classes up to and including this experience."""
         return self.classes.stop
 
     @property
     def is_first(self) -> bool:
-        """Whether nothing came before."""
+        """Whether this is the first experience of the stream."""
         return self.index == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether nothing comes after."""
-        return self.index == self.num_experiences - 1

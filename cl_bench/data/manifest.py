@@ -1,7 +1,8 @@
-"""What a prepared root holds: every image with its hash, and every variant with the hash of its lists.
+"""The manifest of a prepared root, and the hashes that identify lists of files.
 
-The images stand in a list of their own, which the manifest names by its hash: neither is believed without the
-other. Two preparations of the same files write the same bytes: no time, no path, no order of events goes in.
+The manifest lists every variant with the hashes of its file lists. The images are in a second file, which the
+manifest names by hash: each is valid only with the other. Two preparations of the same files write the same
+bytes, because no time, absolute path or order of events enters them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+from cl_bench.results.files import replaced
+
 FILE_NAME = "cl-bench-manifest.json"
 LIST_NAME = "cl-bench-files.tsv.gz"
 SCHEMA = 2
@@ -23,14 +26,14 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Scanned:
-    """What was found of one image file.
+    """One image file as it was scanned.
 
     Attributes:
-        path: Below the root, with slashes.
-        size: In bytes.
-        sha256: Of its bytes.
-        height: In pixels.
-        width: In pixels.
+        path: Path below the root, with slashes.
+        size: Size in bytes.
+        sha256: Sha256 of its bytes.
+        height: Height in pixels.
+        width: Width in pixels.
     """
 
     path: str
@@ -45,14 +48,14 @@ class Variant:
     """One published meaning of a dataset.
 
     Attributes:
-        name: What its choice is called, such as ``split coda``.
+        name: Name of the choice, such as ``split coda``.
         train_images: Number of training images.
         test_images: Number of test images.
         classes: Number of classes.
-        train_sha256: What the protocol of a run carries of the training images.
-        test_sha256: Likewise of the test images.
-        images_sha256: Of the bytes of all its image files, each path with its own sha256 a line; None where
-            the two before are of pixels.
+        train_sha256: Hash of the training images in the protocol of a run.
+        test_sha256: Hash of the test images in the protocol of a run.
+        images_sha256: Sha256 over all image files, one line of path and sha256 for each; None if the two
+            hashes above are of pixels.
     """
 
     name: str
@@ -64,7 +67,7 @@ class Variant:
     images_sha256: str | None = None
 
     def line(self) -> str:
-        """Return the variant in one line."""
+        """Return one line that describes the variant."""
         of_files = f", files {self.images_sha256[:16]}" if self.images_sha256 else ""
         return (
             f"{self.name}: {self.train_images:,} + {self.test_images:,} images, {self.classes} classes, "
@@ -74,11 +77,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was written down of a prepared root.
+    """What a preparation recorded about a root.
 
     Attributes:
-        variants: Of its dataset.
-        images: Every image that was scanned, by path.
+        variants: Variants of its dataset.
+        images: Every scanned image, sorted by path.
     """
 
     variants: list[Variant]
@@ -86,10 +89,11 @@ class Manifest:
 
 
 def write(root: Path, dataset: str, images: Sequence[Scanned], variants: Iterable[Variant]) -> None:
-    """Write the list of images, then the manifest, each whole or not at all."""
+    """Write the list of images, then the manifest, each atomically."""
     ordered = sorted(images, key=lambda image: image.path)
     lines = "".join("\t".join(map(str, astuple(image))) + "\n" for image in ordered).encode()
-    _replace(root / LIST_NAME, gzip.compress(lines, mtime=0))
+    with replaced(root / LIST_NAME) as stream:
+        stream.write(gzip.compress(lines, mtime=0))
     content = {
         "schema": SCHEMA,
         "dataset": dataset,
@@ -98,11 +102,12 @@ def write(root: Path, dataset: str, images: Sequence[Scanned], variants: Iterabl
         "list_sha256": hashlib.sha256(lines).hexdigest(),
         "variants": [asdict(variant) for variant in variants],
     }
-    _replace(root / FILE_NAME, (json.dumps(content, indent=1) + "\n").encode())
+    with replaced(root / FILE_NAME) as stream:
+        stream.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def read(root: Path, dataset: str) -> Manifest | None:
-    """Return the manifest of ``root``; None if there is none of this dataset, or its list is not the one."""
+    """Return the manifest of ``root``; None if this dataset has none there, or its list has another hash."""
     content = _content(root, dataset)
     if content is None:
         return None
@@ -119,19 +124,19 @@ def read(root: Path, dataset: str) -> Manifest | None:
 
 
 def variants(root: Path, dataset: str) -> list[Variant]:
-    """Return the variants that the manifest of ``root`` names, its list unread; none without a manifest."""
+    """Return the variants in the manifest of ``root``, without reading its list; none without a manifest."""
     content = _content(root, dataset)
     return [] if content is None else [Variant(**variant) for variant in content["variants"]]
 
 
 def images_sha256(images: Iterable[Scanned]) -> str:
-    """Return the sha256 of the bytes of ``images``: each path with its own sha256, a line, sorted."""
+    """Return the sha256 over the sorted lines of path and sha256 of all ``images``."""
     lines = sorted(f"{image.path}\t{image.sha256}\n" for image in images)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def changed(root: Path, images: Iterable[Scanned]) -> str | None:
-    """Return the path of an image that is missing or has another size than was scanned; None if none is."""
+    """Return the path of the first image that is missing or has another size; None if all are as scanned."""
     for image in images:
         try:
             if (root / image.path).stat().st_size == image.size:
@@ -140,6 +145,42 @@ def changed(root: Path, images: Iterable[Scanned]) -> str | None:
             pass
         return image.path
     return None
+
+
+def fingerprint(files: Iterable[str]) -> str:
+    r"""Return the sha256 of the sorted paths, one a line, without a newline at the end.
+
+    >>> fingerprint(["b/1.jpg", "a/2.jpg"]) == hashlib.sha256(b"a/2.jpg\nb/1.jpg").hexdigest()
+    True
+    """
+    return _sha256(sorted(os.fsencode(file) for file in files))
+
+
+def order_fingerprint(names: Iterable[str]) -> str:
+    r"""Return the sha256 of the names in the given order, one a line, without a newline at the end.
+
+    >>> order_fingerprint(["b", "a"]) == hashlib.sha256(b"b\na").hexdigest()
+    True
+    """
+    return _sha256(os.fsencode(name) for name in names)
+
+
+def require_fingerprint(name: str, files: Iterable[str], expected: str) -> None:
+    """Check that a list is the published one, in any order.
+
+    Raises:
+        ValueError: If its hash differs from ``expected``.
+    """
+    _require_equal(name, fingerprint(files), expected)
+
+
+def require_order(name: str, names: Iterable[str], expected: str) -> None:
+    """Check that a list is the published one, in the published order.
+
+    Raises:
+        ValueError: If its hash differs from ``expected``.
+    """
+    _require_equal(name, order_fingerprint(names), expected)
 
 
 def _content(root: Path, dataset: str) -> dict[str, Any] | None:
@@ -155,10 +196,13 @@ def _scanned(line: str) -> Scanned:
     return Scanned(path, int(size), sha256, int(height), int(width))
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+def _sha256(lines: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()
+
+
+def _require_equal(name: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise ValueError(
+            f"The list {name} has the sha256 {found[:16]}…, not the published {expected[:16]}…: "
+            "restore its copy in this checkout."
+        )

@@ -1,7 +1,7 @@
 """Class orders, the sizes of experiences, and dealing a dataset into a stream.
 
-The stream is made of Avalanche's own objects. Nothing else in the suite sees Avalanche, and it is imported
-only when a stream is dealt.
+A stream is built from Avalanche's own objects. No other module of the suite imports Avalanche, and this one
+imports it only when a stream is dealt.
 """
 
 from __future__ import annotations
@@ -11,47 +11,24 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from cl_bench.data.experience import Experience
+from cl_bench.data.sources import Indices, Source
 from cl_bench.errors import by_likeness
 from cl_bench.results.result import digest
 
-Indices = npt.NDArray[np.int64]
 Transform = Callable[[Any], Tensor]
 """From a decoded image to a float tensor (3, H, W) in [0, 1]."""
 
 _LARGEST_NUMPY_SEED = 2**32 - 1
 
 
-class Source(Protocol):
-    """Labelled images, decoded and not yet transformed."""
-
-    @property
-    def targets(self) -> Sequence[int]:
-        """Original label of every image; reading them decodes nothing."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Sha256 of what identifies the images: the list of files, or the bytes of an array."""
-        ...
-
-    def __len__(self) -> int:
-        """Return the number of images."""
-        ...
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Return image ``index``, a PIL image or a tensor (3, H, W), with its original label."""
-        ...
-
-
 def class_order(order: str | Sequence[int], num_classes: int) -> tuple[int, ...]:
-    """Return the original label that stands at each position.
+    """Return the original label at each position.
 
     Args:
         order: ``identity``; ``numpy:SEED``, the permutation that most published code draws;
@@ -59,7 +36,7 @@ def class_order(order: str | Sequence[int], num_classes: int) -> tuple[int, ...]
         num_classes: Number of classes of the dataset.
 
     Raises:
-        ValueError: If the order is unknown, or names other labels than 0 to ``num_classes - 1``, once each.
+        ValueError: If the order is unknown, or does not list each label from 0 to ``num_classes - 1`` once.
 
     >>> class_order("numpy:1993", 100)[:8]
     (68, 56, 78, 8, 23, 84, 90, 65)
@@ -78,7 +55,7 @@ def class_order(order: str | Sequence[int], num_classes: int) -> tuple[int, ...]
 
 
 def order_name(order: str | Sequence[int]) -> str:
-    """Return a short name of ``order`` that can stand in a path; a list is named by a hash of its labels.
+    """Return a short name of ``order``, fit for a path; a list is named by a hash of its labels.
 
     Raises:
         ValueError: If the order is unknown.
@@ -93,18 +70,18 @@ def order_name(order: str | Sequence[int]) -> str:
 
 
 def _parts(order: str) -> tuple[str, int | None]:
-    """Return the generator that ``order`` names and its seed; the identity has none."""
+    """Return the generator that ``order`` names and its seed, which is None for the identity."""
     if order == "identity":
         return order, None
     match = re.fullmatch(r"(numpy|python):(\d+)", order, flags=re.ASCII)
     if match is None:
         raise ValueError(
-            f"There is no class order {order!r}: did you mean {_nearest_order(order)}? "
+            f"The class order {order!r} is unknown: did you mean {_nearest_order(order)}? "
             "An order is identity, numpy:SEED, python:SEED or a list of labels."
         )
     generator, seed = match[1], int(match[2])
     if generator == "numpy" and seed > _LARGEST_NUMPY_SEED:
-        raise ValueError(f"NumPy takes no seed above {_LARGEST_NUMPY_SEED}: choose a lower one than {order}.")
+        raise ValueError(f"NumPy takes no seed above {_LARGEST_NUMPY_SEED}: choose a smaller one.")
     return generator, seed
 
 
@@ -136,7 +113,7 @@ def experience_sizes(
     num_experiences: int | None = None,
     num_classes_per_experience: int | Sequence[int] | None = None,
 ) -> list[int]:
-    """Return the number of classes that each experience brings; one of the last two arguments says how.
+    """Return the number of classes that each experience brings, from one of the last two arguments.
 
     Args:
         num_classes: Number of classes of the dataset.
@@ -153,24 +130,27 @@ def experience_sizes(
     """
     require_one_division(num_experiences, num_classes_per_experience)
     if num_experiences is not None:
-        return _equal_experiences(num_classes, num_experiences)
+        number, parts = num_experiences, f"{num_experiences} experiences"
+        return [_quotient(num_classes, number, parts, "{} experiences")] * number
     if isinstance(num_classes_per_experience, int):
-        return _experiences_of_size(num_classes, num_classes_per_experience)
+        size, parts = num_classes_per_experience, f"experiences of {num_classes_per_experience}"
+        return [size] * _quotient(num_classes, size, parts, "a size of {}")
     assert num_classes_per_experience is not None
-    return _listed_experiences(num_classes, num_classes_per_experience)
+    return _listed_sizes(num_classes, num_classes_per_experience)
 
 
 def require_one_division(
     num_experiences: int | None, num_classes_per_experience: int | Sequence[int] | None
 ) -> None:
-    """Refuse a stream that is divided in no way, or in two.
+    """Check that the division is given, in exactly one of two ways.
 
     Raises:
-        ValueError: If not exactly one argument is given.
+        ValueError: If both arguments are None, or neither.
     """
     if num_experiences is None and num_classes_per_experience is None:
         raise ValueError(
-            "Nothing says how the classes are dealt: give num_experiences or num_classes_per_experience."
+            "The number or the size of the experiences is missing: give num_experiences or "
+            "num_classes_per_experience."
         )
     if num_experiences is not None and num_classes_per_experience is not None:
         raise ValueError(
@@ -179,39 +159,24 @@ def require_one_division(
         )
 
 
-def _equal_experiences(num_classes: int, num_experiences: int) -> list[int]:
-    if not 1 <= num_experiences <= num_classes:
+def _quotient(num_classes: int, divisor: int, parts: str, choice: str) -> int:
+    """Return ``num_classes`` over ``divisor``; ``parts`` and ``choice`` are the words of an error."""
+    if not 1 <= divisor <= num_classes:
         raise ValueError(
-            f"{num_classes} classes cannot be dealt into {num_experiences} experiences: "
-            f"choose a number from 1 to {num_classes}."
+            f"{num_classes} classes cannot be dealt into {parts}: "
+            f"choose {choice.format(f'1 to {num_classes}')}."
         )
-    size, remainder = divmod(num_classes, num_experiences)
+    quotient, remainder = divmod(num_classes, divisor)
     if remainder:
         raise ValueError(
-            f"{num_classes} classes cannot be dealt evenly into {num_experiences} experiences, {remainder} "
-            f"would remain: choose {_nearest_divisors(num_classes, num_experiences)} experiences, "
+            f"{num_classes} classes cannot be dealt evenly into {parts}, {remainder} would remain: choose "
+            f"{choice.format(_nearest_divisors(num_classes, divisor))}, "
             "or list the sizes in num_classes_per_experience."
         )
-    return [size] * num_experiences
+    return quotient
 
 
-def _experiences_of_size(num_classes: int, size: int) -> list[int]:
-    if not 1 <= size <= num_classes:
-        raise ValueError(
-            f"Experiences of {size} classes cannot be dealt from {num_classes} classes: "
-            f"choose a size from 1 to {num_classes}."
-        )
-    number, remainder = divmod(num_classes, size)
-    if remainder:
-        raise ValueError(
-            f"{num_classes} classes cannot be dealt evenly into experiences of {size}, {remainder} would "
-            f"remain: choose a size of {_nearest_divisors(num_classes, size)}, "
-            "or list the sizes in num_classes_per_experience."
-        )
-    return [size] * number
-
-
-def _listed_experiences(num_classes: int, sizes: Sequence[int]) -> list[int]:
+def _listed_sizes(num_classes: int, sizes: Sequence[int]) -> list[int]:
     if not sizes or min(sizes) < 1:
         raise ValueError(f"The sizes {list(sizes)} leave an experience empty: give each at least one class.")
     if sum(sizes) != num_classes:
@@ -232,11 +197,11 @@ class Stream:
     """A dataset dealt into experiences.
 
     Attributes:
-        experiences: In the order in which they are met.
+        experiences: The experiences, in the order of training.
         train_indices: Training images of each experience, in the order of Avalanche's experience datasets.
-        test_indices: Test images of each experience, likewise.
+        test_indices: Test images of each experience, in the same order.
         order: Original label at each position.
-        benchmark: Avalanche's ``NCScenario`` over the same images; its labels are positions too.
+        benchmark: Avalanche's ``NCScenario`` over the same images; its labels are positions as well.
     """
 
     experiences: tuple[Experience, ...]
@@ -252,6 +217,7 @@ def deal(
     order: Sequence[int],
     sizes: Sequence[int],
     *,
+    class_names: Sequence[str] = (),
     train_transform: Transform | None = None,
     test_transform: Transform | None = None,
 ) -> Stream:
@@ -259,11 +225,12 @@ def deal(
 
     Args:
         train: Training images; every class has at least one.
-        test: Test images, likewise.
+        test: Test images; every class has at least one.
         order: Original label at each position.
         sizes: Number of classes of each experience; they sum to the number of classes.
+        class_names: Name of each original label; empty if the classes have none.
         train_transform: What Avalanche's training experiences apply to an image; nothing if None.
-        test_transform: What Avalanche's test experiences apply, likewise.
+        test_transform: What Avalanche's test experiences apply to an image; nothing if None.
 
     Raises:
         ValueError: If a class has no image, or an image has a label outside the order.
@@ -284,9 +251,10 @@ def deal(
         train_transform=train_transform,
         eval_transform=test_transform,
     )
+    names = [class_names[label] for label in order] if class_names else ()
     return Stream(
         experiences=tuple(
-            Experience(index, len(sizes), range(stop - size, stop))
+            Experience(index, len(sizes), range(stop - size, stop), tuple(names[stop - size : stop]))
             for index, (size, stop) in enumerate(zip(sizes, accumulate(sizes), strict=True))
         ),
         train_indices=_arrays(benchmark.train_exps_patterns_assignment),
@@ -305,11 +273,11 @@ def _require_all_classes(name: str, source: Source, num_classes: int) -> None:
     missing, foreign = sorted(set(range(num_classes)) - labels), sorted(labels - set(range(num_classes)))
     if foreign:
         raise ValueError(
-            f"The {name} images have labels {_some(foreign)}, which lie outside 0 to {num_classes - 1}: "
-            "number the classes from 0, without a gap."
+            f"The {name} images have labels {_some(foreign)}, outside 0 to {num_classes - 1}: "
+            "number the classes from 0 without gaps."
         )
     if missing:
         raise ValueError(
-            f"The {name} images show none of the classes {_some(missing)}: every class needs at least one "
-            "training image and one test image."
+            f"The {name} images lack the classes {_some(missing)}: give every class at least one training "
+            "image and one test image."
         )

@@ -1,7 +1,7 @@
-"""How a decoded image becomes what a network sees, as published codebases do it: the transform presets.
+"""The transform presets: how published codebases turn a decoded image into the input of a network.
 
-A preset gives pixels in [0, 1] and normalises nothing: that is the backbone's ``normalisation``, and a preset
-names the one it was published with.
+A preset gives pixels in [0, 1], which the backbone normalises. ``NORMALISATION`` names the normalisation that
+each preset was published with.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from functools import cache
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-
-from cl_bench.data.images import Picture, Pixels
 
 PresetName = Literal["inflora", "pilot", "clip"]
 
@@ -24,10 +23,44 @@ PRESETS: tuple[PresetName, ...] = get_args(PresetName)
 
 _SCALE = {"inflora": (0.08, 1.0), "pilot": (0.05, 1.0)}
 _RATIO = (3 / 4, 4 / 3)
-_ATTEMPTS = 10  # of a random crop, before the centre is taken: torchvision's number
+_ATTEMPTS = 10  # at a random crop, before the centre is taken: torchvision's number
 
 NORMALISATION = {"inflora": "unit", "pilot": "unit", "clip": "clip"}
 """The backbone's normalisation that each preset was published with."""
+
+
+class Pixels:
+    """An image held as an array; only the parts that are used become Pillow images.
+
+    Args:
+        array: RGB (H, W, 3), uint8.
+    """
+
+    def __init__(self, array: npt.NDArray[np.uint8]) -> None:
+        self.array = array
+
+    @property
+    def height(self) -> int:
+        """Height in pixels."""
+        return int(self.array.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Width in pixels."""
+        return int(self.array.shape[1])
+
+    def crop(self, box: tuple[int, int, int, int]) -> Pixels:
+        """Return the part within ``box``: left, top, right and bottom, as Pillow counts them."""
+        left, top, right, bottom = box
+        return Pixels(self.array[top:bottom, left:right])
+
+    def pillow(self) -> Image.Image:
+        """Return the image as a Pillow image."""
+        return Image.fromarray(self.array)
+
+
+Picture = Image.Image | Pixels
+"""An RGB image."""
 
 
 class Box(NamedTuple):
@@ -42,11 +75,11 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class RandomView:
-    """A random crop of random shape, resized to a square and mirrored every second time.
+    """A random crop of random shape, resized to a square and mirrored with probability 1/2.
 
-    It draws as torchvision's ``RandomResizedCrop`` and ``RandomHorizontalFlip`` do one after the other: with
-    one state of torch's generator, both give one picture. Of an array torch resizes the crop, a third as long
-    as Pillow; its sums are rounded otherwise, by 2 of 255 levels at most where that was measured.
+    The view equals torchvision's ``RandomResizedCrop`` followed by ``RandomHorizontalFlip`` under the same
+    state of torch's generator. Pillow resizes a crop of a Pillow image; torch resizes a crop of an array, in
+    a third of the time. The two round differently, by at most 2 of 255 levels in our measurements.
 
     Attributes:
         size: Height and width of the view, in pixels.
@@ -61,15 +94,16 @@ class RandomView:
     interpolation: str = "bilinear"
 
     def box(self, height: int, width: int) -> Box:
-        """Draw what is shown of an image of ``height`` × ``width`` pixels."""
+        """Draw the visible part of an image of ``height`` × ``width`` pixels."""
         top, left, crop_height, crop_width = self._crop(height, width)
         return Box(top, left, crop_height, crop_width, bool(torch.rand(1) < 0.5))
 
     def pixels(self, image: Picture) -> Tensor:
         """Return a view (3, S, S) of ``image``, uint8."""
-        box = self.box(image.height, image.width)
-        pixels = _square(cropped(image, box), self.size, self.interpolation)
-        return pixels.flip(2) if box.mirrored else pixels
+        top, left, height, width, mirrored = self.box(image.height, image.width)
+        crop = image.crop((left, top, left + width, top + height))
+        pixels = _square(crop, self.size, self.interpolation)
+        return pixels.flip(2) if mirrored else pixels
 
     def __call__(self, image: Picture) -> Tensor:
         """Return a view (3, S, S) of ``image`` in [0, 1]."""
@@ -95,7 +129,7 @@ class RandomView:
 
 @dataclass(frozen=True)
 class CentreView:
-    """The centre of an image whose short side is resized first; always the same.
+    """The centre crop of an image whose short side is resized first; deterministic.
 
     Attributes:
         size: Height and width of the view, in pixels.
@@ -108,7 +142,7 @@ class CentreView:
     interpolation: str = "bilinear"
 
     def resized(self, image: Image.Image) -> Image.Image:
-        """Return ``image`` with its short side resized, as it is before the crop."""
+        """Return ``image`` with its short side resized, before the crop."""
         height, width = resized_shape(image.height, image.width, self.short_side)
         resized = _resized(image, height, width, self.interpolation)
         assert isinstance(resized, Image.Image)
@@ -118,8 +152,8 @@ class CentreView:
         """Return the view (3, S, S) of ``image``, uint8."""
         height, width = resized_shape(image.height, image.width, self.short_side)
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        # Pillow resizes along rows, rounds, and resizes along columns. Done apart, columns that are cropped
-        # away are left out of the second step.
+        # Pillow resizes along rows, rounds, and resizes along columns. In two separate calls, the second one
+        # skips the columns that the crop removes.
         rows = _resized(image, image.height, width, self.interpolation)
         columns = rows.crop((left, 0, left + self.size, rows.height))
         whole = _resized(columns, height, self.size, self.interpolation)
@@ -138,8 +172,8 @@ class Preset:
     """The views of one published codebase.
 
     Attributes:
-        train: For training.
-        test: For everything else.
+        train: The view for training.
+        test: The view for evaluation and for plain data passes.
     """
 
     train: View
@@ -153,7 +187,7 @@ def preset(name: PresetName, size: int, *, whole: bool = False) -> Preset:
         name: ``inflora`` (InfLoRA, LoRA-DRS, BiLoRA), ``pilot`` (PILOT, SD-LoRA, LoDA), or ``clip``, CLIP's
             own preprocessing in training too, as KeepLoRA has it.
         size: Height and width of a view, in pixels.
-        whole: Whether ``inflora`` shows a whole test image, as it does of CIFAR-100, in place of the centre.
+        whole: Whether ``inflora`` shows the whole test image, as for CIFAR-100, instead of its centre.
     """
     short_side = resize_before_crop(size)
     if name == "clip":
@@ -165,7 +199,7 @@ def preset(name: PresetName, size: int, *, whole: bool = False) -> Preset:
 
 
 def resize_before_crop(size: int) -> int:
-    """Return the short side before a crop of ``size``, in the proportion of 256 to 224.
+    """Return the short side before a crop of ``size``, in the ratio 256 to 224.
 
     >>> resize_before_crop(224)
     256
@@ -174,7 +208,7 @@ def resize_before_crop(size: int) -> int:
 
 
 def resized_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
-    """Return height and width once the short side is ``short_side``; the long one is rounded down.
+    """Return height and width after resizing the short side to ``short_side``, the long one rounded down.
 
     >>> resized_shape(375, 500, 256)
     (256, 341)
@@ -185,25 +219,20 @@ def resized_shape(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 
 def scaled(pixels: Tensor) -> Tensor:
-    """Return uint8 ``pixels`` in [0, 1] as float32, divided by 255 as in published code."""
+    """Return uint8 ``pixels`` as float32 in [0, 1], divided by 255 as in published code."""
     if not pixels.is_cpu:
         return pixels.to(torch.float32).div_(255)
-    # NumPy works in huge pages and on one thread. Torch would take longer for page faults than to divide, and
-    # its second thread would wait for a core that a worker holds.
+    # NumPy uses huge pages and one thread. torch would spend more time on page faults than on the division,
+    # and its second thread would wait for a core that a worker occupies.
     floats = np.empty(tuple(pixels.shape), dtype=np.float32)
     return torch.from_numpy(np.divide(pixels.numpy(), np.float32(255), out=floats))
-
-
-def cropped(image: Picture, box: Box) -> Picture:
-    """Return what ``box`` shows of ``image``, not mirrored."""
-    return image.crop((box.left, box.top, box.left + box.width, box.top + box.height))
 
 
 def pixels_of(image: Picture) -> Tensor:
     """Return an RGB image as a tensor (3, H, W), uint8."""
     if isinstance(image, Pixels):
         planes = image.array.transpose(2, 0, 1)
-    else:  # Pillow writes the colours of a line apart sooner than NumPy takes them apart
+    else:  # Pillow separates the colours of a line faster than NumPy does
         lines = np.frombuffer(image.tobytes("raw", "RGB;L"), dtype=np.uint8)
         planes = lines.reshape(image.height, 3, image.width).transpose(1, 0, 2)
     return torch.from_numpy(planes.copy())
@@ -211,7 +240,7 @@ def pixels_of(image: Picture) -> Tensor:
 
 @cache
 def _log(ratio: tuple[float, float]) -> tuple[float, float]:
-    """Return the logarithms in the precision in which torchvision takes them."""
+    """Return the logarithms in the precision that torchvision uses."""
     lowest, highest = torch.log(torch.tensor(ratio)).tolist()
     return lowest, highest
 

@@ -1,17 +1,22 @@
-"""The cells that a grid file describes."""
+"""The cells that a grid file describes.
+
+Engines pickle cells, so this module imports neither torch nor Lightning until a cell is resolved.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cl_bench.errors import suggestion
-from cl_bench.grid.cell import Cell
-from cl_bench.run.configuration import config_file, load
+
+if TYPE_CHECKING:
+    from cl_bench.run.configuration import Configuration
 
 _KEYS = {
     "strategies": list,
@@ -22,6 +27,32 @@ _KEYS = {
     "results": str,
     "common": dict,
 }
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell by the words of its command, small enough to hand to another process.
+
+    Attributes:
+        strategy: Config stem or path.
+        dataset: Config stem or path.
+        overrides: Command-line words.
+    """
+
+    strategy: str
+    dataset: str
+    overrides: tuple[str, ...]
+
+    def configuration(self) -> Configuration:
+        """Resolve the cell."""
+        from cl_bench.run.configuration import layers, resolve
+
+        return resolve(layers(self.strategy, self.dataset), self.overrides)
+
+    @property
+    def command(self) -> str:
+        """The command that runs this cell alone."""
+        return shlex.join(("cl-bench", "run", self.strategy, self.dataset, *self.overrides))
 
 
 @dataclass(frozen=True)
@@ -68,6 +99,8 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
         ValueError: If the file is no grid.
         FileNotFoundError: If there is no such file.
     """
+    from cl_bench.run.configuration import config_file, load
+
     path = config_file("grids", name)
     content = load(path)
     if not {"strategies", "datasets"} <= content.keys():

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cl_bench.grid.cell import Cell
-from cl_bench.grid.cells import read_grid
+from cl_bench.grid.cells import Cell, read_grid
 from cl_bench.grid.engine import Engine
 from cl_bench.grid.sharing import require_shared
 from cl_bench.grid.work import Ending, Job

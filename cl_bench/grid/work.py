@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from cl_bench.errors import sentence
-from cl_bench.grid.cell import Cell
+from cl_bench.grid.cells import Cell
 from cl_bench.run.claim import Held
 
 LOG_NAME = "log.txt"

@@ -1,4 +1,4 @@
-"""What watches a run: the accuracy matrix, and the loss that must stay finite."""
+"""Callbacks of every run: the accuracy matrix, and the loss that must stay finite."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from cl_bench.loop.progress import stream_of
 from cl_bench.processes.ranks import of_all, total
 from cl_bench.results.result import Result, Row
 
@@ -17,20 +18,24 @@ from cl_bench.results.result import Result, Row
 class StreamMetrics(Callback):
     """Fill row after row of the accuracy matrix, as integer counts, from one pass over all classes seen.
 
-    Where the test images come from several domains, a batch ends with the place of each image's domain, and
-    the images classified rightly are counted for each domain apart as well.
+    If the test images come from several domains, a batch ends with the index of each image's domain, and
+    correct images are also counted by domain.
 
-    The callback sees logits and labels, never the model. From one confusion matrix come the
-    class-incremental count (its diagonal) and the count of images placed in their own experience (its
-    diagonal blocks); a second one, of predictions restricted to the true experience, gives the task-masked
-    count. Each of several processes counts its own images, and a row holds the counts of all.
+    The callback sees logits and labels, never the model. One confusion matrix gives the class-incremental
+    count (its diagonal) and the count of images placed in their own experience (its diagonal blocks); a
+    second one, of predictions restricted to the true experience, gives the task-masked count. Each process of
+    a run counts its own images, and a row holds the counts of all.
 
     Args:
-        result: Its ``rows`` are filled; its ``experiences`` say which class belongs where.
+        result: Its ``rows`` are filled; its ``experiences`` give the experience of each class.
+
+    Attributes:
+        row: Index of the row that the next evaluation fills.
     """
 
     def __init__(self, result: Result) -> None:
         self.result = result
+        self.row = 0
         self.experience_of_class = torch.repeat_interleave(
             torch.arange(result.num_experiences),
             torch.tensor([stop - start for start, stop in result.experiences]),
@@ -66,14 +71,13 @@ class StreamMetrics(Callback):
         self.confusion_within.update(self._within_experience(logits, labels).argmax(dim=1), labels)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the row into the result and the curves into the loggers.
+        """Add the row to the result, and its metrics to the loggers.
 
         Raises:
             Diverged: If a logit is not finite.
             ValueError: If not every test image of the classes seen was evaluated.
         """
-        seen = trainer.datamodule.experience.num_classes_seen  # type: ignore[attr-defined]
-        i = next(i for i, (_, stop) in enumerate(self.result.experiences) if stop == seen)
+        i, (_, seen) = self.row, self.result.experiences[self.row]
         infinite, confusion, within, by_domain = map(
             total,
             (self.infinite, self.confusion.confmat, self.confusion_within.confmat, self.correct_by_domain),
@@ -109,7 +113,7 @@ class StreamMetrics(Callback):
         self.correct_by_domain.index_put_((domains, labels), correct.to(torch.int64), accumulate=True)
 
     def _row(self, confusion: Tensor, within: Tensor, by_domain: Tensor) -> Row:
-        """Return the counts that two matrices (C, C) over the C classes seen, and (domains, C), hold."""
+        """Return the counts in two matrices (C, C) over the C classes seen, and one (domains, C)."""
         seen = self.experience_of_class[: len(confusion)]
         same_experience = seen[:, None] == seen[None, :]
         return Row(
@@ -125,16 +129,16 @@ class Diverged(RuntimeError):
 
     @classmethod
     def at(cls, what: str) -> Diverged:
-        """Return the error that says ``what`` is not finite, and where, and what to do."""
+        """Return an error about ``what`` is not finite and where, with a remedy."""
         remedy = "lower the learning rate, or clip gradients with --trainer.gradient_clip_val."
         return cls(f"{what}: {remedy}")
 
 
 class DivergenceGuard(Callback):
-    """Stop where a loss was not finite; the end of an epoch asks, so that no step waits for the device."""
+    """Stops a run whose loss was not finite; it checks once an epoch, so no step waits for the device."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with no such step."""
+        """Forget earlier steps."""
         self._first = torch.zeros((), dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(
@@ -147,22 +151,22 @@ class DivergenceGuard(Callback):
             self._first = torch.where(self._first > 0, self._first, step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look back at the epoch.
+        """Check the epoch.
 
         Raises:
             Diverged: If a loss was not finite.
         """
-        self.look_back(trainer)
+        self.check(trainer)
 
-    def look_back(self, trainer: Trainer) -> None:
-        """Look back at the steps of the experience, on all processes.
+    def check(self, trainer: Trainer) -> None:
+        """Check the steps of the experience so far, on all processes.
 
         Raises:
             Diverged: If a loss was not finite.
         """
         steps = [step for step in of_all(int(self._first)) if step]
         if steps:
-            experience = trainer.datamodule.experience  # type: ignore[attr-defined]
+            experience = stream_of(trainer).experience
             raise Diverged.at(
                 f"The loss is not finite at step {min(steps)}, in epoch {trainer.current_epoch + 1} of "
                 f"experience {experience.index + 1}"

@@ -1,4 +1,4 @@
-"""Where a run stands, written down at every turn: if it is cut off, it goes on as if it had not been."""
+"""Checkpoints at every turn of a run: one that was cut off resumes as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cl_bench.data.experience import Experience
 from cl_bench.loop import progress
 from cl_bench.loop.callbacks import Diverged
 from cl_bench.loop.checkpoint import Checkpoint, Checkpoints, Owner, Phase
-from cl_bench.loop.interruption import Interruption
+from cl_bench.loop.course import Course
 from cl_bench.loop.provenance import circumstances
 from cl_bench.loop.snapshot import (
     Pretrained,
@@ -29,28 +29,32 @@ from cl_bench.loop.snapshot import (
 from cl_bench.processes.ranks import anywhere, is_first, of_all, of_first, place
 from cl_bench.results.result import Cost, Result, Row
 
+_KEPT = "kept"  # the optimizer of the stream, if it is not part of the training state
+
 
 class Continuation:
-    """Writes checkpoints of a run, and goes on from the last one of an earlier attempt.
+    """Writes checkpoints of a run, and resumes from the last one of an earlier attempt.
 
     Args:
-        trainer: Who trains.
+        trainer: The trainer of the run.
         strategy: The method, freshly built.
         result: The result of the run, still blank.
-        checkpoints: Where checkpoints are kept; nothing is written or gone on with if None.
+        checkpoints: Where checkpoints are kept; None neither writes nor resumes.
 
     Attributes:
-        resumed: The checkpoint that is gone on with, until its place is reached.
-        interruption: What is asked of the run from outside.
+        resumed: The checkpoint to resume from, until the run has reached its place.
 
     Raises:
-        Refused: If the last checkpoint is one of another run, or cannot be read without running code.
+        Refused: If the last checkpoint belongs to another run, or cannot be read without running code.
     """
 
     def __init__(
-        self, trainer: Trainer, strategy: Strategy, result: Result, checkpoints: Checkpoints | None
+        self,
+        trainer: Trainer,
+        strategy: Strategy,
+        result: Result,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
-        self.interruption = Interruption()
         self.resumed: Checkpoint | None = None
         self._trainer = trainer
         self._strategy = strategy
@@ -67,49 +71,38 @@ class Continuation:
         self.resumed, damaged = of_first(lambda: checkpoints.latest(self._owner))
         self._recall(self.resumed, damaged)
 
-    @property
-    def due(self) -> bool:
-        """Whether the end of an epoch should be written down, on all processes."""
+    def due(self, course: Course) -> bool:
+        """Whether the end of an epoch should write a checkpoint, on all processes."""
         return self._checkpoints is not None and anywhere(
-            (is_first() and self._checkpoints.due) or self.interruption.requested
+            (is_first() and self._checkpoints.due) or course.interruption.requested
         )
 
-    @property
-    def asked(self) -> bool:
-        """Whether the run was asked to end, on any of its processes."""
-        return anywhere(self.interruption.requested)
+    def requested(self, course: Course) -> bool:
+        """Whether a signal asked the run to end, on any of its processes."""
+        return anywhere(course.interruption.requested)
 
-    def heed(self) -> None:
-        """End the run here if that was asked.
-
-        Raises:
-            Interrupted: If so, on all processes.
-        """
-        self.interruption.requested = self.asked
-        self.interruption.heed()
-
-    @property
-    def phase(self) -> Phase:
-        """What comes next in the experience at hand; ``expanded`` where nothing is gone on with."""
-        return "expanded" if self.resumed is None else self.resumed.phase
-
-    def write(
-        self,
-        phase: Phase,
-        seconds: dict[str, float],
-        trainable: int,
-        *,
-        epoch: int = 0,
-        batches: int = 0,
-    ) -> None:
-        """Write down that ``phase`` comes next in the experience at hand.
+    def reached(self, course: Course, phase: Phase, epoch: int = 0, batches: int = 0) -> None:
+        """Note that ``phase`` comes next, write a checkpoint, and end the run if a signal asked for it.
 
         Args:
+            course: Where the run stands.
             phase: What comes next.
-            seconds: Seconds of the experience so far, by phase.
-            trainable: Number of parameters with a gradient.
-            epoch: Epochs that are done.
+            epoch: Epochs of the experience that are done, if a training step comes next.
             batches: Batches that are done of the epoch after these.
+
+        Raises:
+            Interrupted: If a signal asked for it, on all processes.
+            Diverged: If a trained parameter is not finite: the checkpoint before stays the last good one.
+            OSError: If the checkpoint cannot be written; the one before is still there.
+        """
+        course.phase, course.epoch, course.batches = phase, epoch, batches
+        with course.timed("checkpoints"):
+            self.write(course)
+        course.interruption.requested = anywhere(course.interruption.requested)
+        course.interruption.raise_if_requested()
+
+    def write(self, course: Course) -> None:
+        """Write a checkpoint of the run as it stands on ``course``.
 
         Raises:
             Diverged: If a trained parameter is not finite: the checkpoint before stays the last good one.
@@ -118,23 +111,23 @@ class Continuation:
         if self._checkpoints is None:
             return
         self._require_finite()
-        random = of_all(random_states(self._trainer.strategy.root_device))
+        random = of_all(random_states(course.device))
         shares = of_all(own_share(self._strategy))
         if not is_first():
             return
         trainer, result = self._trainer, self._result
         checkpoint = Checkpoint(
             owner=self._owner,
-            phase=phase,
+            phase=course.phase,
             experience=self._strategy.experience.index,
-            epoch=epoch,
-            batches=batches,
+            epoch=course.epoch,
+            batches=course.batches,
             circumstances=self._circumstances,
             strategy=snapshot(self._strategy, self._pretrained),
             random=random,
             shares=shares[1:],
             loops=progress.loops(trainer),
-            training=progress.training(trainer) if phase == "training" else {},
+            training=self._training(course),
             callbacks={
                 callback.state_key: state
                 for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -146,39 +139,51 @@ class Continuation:
                 "diagnostics": result.diagnostics,
                 "resumed": result.provenance.get("resumed", []),
             },
-            seconds=dict(seconds),
-            trainable=trainable,
+            seconds=dict(course.seconds),
+            trainable=course.trainable,
         )
         self._checkpoints.write(checkpoint)
 
-    def take_up(self, experiences: Sequence[Experience]) -> Checkpoint:
-        """Bring strategy, counters and callbacks to where the checkpoint was taken, before a fit.
+    def restore(self, course: Course, experiences: Sequence[Experience]) -> None:
+        """Restore strategy, counters, callbacks and ``course`` from the checkpoint, before a fit.
 
         Args:
+            course: Where the run stands; afterwards, where the earlier attempt stood.
             experiences: The stream up to the experience at hand.
         """
-        resumed = self.resumed
+        resumed, strategy = self.resumed, self._strategy
         assert resumed is not None
         for experience in experiences:
-            self._strategy.expand(experience)
-        restore(self._strategy, resumed.strategy)
-        take_share(self._strategy, resumed.shares)
+            strategy.expand(experience)
+            # The fit of the last experience extends the optimizer of the stream, unless it has done so.
+            if experience is not experiences[-1] or resumed.phase in ("merging", "testing"):
+                if strategy.optimizer_scope == "stream":
+                    strategy.configure_optimizers()
+        restore(strategy, resumed.strategy)
+        if strategy.kept_optimizer is not None and _KEPT in resumed.training:
+            strategy.kept_optimizer.load_state_dict(resumed.training[_KEPT])
+        take_share(strategy, resumed.shares)
         progress.restore_loops(self._trainer, resumed.loops, inside=bool(resumed.batches))
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
             if callback.state_key in resumed.callbacks:
                 callback.load_state_dict(resumed.callbacks[callback.state_key])
-        return resumed
+        course.begin(experiences[-1])
+        course.phase, course.epoch, course.batches = resumed.phase, resumed.epoch, resumed.batches
+        course.seconds, course.trainable = dict(resumed.seconds), resumed.trainable
 
-    def arrive(self) -> None:
-        """Go on from here: what was drawn and learnt up to the checkpoint has been drawn and learnt."""
+    def restore_training(self) -> None:
+        """Restore optimizers and random states; training continues from here."""
+        if self.resumed is not None:
+            progress.restore_training(self._trainer, self.resumed.training, self.resumed.batches)
+        self.restore_random()
+
+    def restore_random(self) -> None:
+        """Restore random states; the run continues from here."""
         if self.resumed is None:
             return
-        if self.resumed.phase == "training":
-            progress.restore_training(self._trainer, self.resumed.training, self.resumed.batches)
         rank, _ = place()
-        set_random_states(
-            self.resumed.random[rank % len(self.resumed.random)], self._trainer.strategy.root_device
-        )
+        states = self.resumed.random
+        set_random_states(states[rank % len(states)], self._trainer.strategy.root_device)
         self.resumed = None
 
     def clear(self) -> None:
@@ -188,12 +193,12 @@ class Continuation:
 
     @property
     def last_good(self) -> str:
-        """Where the last checkpoint is, as the end of a sentence; nothing where there is none."""
+        """Where the last checkpoint is, as the end of a sentence; empty if there is none."""
         last = None if self._checkpoints is None else self._checkpoints.last
         return f" The last good checkpoint is {last}." if last else ""
 
     def _recall(self, resumed: Checkpoint | None, damaged: list[str]) -> None:
-        """Take over what the attempt before has found, and say what differs from it."""
+        """Take over what the earlier attempt found, and record what differs from it."""
         result = self._result
         if resumed is None:
             if damaged:
@@ -207,6 +212,12 @@ class Continuation:
             *saved["resumed"],
             _resumption(resumed.place, resumed.differences(self._circumstances), damaged),
         ]
+
+    def _training(self, course: Course) -> dict[str, Any]:
+        if course.phase == "training":
+            return progress.training(self._trainer)
+        kept = self._strategy.kept_optimizer
+        return {} if kept is None else {_KEPT: kept.state_dict()}
 
     def _require_finite(self) -> None:
         finite = [p.detach().isfinite().all() for p in self._strategy.parameters() if p.requires_grad]
@@ -227,15 +238,17 @@ def _resumption(place: str, differs: dict[str, list[Any]], damaged: list[str]) -
 
 
 def resumption(result: Result) -> str | None:
-    """Return where the run went on, and what differs since, in one line; None if it ran in one go."""
+    """Return where the run resumed, and what differs since, in one line; None if it ran in one go."""
     resumed: list[dict[str, Any]] = result.provenance.get("resumed", [])
     if not resumed:
         return None
-    line = f"goes on from a checkpoint: {resumed[-1]['from']}"
+    line = f"resumes from a checkpoint: {resumed[-1]['from']}"
     if damaged := resumed[-1]["damaged"]:
-        line = f"goes on from {resumed[-1]['from']}, as these checkpoints are damaged: {', '.join(damaged)}"
+        line = (
+            f"resumes from {resumed[-1]['from']}, because these checkpoints are damaged: {', '.join(damaged)}"
+        )
     differs = resumed[-1]["differs"]
     if not differs:
         return line
     words = ", ".join(f"{name} {was} then and {now} now" for name, (was, now) in differs.items())
-    return f"{line}\nwarning: bits may differ from those of a run in one go, since there were {words}"
+    return f"{line}\nwarning: the result may differ in bits from a run in one go: {words}"

@@ -36,6 +36,8 @@ from torch import Tensor
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.low_rank import memory_of
 from cl_bench.contracts.strategy import Strategy
+from cl_bench.loop.lifecycle import at_rest, on_device, strategy_of
+from cl_bench.loop.progress import stream_of
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.maths.losses import cosine_similarities, danger_score
 from cl_bench.maths.violation import null_space_violation, scale_free_violation
@@ -64,7 +66,7 @@ class Diagnostics(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the model before the first experience trains it, unless a checkpoint knows how it was."""
-        strategy, stream = _strategy(pl_module), _stream(trainer)
+        strategy, stream = strategy_of(pl_module), stream_of(trainer)
         if stage != "fit":
             return
         assert isinstance(trainer, StreamTrainer)
@@ -78,7 +80,7 @@ class Diagnostics(Callback):
                 "Diagnostics look at every experience from the first, and the attempt that is gone on with "
                 "had none: leave them out, or start anew with --resume=false."
             )
-        with _at_rest(trainer, strategy):
+        with _diagnosing(trainer, strategy):
             self._known = _Known(
                 weights=_weights(self._layers),
                 past=[_Past() for _ in self._layers],
@@ -101,9 +103,9 @@ class Diagnostics(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the model after an experience."""
-        strategy, stream = _strategy(pl_module), _stream(trainer)
+        strategy, stream = strategy_of(pl_module), stream_of(trainer)
         assert isinstance(trainer, StreamTrainer)
-        with _at_rest(trainer, strategy):
+        with _diagnosing(trainer, strategy):
             entry = self._entry(trainer, strategy, stream)
         trainer.result.diagnostics.append(entry)
         values = {"stream/experience": float(stream.experience.index + 1)} | scalars(entry)
@@ -116,7 +118,7 @@ class Diagnostics(Callback):
         violation = self._violation(known)
         means, angles = ClassMeans(stream.experience.classes), _Angles(known.prototypes)
         moments = self._moments()
-        batches = trainer.on_device(stream.plain_dataloader())
+        batches = on_device(trainer, stream.plain_dataloader())
         measure(strategy.features, batches, means, angles, *moments.values())
         for index, past in enumerate(known.past):
             past.add(*_of_layer(moments, self._layers, index))
@@ -308,34 +310,17 @@ def _held_out_accuracy(trainer: StreamTrainer, strategy: Strategy, stream: Strea
     classes = range(stream.held_out_classes)
     nearest = Prototypes(strategy.backbone.feature_dim, "euclidean").to(strategy.device)
     nearest.grow(len(classes))
-    nearest.write(class_means(strategy.features, trainer.on_device(train), classes), classes)
+    nearest.write(class_means(strategy.features, on_device(trainer, train), classes), classes)
     right = total = 0
-    for images, labels in trainer.on_device(test):
+    for images, labels in on_device(trainer, test):
         right += int((nearest(strategy.features(images)).argmax(dim=1) == labels).sum())
         total += len(labels)
     return right / total
 
 
 @contextmanager
-def _at_rest(trainer: StreamTrainer, strategy: Strategy) -> Iterator[None]:
-    """No gradients, layers in evaluation mode, random numbers as they were; seconds are counted apart."""
-    modes = [(module, module.training) for module in strategy.modules()]
+def _diagnosing(trainer: StreamTrainer, strategy: Strategy) -> Iterator[None]:
+    """No gradients, layers in evaluation mode, random numbers restored; seconds count as diagnostics."""
     devices = [strategy.device] if strategy.device.type == "cuda" else []
-    strategy.eval()
-    try:
-        with trainer.phase("diagnostics"), torch.no_grad(), torch.random.fork_rng(devices):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _strategy(module: LightningModule) -> Strategy:
-    assert isinstance(module, Strategy)
-    return module
-
-
-def _stream(trainer: Trainer) -> StreamDataModule:
-    stream = trainer.datamodule  # type: ignore[attr-defined]
-    assert isinstance(stream, StreamDataModule)
-    return stream
+    with trainer.course.timed("diagnostics"), at_rest(strategy), torch.random.fork_rng(devices):
+        yield

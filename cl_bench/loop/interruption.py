@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard between two steps of training."""
+"""Ctrl-C and SIGTERM, handled between two training steps."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 
 class Interrupted(BaseException):
-    """Somebody asked the run to end.
+    """The run was asked to end.
 
-    Lightning answers a KeyboardInterrupt by ending the process; this one it hands on.
+    Lightning ends the process at a KeyboardInterrupt; it passes this exception on.
     """
 
 
 class Interruption:
-    """While open, Ctrl-C and SIGTERM raise :class:`Interrupted`: at once, or where :meth:`heed` is called.
+    """While open, Ctrl-C and SIGTERM raise :class:`Interrupted`: at once, or in :meth:`raise_if_requested`.
 
-    Outside of the main thread, signals do what they did before.
+    Outside the main thread, signals keep their handlers.
 
     Attributes:
-        deferred: Whether a signal waits for :meth:`heed`; a second one never does.
-        requested: Whether one is waiting.
+        deferred: Whether a signal waits for :meth:`raise_if_requested`; a second signal never waits.
+        requested: Whether a signal is waiting.
     """
 
     def __init__(self) -> None:
@@ -31,21 +31,21 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        """Listen."""
+        """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._hear)
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Put back what signals did before."""
+        """Restore the earlier handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def heed(self) -> None:
+    def raise_if_requested(self) -> None:
         """Raise if a signal is waiting.
 
         Raises:
@@ -54,7 +54,7 @@ class Interruption:
         if self.requested:
             raise Interrupted
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.deferred and not self.requested:
             self.requested = True
             return

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,24 +13,25 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.utilities.seed import seed_everything
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy as Distribution
-from torch.utils.data import DataLoader
 
 from cl_bench.contracts.datamodule import StreamDataModule
-from cl_bench.contracts.strategy import Batch, Strategy
+from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.errors import is_of_memory, sentence
 from cl_bench.loop import progress
 from cl_bench.loop.callbacks import Diverged, DivergenceGuard, StreamMetrics
-from cl_bench.loop.checkpoint import Checkpoints, Phase
+from cl_bench.loop.checkpoint import Checkpoints
 from cl_bench.loop.continuation import Continuation
+from cl_bench.loop.course import Course
 from cl_bench.loop.interruption import Interrupted
+from cl_bench.loop.lifecycle import Lifecycle
 from cl_bench.loop.provenance import provenance
-from cl_bench.processes.distributed import Agreement, OwnSignals, distribution, launch, require_one_command
-from cl_bench.processes.ranks import agree, failed_first, is_first
+from cl_bench.processes.distributed import Agreement, distribution, launch, require_one_command
+from cl_bench.processes.ranks import failed_first, is_first
 from cl_bench.results.result import Cost, Protocol, Regime, Result
 
 
@@ -42,7 +42,7 @@ class OutOfMemory(RuntimeError):
 class StreamTrainer(Trainer):
     """A Lightning Trainer that walks a stream: one Trainer, one fit and one test for each experience.
 
-    Every argument is Lightning's; only some defaults differ, because a stream needs them so.
+    Every argument is Lightning's; some defaults differ because a stream needs them.
 
     Args:
         callbacks: As in Lightning.
@@ -53,20 +53,20 @@ class StreamTrainer(Trainer):
         use_distributed_sampler: Off: it repeats samples to even out the ranks, and counts would be wrong.
         num_sanity_val_steps: None: nothing is validated.
         devices: One, unless more are asked for.
-        strategy: As in Lightning, where several processes are ``ddp``.
+        strategy: As in Lightning; several processes are ``ddp``.
         check_agreement: Whether every step checks that all processes hold the same parameters, for debugging.
         gradient_clip_val: As in Lightning.
         limit_train_batches: As in Lightning.
-        limit_test_batches: Whatever cuts test images is refused.
+        limit_test_batches: Refused if it leaves out test images.
         overfit_batches: As in Lightning.
         kwargs: As in Lightning.
 
     Attributes:
-        seconds: Seconds of the experience at hand so far, by phase.
+        course: Where the run stands.
     """
 
-    # Lightning annotates some numbers with typing's unions, whose members change places with the order of
-    # imports; with them 1 would be read as 1 or as 1.0. The annotations here are read instead.
+    # Lightning annotates some numbers with typing's unions, whose members change order with the order of
+    # imports, so 1 would be read as 1 or as 1.0. The annotations here are read instead.
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class StreamTrainer(Trainer):
     ) -> None:
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         checks = [Agreement()] if check_agreement else []
-        guard = DivergenceGuard()
+        self._guard = DivergenceGuard()
         super().__init__(
-            callbacks=[guard, _Lifecycle(guard), *checks, *given],
+            callbacks=[self._guard, *checks, *given],
             logger=logger,
             enable_checkpointing=enable_checkpointing,
             enable_progress_bar=enable_progress_bar,
@@ -106,13 +106,10 @@ class StreamTrainer(Trainer):
             overfit_batches=overfit_batches,
             **kwargs,
         )
-        self._signal_connector = OwnSignals(self)
+        progress.leave_signals(self)
+        self.course = Course(self.strategy.root_device)
         self._epochs = self.fit_loop.max_epochs
-        self.seconds: dict[str, float] = {}
-        self._trainable = 0
         self._result: Result | None = None
-        self._continuation: Continuation | None = None
-        self._stepping = False
 
     @property
     def result(self) -> Result:
@@ -134,7 +131,7 @@ class StreamTrainer(Trainer):
     ) -> Result:
         """Train and evaluate ``strategy`` on the whole stream of ``datamodule``.
 
-        Of several processes each returns the result, and the first alone writes it.
+        In a run of several processes, each returns the result and the first writes it.
 
         Args:
             strategy: The method; it is changed in place.
@@ -143,19 +140,19 @@ class StreamTrainer(Trainer):
             config: Resolved config, kept in the result; its hash names the cell.
             setting: Name of the setting, kept in the result.
             folder: Where ``result.json`` is rewritten after every experience; nowhere if None.
-            checkpoints: Where the run is written down at every turn, and gone on with if it was cut off; they
-                are removed when it is done. Nothing of the kind if None.
+            checkpoints: Where the run writes checkpoints at every turn, and from where it resumes; they are
+                removed when it is done. None writes none.
 
         Returns:
             The result, with status ``done``.
 
         Raises:
             ValueError: If the stream or the strategy's parts do not fit together.
-            Refused: If a checkpoint is there that cannot be gone on with.
+            Refused: If there is a checkpoint from which it cannot resume.
             OSError: If result or checkpoint cannot be written; the ones before are still there.
             Diverged: If the loss is no longer finite.
             OutOfMemory: If a batch does not fit into memory.
-            KeyboardInterrupt: If Ctrl-C or SIGTERM asked the run to end; the step at hand is finished first.
+            KeyboardInterrupt: After Ctrl-C or SIGTERM; the step at hand is finished first.
         """
         self.require_fit(strategy, datamodule)
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
@@ -171,21 +168,25 @@ class StreamTrainer(Trainer):
         folder: Path | None,
         checkpoints: Checkpoints | None,
     ) -> None:
-        """Fill ``result``, once all processes of the run are there."""
-        counting = StreamMetrics(result)
-        self.callbacks.insert(0, counting)  # type: ignore[attr-defined]
-        if self.strategy.root_device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.strategy.root_device)
-        continuation = self._continuation = Continuation(self, strategy, result, checkpoints)
+        """Fill ``result``, once all processes of the run have started."""
+        course = self.course = Course(self.strategy.root_device)
+        if course.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(course.device)
+        metrics = StreamMetrics(result)
+        continuation = Continuation(self, strategy, result, checkpoints)
         _save(result, folder)
         try:
-            with continuation.interruption, self._batch_size_said(datamodule):
-                self._walk(strategy, datamodule, result, folder)
+            with (
+                course.interruption,
+                _naming_batch_size(course, datamodule),
+                self._watched(course, continuation, metrics),
+            ):
+                self._walk(course, continuation, metrics, strategy, datamodule, folder)
             result.status = "done"
         except BaseException as error:
+            # Ctrl-C also kills the processes that load images, which then is not a failure.
             asked = isinstance(error, Interrupted | KeyboardInterrupt)
-            # Processes that load images die of a Ctrl-C, too, which then is what was asked and no failure.
-            asked |= continuation.interruption.requested and not isinstance(error, Diverged)
+            asked |= course.interruption.requested and not isinstance(error, Diverged)
             result.status = "diverged" if isinstance(error, Diverged) else "failed"
             own = "Interrupted." if asked else sentence(error)
             result.error = failed_first(own) or own + ("" if asked else continuation.last_good)
@@ -194,20 +195,47 @@ class StreamTrainer(Trainer):
             raise
         finally:
             datamodule.close()
-            self.callbacks.remove(counting)  # type: ignore[attr-defined]
-            self._continuation = None
             _save(result, folder)
         continuation.clear()
 
+    @contextmanager
+    def _watched(self, course: Course, continuation: Continuation, *first: Callback) -> Iterator[None]:
+        """Let callbacks of a run watch it: the ``first``, and the lifecycle after the guard."""
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        before = list(callbacks)
+        place = callbacks.index(self._guard) + 1
+        callbacks.insert(place, Lifecycle(course, continuation, self._guard))
+        callbacks[:0] = first
+        try:
+            yield
+        finally:
+            callbacks[:] = before
+
     def _walk(
-        self, strategy: Strategy, datamodule: StreamDataModule, result: Result, folder: Path | None
+        self,
+        course: Course,
+        continuation: Continuation,
+        metrics: StreamMetrics,
+        strategy: Strategy,
+        datamodule: StreamDataModule,
+        folder: Path | None,
     ) -> None:
-        """Learn and evaluate one experience after the other, from where an earlier attempt was cut off."""
-        resumed = self._continuation.resumed if self._continuation is not None else None
-        for experience in _experiences(datamodule, result.regime)[resumed.experience if resumed else 0 :]:
-            self.learn(strategy, datamodule, experience)
-            self._evaluate(strategy, datamodule, result)
-            with self.phase("checkpoints"):
+        """Learn and evaluate one experience after another, from where an earlier attempt stopped."""
+        result, start = metrics.result, continuation.resumed.experience if continuation.resumed else 0
+        stream = _experiences(datamodule, result.regime)
+        for experience in stream[start:]:
+            if continuation.resumed is None:
+                self._begin(course, strategy, datamodule, experience)
+                continuation.reached(course, "expanded")
+            else:
+                self._resume(course, continuation, strategy, datamodule, stream[: experience.index + 1])
+            self._learn(course, continuation, strategy, datamodule)
+            metrics.row = experience.index if result.regime == "sequential" else result.num_experiences - 1
+            with course.timed("evaluation"):
+                self.test(strategy, datamodule=datamodule, verbose=False)
+            peak = self._peak_memory()
+            result.costs.append(Cost(course.seconds, course.trainable, strategy.stored_bytes, peak))
+            with course.timed("checkpoints"):
                 _save(result, folder)
 
     def require_fit(self, strategy: Strategy, datamodule: StreamDataModule) -> None:
@@ -229,7 +257,7 @@ class StreamTrainer(Trainer):
         self._require_whole_epochs()
 
     def protocol(self, strategy: Strategy, datamodule: StreamDataModule) -> Protocol:
-        """Return what decides whether results of ``strategy`` on ``datamodule`` may stand beside others."""
+        """Return what must agree for results of ``strategy`` on ``datamodule`` to be compared with others."""
         experiences = datamodule.experiences
         identity = {
             **datamodule.protocol(),
@@ -242,7 +270,7 @@ class StreamTrainer(Trainer):
         return Protocol(identity, factors, axes)
 
     def _require_whole_epochs(self) -> None:
-        """Refuse what would cut the stream short and leave numbers that look like results."""
+        """Refuse settings that would cut the stream short and leave numbers that look like results."""
         cut_short = {
             "fast_dev_run": bool(self.fast_dev_run),  # type: ignore[attr-defined]
             "max_steps": self.max_steps != -1,
@@ -256,27 +284,6 @@ class StreamTrainer(Trainer):
                     "change that: give max_epochs, 0 or more."
                 )
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the seconds spent inside towards phase ``name`` of this experience."""
-        start = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - start
-
-    def on_device(self, loader: DataLoader[Batch]) -> Iterator[Batch]:
-        """Yield the batches of ``loader`` in the precision and on the device of this trainer."""
-        for batch in loader:
-            images, labels = self.strategy.batch_to_device(self.precision_plugin.convert_input(batch))
-            yield images, labels
-
-    def _now(self) -> float:
-        """Return the seconds on a clock, once the device has done what it was given."""
-        if self.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize(self.strategy.root_device)
-        return time.perf_counter()
-
     def learn(self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience) -> None:
         """Train ``strategy`` on one experience, and evaluate nothing; :meth:`run` does so for all of them.
 
@@ -285,89 +292,59 @@ class StreamTrainer(Trainer):
             datamodule: The stream, set up; afterwards it serves this experience.
             experience: The next one.
         """
-        on_cpu = self.strategy.root_device.type == "cpu"
-        strategy.backbone.compute_in(self.precision_plugin.forward_context)
-        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
-        next_phase = self._next_phase
-        if self._continuation is None or self._continuation.resumed is None:
-            self._begin(strategy, datamodule, experience)
-        else:
-            self._go_on(strategy, datamodule, experience)
-        if next_phase != "testing":
-            self.fit(strategy, datamodule=datamodule)
-            self._reached("testing")
+        course = self.course = Course(self.strategy.root_device)
+        blank = self._blank_result(strategy, datamodule, "sequential", {}, None)
+        continuation = Continuation(self, strategy, blank)
+        with self._watched(course, continuation):
+            self._begin(course, strategy, datamodule, experience)
+            self._learn(course, continuation, strategy, datamodule)
 
-    def _begin(self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience) -> None:
+    def _begin(
+        self, course: Course, strategy: Strategy, datamodule: StreamDataModule, experience: Experience
+    ) -> None:
         """Make ``strategy`` ready for a new experience."""
-        self.seconds = {}
-        # Seeding every experience anew makes it independent of how many numbers the ones before it drew, and
-        # gives all strategies the same head to start from.
+        course.begin(experience)
+        # Seeding every experience makes it independent of how many numbers earlier ones drew, and gives all
+        # strategies the same head to start from.
         entropy = np.random.SeedSequence([datamodule.seed, experience.index])
         seed_everything(int(entropy.generate_state(1)[0]), verbose=False)
-        # Where there are several processes, Lightning would seed again by this, after the strategy has drawn.
+        # With several processes, Lightning would seed again by this variable, after the strategy has drawn.
         del os.environ["PL_GLOBAL_SEED"]
         strategy.expand(experience)
         datamodule.enter(experience)
-        self.fit_loop.epoch_progress.reset()
-        self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
-        self._reached("expanded")
+        progress.start_epochs(self, self._epochs if strategy.trains else 0)
 
-    def _go_on(self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience) -> None:
-        """Bring everything to where an earlier attempt was cut off within ``experience``."""
-        assert self._continuation is not None
-        stream = _experiences(datamodule, self.result.regime)
-        resumed = self._continuation.take_up(stream[: experience.index + 1])
-        datamodule.enter(experience)
-        self.seconds, self._trainable = dict(resumed.seconds), resumed.trainable
+    def _resume(
+        self,
+        course: Course,
+        continuation: Continuation,
+        strategy: Strategy,
+        datamodule: StreamDataModule,
+        stream: Sequence[Experience],
+    ) -> None:
+        """Bring everything to where an earlier attempt stopped within the last experience of ``stream``."""
+        continuation.restore(course, stream)
+        datamodule.enter(stream[-1])
         self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
-        if resumed.phase == "merging":
+        if course.phase == "merging":
             progress.skip_epochs(self)
-        elif resumed.phase != "training":  # where there are optimizers, the rest waits for them
-            self._continuation.arrive()
+        elif course.phase != "training":  # optimizers and random states of training wait for the fit
+            continuation.restore_random()
 
-    def _arrive(self) -> None:
-        assert self._continuation is not None
-        self._continuation.arrive()
-
-    def _step(self, stepping: bool) -> None:
-        """Take note that the steps of an experience begin or end; a signal waits for the end of one."""
-        self._stepping = stepping
-        if self._continuation is not None:
-            self._continuation.interruption.deferred = stepping
-
-    @contextmanager
-    def _batch_size_said(self, datamodule: StreamDataModule) -> Iterator[None]:
-        """Let an error of full memory say which batch size asked for it."""
-        try:
-            yield
-        except Exception as error:
-            if not is_of_memory(error):
-                raise
-            name = "batch_size" if self._stepping else "test_batch_size"
-            raise OutOfMemory(
-                f"A batch of {getattr(datamodule, name)} images does not fit into the memory of "
-                f"{self.strategy.root_device}: lower --data.{name}."
-            ) from error
-
-    @property
-    def _next_phase(self) -> Phase:
-        """What comes next in the experience at hand."""
-        return "expanded" if self._continuation is None else self._continuation.phase
-
-    def _reached(self, phase: Phase, *, batches: int = 0) -> None:
-        """Write down that ``phase`` comes next, and end here if that was asked."""
-        continuation = self._continuation
-        if continuation is None:
-            return
-        with self.phase("checkpoints"):
-            epoch = self.current_epoch if phase == "training" else 0
-            continuation.write(phase, self.seconds, self._trainable, epoch=epoch, batches=batches)
-        continuation.heed()
-
-    def _evaluate(self, strategy: Strategy, datamodule: StreamDataModule, result: Result) -> None:
-        with self.phase("evaluation"):
-            self.test(strategy, datamodule=datamodule, verbose=False)
-        result.costs.append(Cost(self.seconds, self._trainable, strategy.stored_bytes, self._peak_memory()))
+    def _learn(
+        self,
+        course: Course,
+        continuation: Continuation,
+        strategy: Strategy,
+        datamodule: StreamDataModule,
+    ) -> None:
+        """Train on the experience at hand, from the phase that comes next."""
+        on_cpu = course.device.type == "cpu"
+        strategy.backbone.compute_in(self.precision_plugin.forward_context)
+        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
+        if course.phase != "testing":
+            self.fit(strategy, datamodule=datamodule)
+            continuation.reached(course, "testing")
 
     def _peak_memory(self) -> int:
         device = self.strategy.root_device
@@ -404,130 +381,31 @@ class StreamTrainer(Trainer):
         )
 
 
-class _Lifecycle(Callback):
-    """Calls the hooks around training, on the device, without gradients, and counts their seconds.
-
-    Args:
-        guard: Asked before a checkpoint inside training, so that none follows a loss that is not finite.
-    """
-
-    def __init__(self, guard: DivergenceGuard) -> None:
-        self._guard = guard
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Without an epoch to run, Lightning skips the loop and its hooks; the data must still be measured.
-        if progress.no_epoch_left(trainer):
-            self.on_train_start(trainer, pl_module)
-            self.on_train_end(trainer, pl_module)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy = _strategy(pl_module)
-        assert isinstance(trainer, StreamTrainer)
-        if trainer._next_phase == "expanded":
-            with _measuring(trainer, strategy):
-                agree(strategy)
-                data = _DataPasses(trainer, before=True)
-                strategy.start_head(data)
-                strategy.before_training(data)
-                agree(strategy)
-            trainer._trainable = strategy.trainable_parameters
-            trainer._reached("training")
-        elif trainer._next_phase == "training":
-            trainer._arrive()
-        trainer._step(True)
-        self._since = trainer._now()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(trainer, StreamTrainer)
-        if trainer.current_epoch and trainer._continuation is not None and trainer._continuation.due:
-            self._pause(trainer, 0)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(trainer, StreamTrainer)
-        continuation, loop = trainer._continuation, trainer.fit_loop.epoch_loop
-        asked = continuation is not None and continuation.asked
-        # At the end of an epoch it waits for the next, or for the pass after training.
-        if asked and not (loop.batch_progress.is_last_batch or loop._should_accumulate()):
-            self._pause(trainer, batch_idx + 1)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        strategy = _strategy(pl_module)
-        assert isinstance(trainer, StreamTrainer)
-        trainer._step(False)
-        if trainer._next_phase == "merging":
-            trainer._arrive()
-        else:
-            self._count(trainer)
-            trainer._reached("merging")
-        with _measuring(trainer, strategy):
-            strategy.after_training(_DataPasses(trainer, before=False))
-            agree(strategy)
-
-    def _pause(self, trainer: StreamTrainer, batches: int) -> None:
-        """Write a checkpoint between two steps."""
-        self._guard.look_back(trainer)
-        self._count(trainer)
-        trainer._reached("training", batches=batches)
-        self._since = trainer._now()
-
-    def _count(self, trainer: StreamTrainer) -> None:
-        """Add to the seconds of training those since it began, or since the last checkpoint in it."""
-        before = trainer.seconds.get("training", 0.0)
-        trainer.seconds["training"] = before + trainer._now() - self._since
-
-
-class _DataPasses:
-    """The training images of the experience at hand, batch by batch on the strategy's device."""
-
-    def __init__(self, trainer: StreamTrainer, *, before: bool) -> None:
-        self._trainer = trainer
-        self._before = before
-
-    def augmented(self) -> Iterator[Batch]:
-        """Yield every training image once, drawn as in training."""
-        return self._trainer.on_device(self._datamodule.augmented_dataloader(0 if self._before else 1))
-
-    def plain(self) -> Iterator[Batch]:
-        """Yield every training image once, transformed as at test time."""
-        return self._trainer.on_device(self._datamodule.plain_dataloader())
-
-    @property
-    def _datamodule(self) -> StreamDataModule:
-        datamodule = self._trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(datamodule, StreamDataModule)
-        return datamodule
-
-
-@contextmanager
-def _measuring(trainer: Trainer, strategy: Strategy) -> Iterator[None]:
-    """No gradients, layers in evaluation mode; seconds count as data passes."""
-    assert isinstance(trainer, StreamTrainer)
-    modes = [(module, module.training) for module in strategy.modules()]
-    strategy.eval()
-    try:
-        with trainer.phase("data_passes"), torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _title(strategy: Strategy, regime: Regime) -> str:
     """Return what tables call the strategy; variants do not differ over one experience of all classes."""
     variant = "joint" if regime == "joint" else strategy.variant
     return strategy.name if variant is None else f"{strategy.name} ({variant})"
 
 
-def _strategy(module: LightningModule) -> Strategy:
-    assert isinstance(module, Strategy)
-    return module
+@contextmanager
+def _naming_batch_size(course: Course, datamodule: StreamDataModule) -> Iterator[None]:
+    """Name the batch size in an out-of-memory error."""
+    try:
+        yield
+    except Exception as error:
+        if not is_of_memory(error):
+            raise
+        name = "batch_size" if course.stepping else "test_batch_size"
+        raise OutOfMemory(
+            f"A batch of {getattr(datamodule, name)} images does not fit into the memory of "
+            f"{course.device}: lower --data.{name}."
+        ) from error
 
 
 def _experiences(datamodule: StreamDataModule, regime: Regime) -> list[Experience]:
     if regime == "joint":
-        return [Experience(0, 1, range(datamodule.experiences[-1].classes.stop))]
+        names = tuple(datamodule.class_names)
+        return [Experience(0, 1, range(datamodule.experiences[-1].classes.stop), names)]
     return list(datamodule.experiences)
 
 

@@ -4,9 +4,9 @@ Moving the factors of ``W + s B A`` by ``X`` (r, n) and ``Y`` (m, r) moves the w
 composite ``s (B X + Y A)``. It should move by the safe gradient ``G_s = G (I - V Vᵀ)``: the gradient of the
 whole weight without the input directions ``V`` (n, k) that older experiences use. Projecting only the
 gradient of ``A`` does not achieve that: the step of ``B`` acts through the rows of ``A`` as they are.
-Rectification finds the updates of both factors whose composite is nearest to the safe gradient. The composites that two
-factors can reach form the tangent space of the matrices of rank r at ``B A``, so the nearest one is the
-orthogonal projection of the safe gradient on that space,
+Rectification finds the updates of both factors whose composite is nearest to the safe gradient. The
+composites that two factors can reach form the tangent space of the matrices of rank r at ``B A``, so the
+nearest one is the orthogonal projection of the safe gradient on that space,
 
     Π(G_s) = P_B G_s + (I - P_B) G_s P_A,
 

@@ -1,5 +1,5 @@
 """From the published address of a dataset to a verified folder: fetch, check, unpack, scan.
 
-Whatever is interrupted goes on where it was: a file or a folder appears under its name only once it is whole.
-Neither torch nor Lightning is needed.
+An interrupted preparation resumes where it stopped: a file or folder has its final name only when it is
+complete. Nothing here needs torch or Lightning, except for the pre-training of the embedded backbone.
 """

@@ -1,4 +1,4 @@
-"""What is fetched from where, and how it is known to be whole."""
+"""The published archives: where each is fetched from, and how it is verified."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 _BLOCK = 1 << 20
 
 Advance = Callable[[int], None]
-"""Called with the number of bytes done since the last call."""
+"""Called with the number of bytes processed since the last call."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Archive:
     """A published file.
 
     Attributes:
-        url: Where it is published; empty if it cannot be fetched without an account.
-        size: Its length in bytes; None where it is not published.
+        url: Its address; empty if fetching it requires an account.
+        size: Its published length in bytes, or None.
         md5: Its published md5.
-        sha256: Its published sha256, where there is one.
-        unpacks: Folder that it makes; empty if it is used as it is.
-        file_name: Its name on disk, where that is not the last part of the address.
+        sha256: Its published sha256, or None.
+        unpacks: Folder that it unpacks to; empty if it is used as it is.
+        file_name: Its name on disk; the last part of the address if empty.
     """
 
     url: str
@@ -41,7 +41,7 @@ class Archive:
 
 
 def require_whole(path: Path, archive: Archive, advance: Advance = lambda _: None) -> None:
-    """Check size and checksums of ``path``.
+    """Check the size and the checksums of ``path``.
 
     Raises:
         ValueError: If it is not the published file.
@@ -49,7 +49,7 @@ def require_whole(path: Path, archive: Archive, advance: Advance = lambda _: Non
     size = path.stat().st_size
     if archive.size is not None and size != archive.size:
         raise ValueError(
-            f"{path} has {size:,} bytes and {archive.size:,} are published: remove it and run again."
+            f"{path} has {size:,} bytes, not the published {archive.size:,}: remove it and run again."
         )
     hashes = {"md5": hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256()}
     if archive.sha256 is None:
@@ -63,12 +63,12 @@ def require_whole(path: Path, archive: Archive, advance: Advance = lambda _: Non
         found, expected = running.hexdigest(), getattr(archive, kind)
         if found != expected:
             raise ValueError(
-                f"{path} has the {kind} {found} and {expected} is published: remove it and run again."
+                f"{path} has the {kind} {found}, not the published {expected}: remove it and run again."
             )
 
 
 def human(size: int) -> str:
-    """Return a number of bytes as people read it.
+    """Return a number of bytes in words.
 
     >>> human(2_191_079_936), human(512)
     ('2.2 GB', '512 bytes')

@@ -1,4 +1,4 @@
-"""The verb ``prepare``: what is fetched is said first, what is there is said last."""
+"""The verb ``prepare``: it lists what it will fetch, fills the root, and lists the variants there."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from cl_bench.data.published.imagenet100 import Classes
 from cl_bench.errors import suggestion
 from cl_bench.prepare import imagenet
 from cl_bench.prepare.archives import Advance, Archive, human, require_whole
-from cl_bench.prepare.download import PATIENCE, Patience, download, partial
+from cl_bench.prepare.download import PATIENCE, Patience, download, received
 from cl_bench.prepare.recipes import (
     NAMES,
     RECIPES,
     Images,
     Recipe,
+    imagenet100_complete,
     imagenet100_images,
-    imagenet100_there,
     imagenet100_variants,
 )
 from cl_bench.prepare.scanning import scan
@@ -44,28 +44,28 @@ def prepare(
     classes: Sequence[Classes] = imagenet100.VARIANTS,
     patience: Patience = PATIENCE,
 ) -> list[Variant]:
-    """Fill ``root`` with a verified dataset; what is there already is kept, and nothing is done twice.
+    """Fill ``root`` with a verified dataset; complete files are kept, and nothing is done twice.
 
     Args:
         dataset: Name of the dataset.
-        root: Folder to fill; files that are there already are used.
-        console: Where to say what happens.
-        offline: Touch no network: say what is missing instead.
-        source: For ImageNet-100, where ImageNet-1k is; the root if None.
-        classes: For ImageNet-100, which variants are built.
-        patience: How long a server is waited for.
+        root: Folder to fill; files in it are used.
+        console: Console for messages and progress.
+        offline: Use no network; list the missing files instead.
+        source: Folder of ImageNet-1k, for ImageNet-100; the root if None.
+        classes: Variants to build, for ImageNet-100.
+        patience: Timeouts and retries.
 
     Returns:
-        The variants that are there.
+        The variants in the root.
 
     Raises:
-        ValueError: If there is no such dataset, or a file is not what is published.
-        OSError: If something is missing, cannot be fetched, or has no room.
+        ValueError: If the dataset is unknown, or a file is not the published one.
+        OSError: If something is missing, cannot be fetched, or does not fit on the disk.
     """
     if dataset not in NAMES:
-        raise ValueError(f"There is nothing to prepare for {dataset!r}. {suggestion(dataset, NAMES)}")
+        raise ValueError(f"The dataset {dataset!r} is unknown. {suggestion(dataset, NAMES)}")
     root.mkdir(parents=True, exist_ok=True)
-    with _alone(root):
+    with _locked(root):
         variants = _known(root, dataset, classes)
         if variants is None:
             with _bars(console) as begin:
@@ -79,17 +79,17 @@ def prepare(
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def _locked(root: Path) -> Iterator[None]:
     lock = FileLock(root / _LOCK, timeout=0)
     try:
         with lock:
             yield
     except Timeout as error:
-        raise OSError(f"Another process prepares {root}: wait until it ends, and run again.") from error
+        raise OSError(f"Another process is preparing {root}: wait until it ends, and run again.") from error
 
 
 def _known(root: Path, dataset: str, classes: Sequence[Classes]) -> list[Variant] | None:
-    """Return what the manifest says if it still holds and covers what is asked for."""
+    """Return the variants of the manifest if it is still valid and covers the requested classes."""
     found = manifest.read(root, dataset)
     if found is None or manifest.changed(root, found.images) is not None:
         return None
@@ -100,7 +100,7 @@ def _known(root: Path, dataset: str, classes: Sequence[Classes]) -> list[Variant
     recipe, images = RECIPES.get(dataset), {image.path: image for image in found.images}
     try:
         made = imagenet100_variants(root, images, names) if recipe is None else recipe.variants(root, images)
-    except (FileNotFoundError, ValueError):  # what names or holds the images is no image of the manifest
+    except (FileNotFoundError, ValueError):  # a list or a pickle has changed
         return None
     return made if made == found.variants else None
 
@@ -114,14 +114,14 @@ def _fill(
     if offline and missing:
         raise FileNotFoundError(
             f"{len(missing)} files are missing, such as {missing[0].name}, and --offline fetches none: "
-            f"put them into {root}, or leave --offline away."
+            f"put them into {root}, or remove --offline."
         )
     for archive in absent:
         path = root / archive.name
         if archive in missing:
             assert archive.size is not None
             advance = begin(f"fetch {archive.name}", archive.size)
-            advance(_size(partial(archive, root)))
+            advance(received(archive, root))
             download(archive, root, patience, advance)
         else:
             require_whole(path, archive, begin(f"check {archive.name}", path.stat().st_size))
@@ -131,7 +131,7 @@ def _fill(
 
 
 def _is_unpacked(archive: Archive, root: Path) -> bool:
-    """Return whether what the archive makes is there; a list without a folder is checked each time."""
+    """Return whether the archive's folder exists; a list, which has none, is checked each time."""
     return bool(archive.unpacks) and (root / archive.unpacks).is_dir()
 
 
@@ -144,13 +144,13 @@ def _announce(
     *,
     offline: bool,
 ) -> None:
-    """Say what will be fetched and how large it is, and refuse what the disk has no room for."""
+    """List what will be fetched, with sizes, and raise if the disk has too little space."""
     sizes = {archive: archive.size or 0 for archive in absent}
-    to_fetch = sum(sizes[archive] - _size(partial(archive, root)) for archive in missing)
+    to_fetch = sum(sizes[archive] - received(archive, root) for archive in missing)
     to_unpack = sum(size for archive, size in sizes.items() if archive.unpacks)
     for archive in missing:
-        have = _size(partial(archive, root))
-        kept = f", {human(have)} of it are there" if have else ""
+        have = received(archive, root)
+        kept = f", {human(have)} of it received already" if have else ""
         verb = "missing" if offline else "fetch"
         console.print(f"{verb} {archive.name}, {human(sizes[archive])}{kept}: {archive.url}", markup=False)
     if absent:
@@ -168,11 +168,11 @@ def _build_imagenet100(
 ) -> list[Variant]:
     try:
         imagenet.build(source, root, _wnids(classes), begin)
-    except imagenet.NotThere:
+    except imagenet.Missing:
         console.print(imagenet.INSTRUCTIONS, markup=False)
         raise
-    there = imagenet100_there(root)
-    names = [name for name in imagenet100.VARIANTS if name in classes or name in there]
+    complete = imagenet100_complete(root)
+    names = [name for name in imagenet100.VARIANTS if name in classes or name in complete]
     files = imagenet100_images(root, _wnids(names))
     return _finish(
         "imagenet100", root, files, lambda root, images: imagenet100_variants(root, images, names), begin
@@ -190,8 +190,8 @@ def _finish(
     variants: Callable[[Path, Images], list[Variant]],
     begin: imagenet.Progress,
 ) -> list[Variant]:
-    """Scan every image, and write down what is there."""
-    shutil.rmtree(root / STAGING, ignore_errors=True)  # a process that was killed may have left it
+    """Scan every image, and write the manifest."""
+    shutil.rmtree(root / STAGING, ignore_errors=True)  # left by a process that was killed
     scanned = scan(root, files, advance=begin("scan images", len(files)))
     found = variants(root, {image.path: image for image in scanned})
     manifest.write(root, dataset, scanned, found)
@@ -200,16 +200,12 @@ def _finish(
 
 @contextmanager
 def _bars(console: Console) -> Iterator[imagenet.Progress]:
-    """Give what shows a bar for each thing that begins; elsewhere than on a terminal nothing is shown."""
+    """Yield a function that starts a progress bar; without a terminal, no bar is shown."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
-        def begin(what: str, total: int) -> Advance:
-            task = progress.add_task(what, total=total)
+        def begin(step: str, total: int) -> Advance:
+            task = progress.add_task(step, total=total)
             return lambda done: progress.advance(task, done)
 
         yield begin
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

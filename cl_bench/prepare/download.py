@@ -1,4 +1,4 @@
-"""Fetching a published file, going on where an earlier attempt ended, whatever the server does meanwhile."""
+"""Fetching a published file from an unreliable server, resuming where an earlier attempt ended."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import httpx
 
 from cl_bench.prepare.archives import Advance, Archive, human, require_whole
 
-_WORTH_ANOTHER_TRY = {408, 425, 429, 500, 502, 503, 504}
+_WORTH_RETRYING = {408, 425, 429, 500, 502, 503, 504}
 _RANGE_NOT_SATISFIABLE = 416
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a server is waited for.
+    """Timeouts and retries.
 
     Attributes:
-        seconds: Without a byte, or without a connection, before an attempt is given up.
-        attempts: In a row that bring no new byte, before the download is.
-        pause: Seconds before the second attempt in a row; doubled for each one after it.
+        seconds: Time without a byte, or without a connection, after which an attempt fails.
+        attempts: Attempts in a row without a new byte after which the download fails.
+        pause: Seconds before the second attempt in a row; doubled for each further one.
     """
 
     seconds: float = 30.0
@@ -31,31 +31,36 @@ class Patience:
 
 
 PATIENCE = Patience()
-"""With a server of the real world."""
+"""For servers on the internet."""
 
 
 def partial(archive: Archive, root: Path) -> Path:
-    """Return where an unfinished download of ``archive`` is kept."""
+    """Return the path of an unfinished download of ``archive``."""
     return root / f"{archive.name}.part"
+
+
+def received(archive: Archive, root: Path) -> int:
+    """Return the number of bytes of an unfinished download of ``archive``."""
+    return _size(partial(archive, root))
 
 
 def download(
     archive: Archive, root: Path, patience: Patience = PATIENCE, advance: Advance = lambda _: None
 ) -> None:
-    """Fetch ``archive`` into ``root``; the file has its name only once its checksum holds.
+    """Fetch ``archive`` into ``root``; the file gets its name when its checksum is verified.
 
-    A part that an earlier call left is completed. Where the whole then has another checksum, it is fetched
-    once more from its beginning: the part may have been of another file.
+    An unfinished download of an earlier call is completed. If its checksum is wrong, the file is fetched once
+    more from the beginning, because the unfinished part may have been of another file.
 
     Args:
         archive: What to fetch.
-        root: Folder that holds the file.
-        patience: How long the server is waited for.
-        advance: Told of the bytes that were written; of a negative number when they turn out to be useless.
+        root: Folder of the file.
+        patience: Timeouts and retries.
+        advance: Called with the number of bytes written since the last call; negative if bytes are discarded.
 
     Raises:
-        ConnectionError: If the server cannot be reached, or stops sending for good.
-        ValueError: If it sends another file than the published one.
+        ConnectionError: If the server cannot be reached, or stops sending.
+        ValueError: If the server sends another file than the published one.
     """
     part = partial(archive, root)
     resumed = part.exists()
@@ -75,7 +80,7 @@ def download(
 def _another_file(archive: Archive, error: ValueError) -> str:
     found = re.search(r"has (the \w+ \w+|[\d,]+ bytes)", str(error))
     it_has = found[1] if found else "changed"
-    return f"{archive.url} gives another file than the published one, with {it_has}: {_elsewhere(archive)}"
+    return f"{archive.url} sends another file than the published one, with {it_has}: {_elsewhere(archive)}"
 
 
 def _complete(archive: Archive, part: Path, patience: Patience, advance: Advance) -> None:
@@ -83,7 +88,7 @@ def _complete(archive: Archive, part: Path, patience: Patience, advance: Advance
     assert archive.size is not None
     if _size(part) > archive.size:
         part.unlink()
-    farthest, in_vain, problem = _size(part), 0, ""
+    farthest, failures, problem = _size(part), 0, ""
     with httpx.Client(timeout=patience.seconds, follow_redirects=True) as client:
         while _size(part) < archive.size:
             try:
@@ -91,44 +96,43 @@ def _complete(archive: Archive, part: Path, patience: Patience, advance: Advance
                 problem = "the connection ended early"
             except httpx.HTTPError as error:
                 problem = str(error) or type(error).__name__
-            in_vain = 0 if _size(part) > farthest else in_vain + 1
+            failures = 0 if _size(part) > farthest else failures + 1
             farthest = max(farthest, _size(part))
-            if in_vain == patience.attempts:
-                raise ConnectionError(_gave_up(archive, part, patience, problem))
-            if in_vain:
-                time.sleep(patience.pause * 2 ** (in_vain - 1))
+            if failures == patience.attempts:
+                raise ConnectionError(_stalled(archive, part, patience, problem))
+            if failures:
+                time.sleep(patience.pause * 2 ** (failures - 1))
 
 
 def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advance) -> None:
-    """Append what one answer brings.
+    """Append the bytes of one response.
 
     Raises:
-        httpx.HTTPError: If another attempt may do better.
-        ConnectionError: If none will.
+        httpx.HTTPError: If another attempt may succeed.
+        ConnectionError: If no other attempt will.
         ValueError: If the file at the address is longer or shorter than the published one.
     """
     have, size = _size(part), archive.size
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with client.stream("GET", archive.url, headers=headers) as answer:
-        if answer.status_code == _RANGE_NOT_SATISFIABLE:
+    with client.stream("GET", archive.url, headers=headers) as response:
+        if response.status_code == _RANGE_NOT_SATISFIABLE:
             advance(-have)
             part.unlink()
             raise ValueError(
                 f"{archive.url} has fewer than the published {size:,} bytes: {_elsewhere(archive)}"
             )
-        if answer.is_error and answer.status_code not in _WORTH_ANOTHER_TRY:
-            raise ConnectionError(
-                f"{archive.url} answers {answer.status_code} {answer.reason_phrase}: {_elsewhere(archive)}"
-            )
-        answer.raise_for_status()
-        start = _start(answer)
+        if response.is_error and response.status_code not in _WORTH_RETRYING:
+            status = f"{response.status_code} {response.reason_phrase}"
+            raise ConnectionError(f"{archive.url} returned {status}: {_elsewhere(archive)}")
+        response.raise_for_status()
+        start = _start(response)
         if start not in (0, have):
-            raise httpx.RemoteProtocolError(f"bytes from {start} were sent in place of those from {have}")
-        if start < have:  # ranges are not kept to: this answer begins at the beginning
+            raise httpx.RemoteProtocolError(f"the server sent bytes from {start}, not from {have}")
+        if start < have:  # the server ignores ranges: this response starts from the beginning
             advance(-have)
         with part.open("r+b" if start else "wb") as stream:
             stream.seek(start)
-            for block in answer.iter_raw():
+            for block in response.iter_raw():
                 stream.write(block)
                 advance(len(block))
                 assert size is not None
@@ -139,13 +143,13 @@ def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advanc
         raise ValueError(f"{archive.url} sends more than the published {size:,} bytes: {_elsewhere(archive)}")
 
 
-def _start(answer: httpx.Response) -> int:
-    """Return the place in the file at which the answer begins."""
-    if answer.status_code != httpx.codes.PARTIAL_CONTENT:
+def _start(response: httpx.Response) -> int:
+    """Return the offset in the file at which the response begins."""
+    if response.status_code != httpx.codes.PARTIAL_CONTENT:
         return 0
-    match = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if match is None:
-        raise httpx.RemoteProtocolError("a part was sent that does not say which")
+        raise httpx.RemoteProtocolError("the server sent a part without its range")
     return int(match[1])
 
 
@@ -154,12 +158,12 @@ def _size(path: Path) -> int:
 
 
 def _elsewhere(archive: Archive) -> str:
-    return f"fetch {archive.name} from elsewhere and put it beside the others."
+    return f"fetch {archive.name} from elsewhere and put it into the root."
 
 
-def _gave_up(archive: Archive, part: Path, patience: Patience, problem: str) -> str:
+def _stalled(archive: Archive, part: Path, patience: Patience, problem: str) -> str:
     assert archive.size is not None
     return (
-        f"{archive.url} sent nothing new in {patience.attempts} attempts ({problem}): "
-        f"{human(_size(part))} of {human(archive.size)} are kept, the same command goes on from there."
+        f"{archive.url} sent nothing new in {patience.attempts} attempts ({problem}), and "
+        f"{human(_size(part))} of {human(archive.size)} are kept: run the same command to resume."
     )

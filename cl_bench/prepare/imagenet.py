@@ -1,6 +1,6 @@
-"""The classes of ImageNet-100 out of ImageNet-1k, from its folders or from its original tars.
+"""The classes of ImageNet-100, from the folders or the original tars of ImageNet-1k.
 
-ImageNet-1k is not for downloading: its terms are accepted by a person, with an account.
+ImageNet-1k cannot be fetched automatically: a person with an account must accept its terms.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from cl_bench.prepare.archives import (
 )
 from cl_bench.prepare.unpacking import require_space, staging, unpack_tar
 
-INSTRUCTIONS = f"""ImageNet-1k cannot be fetched without an account. What to do, once:
+INSTRUCTIONS = f"""Fetching ImageNet-1k requires an account. Once:
   1. Register at https://image-net.org/download-images and accept its terms.
   2. From ILSVRC2012 fetch {IMAGENET_TRAIN.name} (148 GB), {IMAGENET_VAL.name} (6.7 GB)
-     and {IMAGENET_DEVKIT.name}, into one folder; folders train/<wnid> and val/<wnid> do as well.
+     and {IMAGENET_DEVKIT.name} into one folder. Folders train/<wnid> and val/<wnid> work as well.
   3. Run: cl-bench prepare imagenet100 --root FOLDER --source WHERE_THEY_ARE
 Only the classes of ImageNet-100 are unpacked."""
 
@@ -39,30 +39,30 @@ _DEVKIT_TRUTH = "data/ILSVRC2012_validation_ground_truth.txt"
 _VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 Progress = Callable[[str, int], Advance]
-"""Called with what begins and its number of bytes; what it returns is told of the bytes done."""
+"""Called with the name of a step and its number of bytes; returns the callback for the bytes processed."""
 
 Unpack = Callable[[Path, Path, Sequence[str], Progress], None]
 
 
-class NotThere(FileNotFoundError):
-    """ImageNet-1k, or a part of it, is not where it was looked for; a person must fetch it."""
+class Missing(FileNotFoundError):
+    """ImageNet-1k, or a part of it, is missing; a person must fetch it."""
 
 
 def build(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> None:
     """Put the images of ``wnids`` into ``train/<wnid>`` and ``val/<wnid>`` below ``root``.
 
-    Each folder appears whole. Folders that are there are left as they are.
+    Each folder appears when it is complete. Existing folders are left as they are.
 
     Args:
-        source: Folder with folders or tars; it may be the root itself.
-        root: Where the classes go.
+        source: Folder with folders or tars; it may be the root.
+        root: Folder to fill.
         wnids: WordNet ids of the classes.
         begin: Shows progress.
 
     Raises:
-        NotThere: If neither folders nor tars hold a class.
+        Missing: If a class is in neither folders nor tars.
         ValueError: If a tar is not the published one, or a class folder is incomplete.
-        OSError: If the disk is too small.
+        OSError: If the disk has too little space.
     """
     parts: tuple[tuple[Split, Archive, Unpack], ...] = (
         ("train", IMAGENET_TRAIN, _unpack_train),
@@ -82,14 +82,14 @@ def build(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> No
 
 def _require_there(source: Path, archive: Archive, split: str, absent: Sequence[str]) -> None:
     if not (source / archive.name).is_file():
-        raise NotThere(
+        raise Missing(
             f"{source} holds neither {archive.name} nor a folder {split}/{absent[0]}, "
             f"and {len(absent)} classes are missing: name the folder of ImageNet-1k with --source."
         )
 
 
 def _copy(source: Path, root: Path, split: Split, wnids: Sequence[str], begin: Progress) -> None:
-    """Copy the images of whole class folders, by hard links where one disk holds both."""
+    """Copy the images of complete class folders, by hard links if both are on one disk."""
     files = {wnid: imagenet100.images(source, split, wnid) for wnid in wnids}
     size = sum((source / file).stat().st_size for of_class in files.values() for file in of_class)
     if (source / split).stat().st_dev != root.stat().st_dev:
@@ -106,7 +106,7 @@ def _copy(source: Path, root: Path, split: Split, wnids: Sequence[str], begin: P
 
 
 def _link_or_copy(path: Path, copy: Path) -> None:
-    original = path.resolve()  # a link must not lead out of the root
+    original = path.resolve()  # a link must not point outside the root
     try:
         os.link(original, copy)
     except OSError:
@@ -114,14 +114,14 @@ def _link_or_copy(path: Path, copy: Path) -> None:
 
 
 def _unpack_train(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> None:
-    """Unpack the inner tars of ``wnids`` out of the tar of all classes."""
+    """Unpack the inner tars of ``wnids`` from the tar of all classes."""
     outer = source / IMAGENET_TRAIN.name
     require_whole(outer, IMAGENET_TRAIN, begin(f"check {outer.name}", outer.stat().st_size))
     with tarfile.open(outer, mode="r:") as classes:
         members = {member.name: member for member in classes if member.isfile()}
         missing = [wnid for wnid in wnids if f"{wnid}.tar" not in members]
         if missing:
-            raise ValueError(f"{outer} holds no {missing[0]}.tar: it is another archive, remove it.")
+            raise ValueError(f"{outer} has no {missing[0]}.tar: it is another archive, remove it.")
         inner = [members[f"{wnid}.tar"] for wnid in wnids]
         size = sum(member.size for member in inner)
         require_space(root, size, f"to unpack {len(wnids)} classes of train")
@@ -137,7 +137,7 @@ def _unpack_train(source: Path, root: Path, wnids: Sequence[str], begin: Progres
 
 
 def _unpack_val(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> None:
-    """Unpack the flat validation tar, and sort its images into the classes that the development kit gives."""
+    """Unpack the flat validation tar, and sort its images into classes by the development kit."""
     classes = _validation_classes(source)
     outer = source / IMAGENET_VAL.name
     require_whole(outer, IMAGENET_VAL, begin(f"check {outer.name}", outer.stat().st_size))
@@ -162,19 +162,19 @@ def _labelled(
     for member in images:
         match = _VAL_NAME.fullmatch(member.name)
         if match is None or not member.isfile():
-            raise ValueError(f"{outer} holds {member.name!r}, no image of ImageNet, and is refused.")
+            raise ValueError(f"{outer} holds {member.name!r}, which is not an image of ImageNet: remove it.")
         yield member, classes[int(match[1]) - 1]
 
 
 def _validation_classes(source: Path) -> list[str]:
-    """Return the WordNet id of each validation image, in the order of their numbers."""
+    """Return the WordNet id of each validation image, by number."""
     from scipy.io import loadmat
 
     kit = source / IMAGENET_DEVKIT.name
     if not kit.is_file():
-        raise NotThere(
-            f"There is no {kit.name} in {source}, and it names the classes of the validation images: "
-            "fetch it from where the tars came from."
+        raise Missing(
+            f"{kit.name}, with the classes of the validation images, is missing from {source}: "
+            "fetch it from the same place as the tars."
         )
     require_whole(kit, IMAGENET_DEVKIT)
     with tarfile.open(kit) as files:

@@ -1,4 +1,4 @@
-"""How each benchmark is prepared: what is fetched, which images must be there, which variants they make."""
+"""How each benchmark is prepared: its archives, its images, and its variants."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cl_bench.data.filelists import fingerprint
-from cl_bench.data.images import PixelSource, require_files
-from cl_bench.data.manifest import Scanned, Variant, images_sha256
+from cl_bench.data.manifest import Scanned, Variant, fingerprint, images_sha256
 from cl_bench.data.published import cifar100, domainnet, imagenet100, imagenet_r
 from cl_bench.data.published.imagenet100 import Classes, Split
+from cl_bench.data.sources import PixelSource, require_files
 from cl_bench.prepare.archives import CIFAR100, DOMAINNET, IMAGENET_R, Archive
 
 Images = Mapping[str, Scanned]
-"""What was scanned, by path below the root."""
+"""The scanned images, by path below the root."""
 
 _IMAGENET_SPLITS: tuple[Split, ...] = ("train", "val")
 
@@ -24,10 +23,10 @@ class Recipe:
     """How one dataset is prepared.
 
     Attributes:
-        name: Of the dataset.
-        archives: What is fetched, in this order.
-        images: From the root to the paths of all image files below it.
-        variants: From the root, and its images by path as they were scanned, to the variants that they make.
+        name: Name of the dataset.
+        archives: Archives to fetch, in this order.
+        images: Function of the root that returns the paths of all image files below it.
+        variants: Function of the root and its scanned images that returns the variants.
     """
 
     name: str
@@ -80,7 +79,7 @@ def imagenet100_images(root: Path, wnids: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: If a class is missing.
-        ValueError: If one is incomplete.
+        ValueError: If a class is incomplete.
     """
     return [
         file for split in _IMAGENET_SPLITS for wnid in wnids for file in imagenet100.images(root, split, wnid)
@@ -92,7 +91,7 @@ def imagenet100_variants(root: Path, images: Images, names: Sequence[Classes]) -
 
     Raises:
         FileNotFoundError: If a class is missing.
-        ValueError: If one is incomplete.
+        ValueError: If a class is incomplete.
     """
     variants = []
     for name in names:
@@ -106,16 +105,16 @@ def imagenet100_variants(root: Path, images: Images, names: Sequence[Classes]) -
     return variants
 
 
-def imagenet100_there(root: Path) -> list[Classes]:
-    """Return the names of the variants of which all classes are below ``root``, complete."""
-    there = []
+def imagenet100_complete(root: Path) -> list[Classes]:
+    """Return the names of the variants whose classes are all complete below ``root``."""
+    complete = []
     for name in imagenet100.VARIANTS:
         try:
             imagenet100_images(root, imagenet100.wnids(name))
         except (FileNotFoundError, ValueError):
             continue
-        there.append(name)
-    return there
+        complete.append(name)
+    return complete
 
 
 def _variant(
@@ -128,12 +127,12 @@ def _variant(
 def _of_files(files: Sequence[str], images: Images) -> list[Scanned]:
     for file in files:
         if file not in images:
-            raise ValueError(f"The image {file} was not scanned: run again.")
+            raise ValueError(f"The image {file} has not been scanned: run again.")
     return [images[file] for file in files]
 
 
 def _require(root: Path, files: Sequence[str]) -> None:
-    require_files(root, files, "remove the incomplete folder and run again, it is unpacked anew.")
+    require_files(root, files, "remove the incomplete folder and run again, which unpacks it anew.")
 
 
 RECIPES = {
@@ -144,7 +143,7 @@ RECIPES = {
         Recipe("domainnet", DOMAINNET, _domainnet_images, _domainnet_variants),
     )
 }
-"""Of the datasets that can be fetched, by name."""
+"""Recipes of the datasets that can be fetched, by name."""
 
 NAMES = (*RECIPES, "imagenet100")
-"""Of all that can be prepared."""
+"""Names of all datasets that can be prepared."""

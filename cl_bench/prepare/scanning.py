@@ -1,4 +1,4 @@
-"""Decoding every image once, so that no run meets a broken one."""
+"""Decoding every image once, so that a broken image is found before any run."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def scan(
     workers: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> list[Scanned]:
-    """Read and decode every file, in several threads: decoding and hashing release the interpreter.
+    """Read, hash and decode every file in several threads; both hashing and decoding release the GIL.
 
     Args:
         root: Folder below which the files lie.
         files: Their paths below it, with slashes.
-        workers: Number of threads; as many as there are CPUs if None.
-        advance: Told of the number of images done.
+        workers: Number of threads; the number of CPUs if None.
+        advance: Called with the number of images scanned since the last call.
 
     Returns:
-        What was found, in the order of ``files``.
+        The scanned images, in the order of ``files``.
 
     Raises:
-        ValueError: If an image cannot be decoded; the first is named.
+        ValueError: If an image cannot be decoded; the error names the first one.
         FileNotFoundError: If a file is missing.
     """
     tasks = [files[i : i + _AT_A_TIME] for i in range(0, len(files), _AT_A_TIME)]
@@ -43,7 +43,7 @@ def scan(
     broken: list[str] = []
 
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large; twice as large is an error
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error
         for found in pool.map(lambda task: [_scanned(root, file) for file in task], tasks):
             scanned += [image for image in found if isinstance(image, Scanned)]
             broken += [fault for fault in found if isinstance(fault, str)]
@@ -51,19 +51,19 @@ def scan(
     if broken:
         raise ValueError(
             f"{len(broken):,} of {len(files):,} images below {root} cannot be decoded, such as {broken[0]}: "
-            "remove their folder, and unpack it anew by running again."
+            "remove their folder and run again, which unpacks it anew."
         )
     return scanned
 
 
 def _scanned(root: Path, file: str) -> Scanned | str:
-    """Return what was found of one file, or what is wrong with it."""
+    """Return the scanned file, or a description of its fault."""
     content = (root / file).read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             width, height = image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "no image" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
         return f"{file} ({reason})"
     return Scanned(file, len(content), hashlib.sha256(content).hexdigest(), height, width)

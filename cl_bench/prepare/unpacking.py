@@ -1,4 +1,4 @@
-"""Unpacking an archive that may have been made to do harm, or been cut short."""
+"""Unpacking an archive that may be malicious or truncated."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from typing import IO
 from cl_bench.prepare.archives import Advance, human
 
 STAGING = ".unpacking"
-"""Folder below the root in which nothing is whole; whoever prepares the root next removes it."""
+"""Folder below the root for incomplete files; the next preparation of the root removes it."""
 
-_LARGEST_RATIO = 20  # bytes unpacked for one of the archive: pictures hardly shrink
+_LARGEST_RATIO = 20  # unpacked bytes for each byte of the archive: pictures hardly compress
 _SMALLEST_LIMIT = 1 << 20
 _BLOCK = 1 << 20
-_HEADROOM = 1.02  # of the free space: folders and the ends of blocks take some
+_HEADROOM = 1.02  # folders and partly filled blocks take space as well
 _UNREADABLE = (
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -36,20 +36,20 @@ _UNREADABLE = (
 
 
 def unpack(archive: Path, folder: str, root: Path, advance: Advance = lambda _: None) -> None:
-    """Unpack ``archive``, a tar or a zip, of which ``folder`` is kept, as ``root/folder``.
+    """Unpack ``folder`` from ``archive``, a tar or a zip, to ``root/folder``.
 
-    The folder appears whole or not at all.
+    The folder appears when it is complete.
 
     Args:
-        archive: The file; its checksum was checked, where one is published.
-        folder: The one folder that is kept.
-        root: Where it goes.
-        advance: Told of the bytes unpacked.
+        archive: The file; its checksum, if one is published, has been verified.
+        folder: The one folder to keep.
+        root: Folder to unpack into.
+        advance: Called with the number of bytes unpacked since the last call.
 
     Raises:
-        ValueError: If the archive holds a name or a kind of entry that could write elsewhere, would grow
-            beyond reason, is cut short, or lacks the folder; nothing is left of it then.
-        OSError: If the disk is too small.
+        ValueError: If the archive has an entry whose name or kind could write elsewhere, would grow beyond
+            reason, is truncated, or lacks the folder; nothing unpacked is left then.
+        OSError: If the disk has too little space.
     """
     with staging(root) as stage, _readable(archive):
         if archive.suffix == ".zip":
@@ -58,13 +58,13 @@ def unpack(archive: Path, folder: str, root: Path, advance: Advance = lambda _: 
             with archive.open("rb") as stream:
                 unpack_tar(stream, archive, stage, advance)
         if not (stage / folder).is_dir():
-            raise ValueError(f"{archive} holds no folder {folder}: it is another archive, remove it.")
+            raise ValueError(f"{archive} has no folder {folder}: it is another archive, remove it.")
         (stage / folder).rename(root / folder)
 
 
 @contextmanager
 def staging(root: Path) -> Iterator[Path]:
-    """Give an empty folder below ``root``, which is removed again whatever happens."""
+    """Yield an empty folder below ``root``, which is removed afterwards in any case."""
     stage = root / STAGING
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir()
@@ -79,13 +79,13 @@ def unpack_tar(stream: IO[bytes], archive: Path, into: Path, advance: Advance = 
 
     Args:
         stream: Its bytes, from the beginning; it is read twice.
-        archive: What errors call it.
+        archive: Its path, for errors.
         into: An existing folder.
-        advance: Told of the bytes unpacked.
+        advance: Called with the number of bytes unpacked since the last call.
 
     Raises:
-        ValueError: As :func:`unpack`.
-        OSError: If the disk is too small.
+        ValueError: As in :func:`unpack`.
+        OSError: If the disk has too little space.
     """
     with _readable(archive):
         begin = stream.tell()
@@ -106,7 +106,7 @@ def _safe_sizes(archive: Path, members: Iterable[tarfile.TarInfo]) -> Iterator[i
         _require_inside(archive, member.name)
         if not (member.isfile() or member.isdir()):
             kind = "a link" if member.issym() or member.islnk() else "neither a file nor a folder"
-            raise ValueError(f"{archive} holds {member.name!r}, {kind}, and is refused: remove it.")
+            raise ValueError(f"{archive} holds {member.name!r}, {kind}: remove the archive.")
         yield member.size
 
 
@@ -116,7 +116,7 @@ def _unpack_zip(archive: Path, into: Path, advance: Advance) -> None:
         for info in infos:
             _require_inside(archive, info.filename)
             if stat.S_ISLNK(info.external_attr >> 16):
-                raise ValueError(f"{archive} holds {info.filename!r}, a link, and is refused: remove it.")
+                raise ValueError(f"{archive} holds {info.filename!r}, a link: remove the archive.")
         sizes = (info.file_size for info in infos)
         _require_room(archive, sizes, archive.stat().st_size, into)
         for info in infos:
@@ -125,42 +125,42 @@ def _unpack_zip(archive: Path, into: Path, advance: Advance) -> None:
 
 
 def _require_inside(archive: Path, name: str) -> None:
-    """Refuse a name that leads out of the folder into which the archive is unpacked."""
+    """Refuse a name outside the folder into which the archive is unpacked."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or ":" in name.split("/")[0]:
         raise ValueError(
-            f"{archive} holds the name {name!r}, which leads out of its folder, and is refused: remove it."
+            f"{archive} holds the name {name!r}, which lies outside its folder: remove the archive."
         )
 
 
 def _require_end(archive: Path, members: tarfile.TarFile, packed: int) -> None:
-    """Read what follows the last entry: a compressed archive keeps its checksum there."""
+    """Read on after the last entry, because a compressed archive has its checksum there."""
     stream = members.fileobj
     assert stream is not None
     _reasonable(archive, map(len, iter(lambda: stream.read(_BLOCK), b"")), packed)
 
 
 def _require_room(archive: Path, sizes: Iterable[int], packed: int, into: Path) -> None:
-    """Refuse what would grow beyond reason, or beyond the disk."""
+    """Refuse entries that grow beyond reason or beyond the disk."""
     require_space(into, _reasonable(archive, sizes, packed), f"to unpack {archive.name}")
 
 
 def _reasonable(archive: Path, sizes: Iterable[int], packed: int) -> int:
-    """Return the sum of ``sizes``; it is given up once it is too large for ``packed`` bytes of pictures."""
+    """Return the sum of ``sizes``, unless it grows too large for ``packed`` bytes of pictures."""
     limit = max(_LARGEST_RATIO * packed, _SMALLEST_LIMIT)
     total = 0
     for size in sizes:
         total += size
         if total > limit:
             raise ValueError(
-                f"{archive} would grow from {human(packed)} to more than {human(limit)}, as no archive of "
-                "pictures does, and is refused: remove it."
+                f"{archive} would grow from {human(packed)} to more than {human(limit)}, which no archive of "
+                "pictures does: remove it."
             )
     return total
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Check that the disk has enough space.
 
     Raises:
         OSError: If ``needed`` bytes are not free where ``folder`` lies.
@@ -169,15 +169,15 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     if needed * _HEADROOM > free:
         raise OSError(
             f"The disk of {folder} has {human(free)} free and {human(needed)} are needed {purpose}: "
-            "make room, or choose another --root."
+            "free some space, or choose another --root."
         )
 
 
 @contextmanager
 def _readable(archive: Path) -> Iterator[None]:
-    """Make one sentence of all that a damaged archive raises."""
+    """Turn every error of a damaged archive into one sentence."""
     try:
         yield
     except _UNREADABLE as error:
         reason = str(error).partition("\n")[0].rstrip(":")
-        raise ValueError(f"{archive} is damaged or cut short ({reason}): remove it and run again.") from error
+        raise ValueError(f"{archive} is damaged or truncated ({reason}): remove it and run again.") from error

@@ -19,7 +19,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies import Strategy as Distribution
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from torch import Tensor
 
 from cl_bench.processes.launcher import launched
@@ -64,17 +63,6 @@ class SummedGradients(DDPStrategy):
             yield
         finally:
             self._more_to_come = False
-
-
-class OwnSignals(_SignalConnector):
-    """Leaves signals to the run, which handles them between two steps.
-
-    Lightning's handler of SIGTERM broadcasts from wherever the signal arrives, which may be inside another
-    sum; the processes would then wait for each other forever.
-    """
-
-    def register_signal_handlers(self) -> None:
-        """Register none."""
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""Everything a report knows as records to compute with: CSV, one statistic a line, and JSON, one tree."""
+"""The content of a report for programs: CSV with one statistic a line, and JSON as one tree."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from cl_bench.report.comparison import Comparison, Entry
-from cl_bench.report.contrasts import Contrast
-from cl_bench.report.sentences import absences, definitions, mixed_provenance, protocol_differences
-from cl_bench.report.statistics import CONFIDENCE, Interval, Statistic
-from cl_bench.report.tables import Table
+from cl_bench.report.statistics import CONFIDENCE, Contrast, Interval, Statistic
+from cl_bench.report.tables import Table, absences, definitions, mixed_provenance, protocol_differences
 from cl_bench.results.result import COSTS
 
 _KEYS = ["benchmark", "fingerprint"]
@@ -22,7 +20,7 @@ _BOOTSTRAP = ["bootstrap_low", "bootstrap_high"]
 
 
 def tidy(tables: Sequence[Table]) -> str:
-    """Return every statistic of ``tables`` as CSV, one line each: percent, seconds, numbers and megabytes."""
+    """Return every statistic of ``tables`` as a line of CSV, in percent, seconds, numbers and megabytes."""
     lines = [
         [
             comparison.benchmark,
@@ -41,7 +39,7 @@ def tidy(tables: Sequence[Table]) -> str:
 
 
 def tidy_differences(tables: Sequence[Table]) -> str | None:
-    """Return every paired difference as CSV, one line each; None if there are no two lines to compare."""
+    """Return every paired difference as a line of CSV; None if there are no two rows to compare."""
     lines = [
         [
             comparison.benchmark,
@@ -66,7 +64,7 @@ def tidy_differences(tables: Sequence[Table]) -> str | None:
 
 
 def tidy_absences(tables: Sequence[Table]) -> str | None:
-    """Return the runs that enter no mean as CSV, one line each; None if there are none."""
+    """Return every run that is in no mean as a line of CSV; None if there are none."""
     lines = [
         [comparison.benchmark, comparison.fingerprint, run.label, run.seed, run.order, run.status, run.error]
         for table in tables
@@ -78,9 +76,9 @@ def tidy_absences(tables: Sequence[Table]) -> str | None:
 
 
 def tree(tables: Sequence[Table]) -> str:
-    """Return all of ``tables`` as JSON: for every benchmark its protocol, entries, runs and differences.
+    """Return ``tables`` as JSON: for every benchmark its protocol, entries, runs and differences.
 
-    What is undefined is null.
+    Undefined values are null.
     """
     names = list(dict.fromkeys(name for table in tables for name in table.metrics))
     shown = [comparison for table in tables for comparison in table.comparisons]
@@ -148,7 +146,7 @@ def _difference(pair: Contrast) -> dict[str, Any]:
 
 
 def statistic_record(value: Statistic, *, bootstrap: bool = True) -> dict[str, Any]:
-    """Return ``value`` as plain JSON: null where there is none; without the bootstrap it takes no time."""
+    """Return ``value`` as plain JSON, with null for NaN; leaving out the bootstrap saves time."""
     record = {
         "mean": finite(value.mean),
         "std": finite(value.std),
@@ -159,7 +157,7 @@ def statistic_record(value: Statistic, *, bootstrap: bool = True) -> dict[str, A
 
 
 def finite(value: float) -> float | None:
-    """Return ``value``, rounded to what a reader could ever use, or None if it is NaN.
+    """Return ``value`` rounded to six decimals, or None if it is NaN.
 
     >>> finite(12.3456789), finite(math.nan)
     (12.345679, None)

@@ -12,16 +12,15 @@ from rich.console import Console
 
 from cl_bench.data.published import domainnet, imagenet_r
 from cl_bench.errors import sentence
-from cl_bench.grid.cell import Cell
+from cl_bench.grid.cells import Cell
 from cl_bench.grid.command import Entry as CellEntry
 from cl_bench.grid.command import known, run_waiting
 from cl_bench.grid.engine import Engine
 from cl_bench.network.backbones import Backbone
-from cl_bench.report.comparison import Comparison, Entry, comparisons
-from cl_bench.report.contrasts import contrast
-from cl_bench.report.markdown import aligned, difference_interval
-from cl_bench.report.sentences import backbone, counted
+from cl_bench.report.comparison import Comparison, Entry, comparisons, contrast
 from cl_bench.report.statistics import NO_VALUES, TOO_SMALL, Statistic
+from cl_bench.report.tables import backbone, counted
+from cl_bench.report.text import aligned, difference_interval
 from cl_bench.reproduce import numbers as published
 from cl_bench.reproduce.cost import duration, seconds, speed
 from cl_bench.reproduce.numbers import Published, Source

@@ -11,8 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cl_bench.report.contrasts import Contrast
-from cl_bench.report.statistics import TOO_SMALL, Statistic
+from cl_bench.report.statistics import TOO_SMALL, Contrast, Statistic
 from cl_bench.reproduce.numbers import Published
 
 TOLERANCE = 1.5

@@ -1,13 +1,13 @@
-"""What a W&B run of one result holds, whether it is logged while training or rebuilt from a file.
+"""The contents of a W&B run of one result, logged while training or rebuilt from a file.
 
-Config, curves, summary and accuracy matrix have the same names in both, so that runs of either kind stand in
-one comparison without any work by hand. Nothing here needs torch or Lightning.
+Config, curves, summary and accuracy matrix have the same names in both, so runs of either kind can be
+compared without manual work. Nothing here needs torch or Lightning.
 
-* config: the resolved config of the cell, and beside it ``label``, ``benchmark``, ``fingerprint``, ``cell``,
+* config: the resolved config of the cell, plus ``label``, ``benchmark``, ``fingerprint``, ``cell``,
   ``status`` and ``protocol``, by which runs are filtered and grouped.
 * ``stream/*``: every metric after every experience, with the experience as its step.
 * summary: ``final/*``, every metric of the whole stream, and ``cost/*``.
-* ``accuracy_matrix``: a table, one evaluation a line.
+* ``accuracy_matrix``: a table with a row for each evaluation.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from cl_bench.results.metrics import accuracy_matrix
 from cl_bench.results.result import Result
 
 PROJECT = "cl-bench"
-"""Project of runs that name none."""
+"""Project of runs for which no project is given."""
 
 MATRIX = "accuracy_matrix"
-"""Name of the table of an accuracy matrix."""
+"""Name of the table that holds the accuracy matrix."""
 
 
 def run_id(benchmark: str, cell_folder: str) -> str:
-    """Return the id of a run: the same cell has the same one, logged live or rebuilt from its file."""
+    """Return the id of a run; it depends only on the cell, whether logged live or rebuilt from its file."""
     return f"{benchmark}-{cell_folder}"
 
 
 def cell_folder(result: Result) -> str:
-    """Return the name of the folder in which a run of this cell leaves its result."""
+    """Return the name of the folder that holds the result of this cell."""
     return f"{result.order}-seed{result.seed}-{result.cell}"
 
 
@@ -53,18 +53,18 @@ def opened(
     config: Mapping[str, Any],
     project: str | None = None,
     entity: str | None = None,
-    goes_on: bool = False,
+    resume: bool = False,
 ) -> wandb.Run:
-    """Start a W&B run whose ``stream/*`` have the experience as their step, below ``folder``.
+    """Start a W&B run below ``folder``, with the experience as the step of ``stream/*``.
 
-    Where ``goes_on``, a run of this id that is there already is gone on with, not replaced.
+    With ``resume``, an existing run of this id is resumed instead of replaced.
     """
     run = wandb.init(
         project=project or os.environ.get("WANDB_PROJECT", PROJECT),
         entity=entity,
         name=name,
         id=id,
-        resume="allow" if goes_on else None,
+        resume="allow" if resume else None,
         group=group,
         job_type=job_type,
         dir=folder,
@@ -81,12 +81,12 @@ def opened(
 
 
 def record(run: wandb.Run, result: Result, label: str | None = None) -> None:
-    """Put into ``run`` by what it is compared, how it ended, and its accuracy matrix.
+    """Write to ``run`` the config entries to filter by, the final metrics and costs, and the accuracy matrix.
 
     Args:
         run: An open run.
-        result: What the run left.
-        label: What tables call it, if not the name of its strategy.
+        result: The result of the run.
+        label: Its name in tables; None for the name of its strategy.
     """
     run.config.update(identification(result, label), allow_val_change=True)
     run.summary.update(summary(result))
@@ -96,7 +96,7 @@ def record(run: wandb.Run, result: Result, label: str | None = None) -> None:
 
 
 def identification(result: Result, label: str | None = None) -> dict[str, Any]:
-    """Return the entries of the config by which runs are filtered, grouped and told apart."""
+    """Return the config entries by which runs are filtered, grouped and distinguished."""
     return {
         "label": label or result.strategy,
         "benchmark": result.benchmark,
@@ -110,7 +110,7 @@ def identification(result: Result, label: str | None = None) -> dict[str, Any]:
 
 
 def curves(result: Result) -> Iterator[dict[str, float]]:
-    """Yield what is logged once an experience: every metric that is defined by then, in percent."""
+    """Yield for every evaluated experience the metrics that are defined by then, in percent."""
     for i, row in enumerate(result.rows):
         if row is not None:
             values = result.metrics_after(i)
@@ -120,28 +120,28 @@ def curves(result: Result) -> Iterator[dict[str, float]]:
 
 
 def summary(result: Result) -> dict[str, float]:
-    """Return the metrics of the whole stream and its costs, those that are defined."""
+    """Return the metrics and costs of the whole stream that are defined."""
     values = {f"final/{name}": value for name, value in result.metrics().items()}
     values |= {f"cost/{name}": value for name, value in result.spending().items()}
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def matrix(result: Result) -> list[list[float]]:
-    """Return the accuracy matrix as lines: after which experience, on which, both from 1, in percent."""
+    """Return the accuracy matrix as rows: after experience, on experience (both from 1), percent."""
     R = accuracy_matrix(result.counts("correct"), result.totals)
     return [[float(i + 1), float(j + 1), float(R[i, j])] for i, j in np.argwhere(~np.isnan(R))]
 
 
 def mode() -> Literal["online", "offline"] | None:
-    """Return W&B's mode, or None where the user's own settings say it."""
+    """Return the mode to start W&B in, or None if the user's settings already choose one."""
     settings = wandb.setup().settings
-    if "WANDB_MODE" in os.environ or settings.mode != "online":  # online is W&B's default
+    if "WANDB_MODE" in os.environ or settings.mode != "online":  # the default
         return None
     return "online" if settings.api_key or _has_login(settings.base_url) else "offline"
 
 
 def _has_login(base_url: str) -> bool:
-    """Whether ``wandb login`` has left a key for this server, in the file that ``NETRC`` names or at home.
+    """Return whether the netrc file, named by ``NETRC`` or in the home folder, has a key for this server.
 
     Raises:
         ValueError: If that file cannot be parsed.
@@ -153,7 +153,7 @@ def _has_login(base_url: str) -> bool:
         return False
     except netrc.NetrcParseError as error:
         raise ValueError(
-            f"{error.filename}, line {error.lineno}, is no netrc file ({error.msg}): mend that line, or set "
-            "WANDB_MODE."
+            f"{error.filename}, line {error.lineno}, is not a netrc file ({error.msg}): correct "
+            "that line, or set WANDB_MODE."
         ) from error
     return found.authenticators(urlsplit(base_url).netloc) is not None

@@ -1,4 +1,4 @@
-"""Files that a reader finds whole or not at all."""
+"""Atomic writes: a reader finds the whole file or none."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import IO, Any
 
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that takes the place of ``path`` when the context ends without an error.
+    """Open a file for writing that replaces ``path`` when the context ends without an error.
 
-    Whenever the process or the machine stops, and whatever does not fit on the disk, ``path`` is the old file
-    or the new one. The folder is made if need be.
+    If the process is killed, the machine stops or the disk is full, ``path`` is the old file or the new one,
+    never a part. The folder is created if necessary.
 
     Raises:
-        OSError: If the file cannot be written; the old one is still there.
+        OSError: If the file cannot be written; the old file is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -34,7 +34,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _sync(folder: Path) -> None:
-    """Let the new name outlive a loss of power."""
+    """Write the new name to disk, so that it survives a power cut."""
     descriptor: Any = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

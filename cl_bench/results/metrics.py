@@ -2,18 +2,18 @@
 
 ``R[i, j]`` is the accuracy, in percent, on the test images of experience ``j`` after training on experience
 ``i``, both from 0, with the prediction chosen among all classes seen by then. ``R`` is (T, T) and NaN where
-nothing was evaluated. In a class-incremental stream that is everything above the diagonal; other streams may
-have zero-shot accuracies there, and each definition says whether it looks at them. An array that is not
-square is refused with a ValueError by every function.
+nothing was evaluated: in a class-incremental stream, everywhere above the diagonal. Other streams may have
+zero-shot accuracies there, and each definition states whether it uses them. Every function raises a
+ValueError for an array that is not square.
 
-One matrix has as many forgettings as there are codebases, so every key of `summary` names its definition.
-Accuracies come in two weightings: *sample* counts every test image once, *experience* counts every experience
-once. They agree when all experiences have equally many test images.
+Codebases differ in their definition of forgetting, so every key of `summary` names its definition. Accuracies
+have two weightings: *sample* counts every test image once, *experience* counts every experience once. They
+agree when all experiences have the same number of test images.
 
-A quantity is NaN when one of the evaluations it rests on is missing. A run still going has no final accuracy;
-a joint run, which fills the last row only, has accuracies but no forgetting and no average over the stream.
+A quantity is NaN when an evaluation that it needs is missing. A run in progress has no final accuracy; a
+joint run, which fills only the last row, has accuracies but no forgetting and no average over the stream.
 
-The forward transfer of GEM, https://arxiv.org/abs/1706.08840, is left out on purpose. It compares
+The forward transfer of GEM, https://arxiv.org/abs/1706.08840, is deliberately missing. It compares
 ``R[j - 1, j]`` with an untrained reference ``b[j]``, but a class-incremental classifier has no output for the
 classes of ``j`` before it meets them: ``R[j - 1, j]`` is 0 by construction, every strategy would reach minus
 the mean of ``b``, and a column of equal numbers would look like a finding.
@@ -48,10 +48,10 @@ DEFINITIONS: dict[str, str] = {
     "within/sample": "final accuracy over all test images, choosing within the true experience",
     "task_id/sample": "final share of all test images whose predicted class lies in the true experience",
 }
-"""What each key of `summary` means, one line each; all in percent, or differences of percentages."""
+"""The definition of each key of `summary`; all values are percentages or differences of percentages."""
 
 HIGHER_IS_BETTER: dict[str, bool] = {key: not key.startswith("forgetting/") for key in DEFINITIONS}
-"""Whether a larger value of the key is the better one."""
+"""Whether a larger value of the key is better."""
 
 
 def summary(correct: Matrix, total: Vector, *, within: Matrix, experience: Matrix) -> dict[str, float]:
@@ -60,14 +60,14 @@ def summary(correct: Matrix, total: Vector, *, within: Matrix, experience: Matri
     Args:
         correct: Images whose predicted class, among all classes seen, is right; NaN where not evaluated.
         total: Test images of each experience.
-        within: Images right when the choice is restricted to the classes of their experience.
-        experience: Images whose predicted class lies in their experience, right or wrong.
+        within: Images predicted right when the choice is restricted to the classes of their experience.
+        experience: Images whose predicted class, right or wrong, belongs to their experience.
 
     Returns:
         Percent by key, in the order of `DEFINITIONS`; NaN where undefined.
 
     Raises:
-        ValueError: If the counts do not fit ``total``.
+        ValueError: If the counts do not match ``total``.
 
     >>> values = summary(
     ...     np.array([[9.0, np.nan], [5.0, 24.0]]),
@@ -117,7 +117,7 @@ def incremental_accuracy(correct: Matrix, total: Vector) -> Vector:
     Source: iCaRL, https://arxiv.org/abs/1611.07725.
 
     Raises:
-        ValueError: If the counts do not fit ``total``.
+        ValueError: If the counts do not match ``total``.
 
     >>> incremental_accuracy(np.array([[9.0, np.nan], [5.0, 24.0]]), np.array([10.0, 30.0]))
     array([90. , 72.5])
@@ -154,29 +154,6 @@ def plasticity(R: Matrix) -> float:
     return _mean(np.diagonal(R))
 
 
-def intransigence(R: Matrix, reference: Vector) -> float:
-    """Return how far ``R`` (T, T) stays behind ``reference`` (T,) on new experiences, in points of percent.
-
-    ``1/T Σ_j (reference[j] - R[j, j])``, where ``reference[j]`` is the accuracy on experience ``j`` of a
-    model trained on experiences 0 to ``j`` together. Negative if the stream learns new experiences better.
-
-    Source: Riemannian Walk, https://arxiv.org/abs/1801.10112, there for one experience; here their mean.
-
-    Raises:
-        ValueError: If there is not one reference for each experience.
-
-    >>> intransigence(np.array([[80.0, np.nan], [50.0, 70.0]]), np.array([80.0, 84.0]))
-    7.0
-    """
-    length = _length(R)
-    if reference.shape != (length,):
-        raise ValueError(
-            f"A reference of shape {reference.shape} does not go with {length} experiences: "
-            "give the joint model's accuracy on each of them."
-        )
-    return _mean(reference - np.diagonal(R))
-
-
 def backward_transfer_gem(R: Matrix) -> float:
     """Return the change of ``R`` (T, T) from learning an experience to the end, in points of percent.
 
@@ -197,7 +174,7 @@ def backward_transfer_continuum(R: Matrix) -> float:
     ``2/(T (T - 1)) Σ_{i ≥ 1} Σ_{j < i} (R[i, j] - R[j, j])``; NaN if T = 1.
 
     Source: Díaz-Rodríguez et al., https://arxiv.org/abs/1810.13166, the definition that Continuum cites. Its
-    release 1.2.7 leaves out the pairs ``j = i - 1`` and thus prints `backward_transfer_libcontinual`.
+    release 1.2.7 omits the pairs ``j = i - 1`` and therefore prints `backward_transfer_libcontinual`.
 
     >>> R = np.array([[80.0, np.nan, np.nan], [90.0, 70.0, np.nan], [60.0, 75.0, 90.0]])
     >>> round(backward_transfer_continuum(R), 2)
@@ -210,8 +187,8 @@ def backward_transfer_continuum(R: Matrix) -> float:
 def backward_transfer_libcontinual(R: Matrix) -> float:
     """Return the change since learning over rows of ``R`` (T, T) two or more later, in points of percent.
 
-    ``2/(T (T - 1)) Σ_{i ≥ 2} Σ_{j < i-1} (R[i, j] - R[j, j])``: the pairs ``j = i - 1`` are left out of the
-    sum and counted in the divisor. NaN if T < 3, where no pair remains and LibContinual prints 0.
+    ``2/(T (T - 1)) Σ_{i ≥ 2} Σ_{j < i-1} (R[i, j] - R[j, j])``: the pairs ``j = i - 1`` are missing from the
+    sum but counted in the divisor. NaN if T < 3, when no pair remains and LibContinual prints 0.
 
     Source: https://github.com/RL-VIG/LibContinual, ``core/utils/utils.py``.
 
@@ -258,8 +235,8 @@ def forgetting_mammoth(R: Matrix) -> float:
     """Return `forgetting_pilot` of ``R`` (T, T) with the zero-shot accuracy just before learning in the max.
 
     ``1/(T - 1) Σ_{j < T-1} (max_{j-1 ≤ i ≤ T-1} R[i, j] - R[T-1, j])``; NaN if T = 1. Mammoth evaluates the
-    experience to come for its forward transfer, and the maximum takes that in. Where ``R[j - 1, j]`` is NaN,
-    as in every class-incremental stream, this is `forgetting_pilot`.
+    next experience for its forward transfer, and the maximum includes it. If ``R[j - 1, j]`` is NaN, as in
+    every class-incremental stream, this is `forgetting_pilot`.
 
     Source: https://github.com/aimagelab/mammoth, ``utils/metrics.py``.
 
@@ -273,8 +250,8 @@ def forgetting_mammoth(R: Matrix) -> float:
 def forgetting_renate(R: Matrix) -> float:
     """Return `forgetting_chaudhry` of ``R`` (T, T) with every zero-shot accuracy in the max.
 
-    ``1/(T - 1) Σ_{j < T-1} (max_{i < T-1} R[i, j] - R[T-1, j])``; NaN if T = 1. Where all above the diagonal
-    is NaN, as in every class-incremental stream, this is `forgetting_chaudhry`.
+    ``1/(T - 1) Σ_{j < T-1} (max_{i < T-1} R[i, j] - R[T-1, j])``; NaN if T = 1. If everything above the
+    diagonal is NaN, as in every class-incremental stream, this is `forgetting_chaudhry`.
 
     Source: https://github.com/awslabs/Renate, ``src/renate/evaluation/metrics/classification.py``.
 
@@ -302,8 +279,8 @@ def forgetting_avalanche(R: Matrix) -> float:
 def forgetting_libcontinual(R: Matrix) -> float:
     """Return the drop of ``R`` (T, T) since learning without the last two experiences, in points of percent.
 
-    ``1/(T - 1) Σ_{j < T-2} (R[j, j] - R[T-1, j])``: the last experience but one is left out of the sum and
-    counted in the divisor. NaN if T < 3, where no experience remains and LibContinual prints 0.
+    ``1/(T - 1) Σ_{j < T-2} (R[j, j] - R[T-1, j])``: the last experience but one is missing from the sum but
+    counted in the divisor. NaN if T < 3, when no experience remains and LibContinual prints 0.
 
     Source: https://github.com/RL-VIG/LibContinual, ``core/utils/utils.py``.
 
@@ -317,7 +294,7 @@ def forgetting_libcontinual(R: Matrix) -> float:
 
 
 def mtil_transfer(R: Matrix) -> float:
-    """Return the mean zero-shot accuracy of ``R`` (T, T) on experiences still to come, in percent.
+    """Return the mean zero-shot accuracy of ``R`` (T, T) on later experiences, in percent.
 
     ``1/(T - 1) Σ_{j ≥ 1} 1/j Σ_{i < j} R[i, j]``; NaN if T = 1, and in every class-incremental stream.
 
@@ -372,10 +349,10 @@ _FUNCTIONS_OF_THE_MATRIX: dict[str, Callable[[Matrix], float]] = {
 
 
 def _length(R: Matrix) -> int:
-    """Return T, once ``R`` is known to be an accuracy matrix in shape."""
+    """Return T, or raise a ValueError if ``R`` does not have the shape of an accuracy matrix."""
     if R.ndim != 2 or R.shape[0] != R.shape[1] or R.size == 0:
         raise ValueError(
-            f"An array of shape {R.shape} is no accuracy matrix: "
+            f"An array of shape {R.shape} is not an accuracy matrix: "
             "give one row and one column for each experience."
         )
     return len(R)
@@ -391,13 +368,13 @@ def _refuse_misfit(correct: Matrix, total: Vector) -> None:
     length = _length(correct)
     if total.shape != (length,):
         raise ValueError(
-            f"Totals of shape {total.shape} do not go with {length} experiences: "
+            f"Totals of shape {total.shape} do not match {length} experiences: "
             "give the number of test images of each."
         )
     if not (total > 0).all():
         raise ValueError(
             f"Experience {np.argmin(total > 0)} has no test images, so it has no accuracy: "
-            "leave it out of the stream, or give it test images."
+            "remove it from the stream, or give it test images."
         )
     misfit = (correct < 0) | (correct > total)
     if misfit.any():
@@ -409,7 +386,7 @@ def _refuse_misfit(correct: Matrix, total: Vector) -> None:
 
 
 def _sums_over_seen(table: Matrix) -> Vector:
-    """Sum each row up to the diagonal, (T,); what lies above the diagonal does not matter, NaN or not."""
+    """Return the sum of each row up to the diagonal, (T,), whatever stands above it."""
     seen = np.tri(_length(table), dtype=bool)
     sums: Vector = np.where(seen, table, 0.0).sum(axis=1)
     return sums
@@ -421,10 +398,10 @@ def _changes(R: Matrix) -> Matrix:
 
 
 def _mean_drop(R: Matrix, best_of: Mask) -> float:
-    """Average, over every experience but the last, the best accuracy among ``best_of`` minus the final."""
+    """Return best accuracy in ``best_of`` minus final accuracy, the mean over all but the last experience."""
     row, column = _places(R)
-    # A missing zero-shot accuracy is no candidate. A missing one on or below the diagonal leaves the best
-    # unknown, and the maximum hands its NaN on.
+    # A missing zero-shot accuracy is not a candidate. A missing accuracy on or below the diagonal makes the
+    # best one unknown: the maximum is NaN.
     candidates = best_of & ~((row < column) & np.isnan(R))
     best = np.where(candidates, R, -np.inf).max(axis=0)
     return _mean((best - R[-1])[:-1])

@@ -1,6 +1,6 @@
 """The result file: its schema, the hash of a cell, the fingerprint of a protocol, reading and writing.
 
-Nothing here needs torch or Lightning, so a report reads ten thousand files without importing either.
+Nothing here needs torch or Lightning, so a report reads ten thousand files without importing them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ADDED_FIELDS = {"diagnostics", "domains", "domain_images"}
 FILE_NAME = "result.json"
 
 PHASES = ("data_passes", "training", "evaluation", "checkpoints")
-"""What the seconds of a run are split into."""
+"""Phases into which the seconds of a run are split."""
 
 COSTS = (
     "seconds",
@@ -33,7 +33,7 @@ COSTS = (
     "trainable_parameters",
     "stored_megabytes",
 )
-"""What a run took, by the names of :meth:`Result.spending`."""
+"""Names of the costs in :meth:`Result.spending`."""
 
 Status = Literal["running", "done", "diverged", "failed"]
 Regime = Literal["sequential", "joint"]
@@ -51,10 +51,10 @@ def digest(value: object) -> str:
 
 @dataclass
 class Protocol:
-    """What decides whether two numbers may stand side by side.
+    """What decides whether two numbers may be compared.
 
     Attributes:
-        identity: Must be equal to share a table: file lists, transforms, weights, precision and so on.
+        identity: File lists, transforms, weights, precision and so on; equal for all results of one table.
         factors: Seed and class order: the blocks of the statistics, never hashed.
         axes: Dataset and number of experiences: the columns of a table.
     """
@@ -75,9 +75,10 @@ class Row:
 
     Attributes:
         correct: Test images whose predicted class, among all classes seen, is right.
-        correct_within_experience: Right when the choice is restricted to the true experience's classes.
-        correct_experience: Predicted class lies in the true experience, right or wrong.
-        correct_by_domain: As ``correct``, for each domain apart; empty where there are none.
+        correct_within_experience: Test images predicted right when only classes of the true experience
+            compete.
+        correct_experience: Test images whose predicted class, right or wrong, is in the true experience.
+        correct_by_domain: As ``correct``, separately for each domain; empty if the dataset has none.
     """
 
     correct: list[int]
@@ -88,13 +89,13 @@ class Row:
 
 @dataclass
 class Cost:
-    """What one experience took.
+    """The costs of one experience.
 
     Attributes:
         seconds: Wall-clock seconds by phase: ``data_passes``, ``training``, ``evaluation``, ``checkpoints``.
         trainable_parameters: Number of parameters with a gradient while training.
-        stored_bytes: Bytes kept for later experiences beyond the pre-trained backbone itself.
-        peak_memory_bytes: Highest memory use so far: of the accelerator, or resident memory on CPU.
+        stored_bytes: Bytes kept for later experiences, without the pretrained backbone.
+        peak_memory_bytes: Peak memory so far: of the accelerator, or resident memory on a CPU.
     """
 
     seconds: dict[str, float]
@@ -105,9 +106,9 @@ class Cost:
 
 @dataclass
 class Result:
-    """Everything one run leaves behind; ``rows[i]`` is the evaluation after experience ``i``.
+    """Everything that one run leaves; ``rows[i]`` is the evaluation after experience ``i``.
 
-    Under the joint regime only the last row exists and the others are None.
+    Under the joint regime only the last row exists, and the others are None.
 
     Attributes:
         strategy: Name of the strategy with its variant, as tables print it.
@@ -115,21 +116,21 @@ class Result:
         experiences: First and last-plus-one class position of each experience.
         class_names: Name of the class at each position.
         test_images: Number of test images of the class at each position.
-        order: Class order as paths name it, such as ``numpy-1993``.
-        seed: Seed of everything random but the class order.
-        regime: ``sequential``, or ``joint`` for one experience of all classes.
-        protocol: What decides comparability.
+        order: Class order as it appears in paths, such as ``numpy-1993``.
+        seed: Seed of everything random except the class order.
+        regime: ``sequential``, or ``joint`` for training on all classes at once.
+        protocol: What decides which results it may be compared with.
         config: Resolved config of the run without paths, devices and logging: the cell.
         setting: Name of the setting in its grid, if it has one.
         status: ``running``, ``done``, ``diverged`` or ``failed``.
-        error: One sentence, when the run did not finish.
+        error: One sentence, if the run did not finish.
         rows: Evaluations, in order.
-        costs: What each experience took.
+        costs: Costs of each experience.
         provenance: Versions, device, threads, commit, the hash of the bytes of scanned image files, and the
             start; shown, never hashed.
-        diagnostics: What was measured inside the model, an entry an experience; empty if nothing was. See
-            :mod:`cl_bench.loop.diagnostics`.
-        domains: Names of the domains that the test images come from; empty where a dataset has none.
+        diagnostics: Measurements inside the model, one entry for each experience; empty if there are none.
+            See :mod:`cl_bench.loop.diagnostics`.
+        domains: Names of the domains of the test images; empty if the dataset has none.
         domain_images: Number of test images of each domain and of the class at each position.
         schema: Version of this layout.
     """
@@ -172,11 +173,11 @@ class Result:
 
     @property
     def group(self) -> str:
-        """Hash of the cell without seed and class order: what is averaged over."""
+        """Hash of the cell without seed and class order: equal for runs that are averaged."""
         return digest({key: value for key, value in self.config.items() if key not in ("seed", "order")})
 
     def counts(self, kind: Literal["correct", "correct_within_experience", "correct_experience"]) -> Matrix:
-        """Return the counts of ``kind`` per row and experience, (T, T), NaN where nothing was evaluated."""
+        """Return the counts of ``kind`` by row and experience, (T, T), NaN where nothing was evaluated."""
         table = np.full((self.num_experiences, self.num_experiences), np.nan)
         for i, row in enumerate(self.rows):
             if row is None:
@@ -195,7 +196,7 @@ class Result:
         )
 
     def metrics(self) -> dict[str, float]:
-        """Return every metric by its defined name, in percent; NaN where it is undefined."""
+        """Return every metric of :data:`metrics.DEFINITIONS`, in percent; NaN if it is undefined."""
         return self.metrics_after(self.num_experiences - 1)
 
     def metrics_after(self, index: int) -> dict[str, float]:
@@ -217,10 +218,10 @@ class Result:
         return phases
 
     def spending(self) -> dict[str, float]:
-        """Return what the whole run took, by the names in ``COSTS``; NaN where it was not measured.
+        """Return the costs of the whole run, by the names in ``COSTS``; NaN if they were not measured.
 
-        Seconds are added up, of memory and trainable parameters the most counts, and of storage the last.
-        What diagnostics took is left out: no strategy needs them.
+        Seconds are sums over experiences, without those of diagnostics, which no strategy needs. Memory and
+        trainable parameters are maxima, storage is that of the last experience.
         """
         if not self.costs:
             return dict.fromkeys(COSTS, math.nan)
@@ -234,10 +235,10 @@ class Result:
         }
 
     def write(self, folder: Path) -> Path:
-        """Write the result file into ``folder``; a reader sees the old one or the new one, never a part.
+        """Write the result file into ``folder``, atomically, and return its path.
 
         Raises:
-            OSError: If it cannot be written; the old one is still there.
+            OSError: If it cannot be written; the old file is kept.
         """
         payload = asdict(self) | {
             "cell": self.cell,
@@ -258,7 +259,7 @@ def read(path: Path) -> Result:
     """Read one result file.
 
     Raises:
-        ValueError: If the file is no result file of this schema.
+        ValueError: If the file is not a result file of this schema.
     """
     try:
         payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -267,12 +268,12 @@ def read(path: Path) -> Result:
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a result file: run its cell again, or remove it.") from error
     raise ValueError(
-        f"{path} has schema {payload['schema']}, this version reads {SCHEMA}: run the cell again."
+        f"{path} has schema {payload['schema']}, and this version reads {SCHEMA}: run the cell again."
     )
 
 
 def _from_json(payload: Mapping[str, Any]) -> Result:
-    # Older files lack the fields that were added since; those have a value that says nothing was recorded.
+    # Older files lack the fields that were added later; their defaults mean that nothing was recorded.
     added = _ADDED_FIELDS - payload.keys()
     fields = {name: payload[name] for name in Result.__dataclass_fields__ if name not in added}
     protocol = payload["protocol"]
@@ -288,10 +289,10 @@ def _from_json(payload: Mapping[str, Any]) -> Result:
 
 
 def read_all(folder: Path) -> tuple[list[Result], list[str]]:
-    """Return every result below ``folder``, by path, and a sentence for each file that cannot be read.
+    """Return every result below ``folder``, sorted by path, and a sentence for each file that cannot be read.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        FileNotFoundError: If the folder does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader
+from jsonargparse import Namespace, get_loader
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
@@ -91,10 +91,9 @@ class Configuration:
     @cached_property
     def resolved(self) -> Config:
         """Every setting as a plain value; defaults of PyTorch's and Lightning's own classes are left out."""
-        text = self.schema.parser.dump(
-            self.namespace, skip_link_targets=True, skip_unset=False, format="json"
+        config: Config = json.loads(
+            self.schema.parser.dump(self.namespace, skip_link_targets=True, skip_unset=False, format="json")
         )
-        config = {key: value for key, value in json.loads(text).items() if key != "config"}
         trainer = config["trainer"] | {"precision": _precision(config["trainer"]["precision"])}
         config["trainer"] = _without_defaults(trainer, StreamTrainer, Trainer)
         for group, class_ in (("model", self.strategy_class), ("data", self.datamodule_class)):
@@ -155,22 +154,26 @@ class Configuration:
     @cached_property
     def datamodule(self) -> StreamDataModule:
         """The stream, its data not yet read."""
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(self.datamodule_class, "data")
-        datamodule: StreamDataModule = parser.instantiate(Namespace(data=self.namespace.data)).data
-        return datamodule
+        return self.datamodule_class(**self._arguments("data"))
 
     def build(
         self, callbacks: Sequence[Callback], loggers: Sequence[Logger]
     ) -> tuple[Strategy, StreamTrainer]:
         """Build the strategy with its backbone, and the trainer."""
-        built = self.schema.parser.instantiate(self.namespace)
-        arguments = dict(built.trainer)
+        backbone = Backbone(**self._arguments("backbone"))
+        strategy = self.strategy_class(backbone=backbone, **self._arguments("model"))
+        arguments = self._arguments("trainer")
         own = arguments.pop("callbacks") or []
         own = own if isinstance(own, list) else [own]
-        return built.model, StreamTrainer(
+        return strategy, StreamTrainer(
             **arguments | {"callbacks": [*callbacks, *own], "logger": list(loggers)}
         )
+
+    def _arguments(self, group: str) -> Config:
+        """Return the arguments of a group, of which those that are classes have been instantiated."""
+        given = Namespace({group: self.namespace[group]})
+        arguments: Config = vars(self.schema.parser.instantiate(given)[group])
+        return arguments
 
 
 def resolve(layers: Sequence[Path | Config], overrides: Sequence[str] = ()) -> Configuration:

@@ -99,7 +99,7 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
         job_type=folder.parent.name,
         folder=folder,
         config=configuration.cell,
-        goes_on=configuration.checkpoints.last is not None,
+        resume=configuration.checkpoints.last is not None,
     )
 
 

@@ -50,7 +50,7 @@ def test_a_line_for_each_claim_is_printed_and_the_status_is_0(capsys: pytest.Cap
 def test_a_broken_claim_makes_the_status_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", f"{WRONG}:ZeroesAGradient"]) == 1
     printed = capsys.readouterr().out
-    assert "FAILED  frozen parts stay frozen: the steps of experience 1 move" in printed
+    assert "FAILED  frozen parts stay frozen: under a weight decay, the steps of experience 1 move" in printed
     assert "1 claim failed" in printed
 
 
@@ -76,7 +76,7 @@ def test_a_strategy_that_cannot_be_built_is_refused(file: Path, capsys: pytest.C
         (["lorra"], "Did you mean lora?"),
         (["strategies.lora.LoRa"], "Did you mean strategies.lora.LoRA?"),
         (["missing.py"], "There is no file missing.py"),
-        ([str(WRONG)], f"name one, as {WRONG}:Class"),
+        ([str(WRONG)], f"Name one, as {WRONG}:Class"),
         ([f"{WRONG}:Jump"], "Did you mean Jumps?"),
         (["lora", "--rnak", "2"], "There is no key rnak. Did you mean model.rank?"),
     ),

@@ -1,5 +1,6 @@
 """Strategies that are wrong on purpose, each in one way that the contract kit must find."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,12 +9,14 @@ from torch import Tensor, nn
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import Batch, Promises, Strategy, TrainingData
 from cl_bench.data.experience import Experience
+from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.heads import GrowingLinear
+from cl_bench.network.heads import Features, GrowingLinear, pooled
+from cl_bench.network.prompts import Prompts
 
 
 class Jumps(LowRankStrategy):
-    """Starts every experience with an adapter that already does something."""
+    """Starts every experience with an adapter that already adds something."""
 
     def expand(self, experience: Experience) -> None:
         super().expand(experience)
@@ -27,8 +30,56 @@ class JumpsAndSaysSo(Jumps):
     promises = Promises(start_within=None)
 
 
+class DrawsOnce(Strategy):
+    """Shifts the features by noise, drawn for the whole stream in the first experience, without a promise."""
+
+    shift: Tensor
+
+    def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
+        super().__init__(backbone, **kwargs)
+        self.register_buffer("shift", torch.zeros(backbone.feature_dim))
+
+    def expand(self, experience: Experience) -> None:
+        super().expand(experience)
+        if experience.index in self.drawn_in:
+            self.shift = torch.randn(len(self.shift))
+
+    def features(self, images: Tensor) -> Tensor:
+        return pooled(super().features(images)) + self.shift
+
+    @property
+    def drawn_in(self) -> Sequence[int]:
+        return (0,)
+
+
+class DrawsOnceAndSaysSo(DrawsOnce):
+    """The same, declared."""
+
+    promises = Promises(drawn_once=True)
+
+
+class DrawsTwice(DrawsOnceAndSaysSo):
+    """Declares that it draws once, and draws again in the third experience."""
+
+    @property
+    def drawn_in(self) -> Sequence[int]:
+        return (0, 2)
+
+
+class DrawsUnannounced(Strategy):
+    """Makes in the first expand what its features need, without a promise."""
+
+    def expand(self, experience: Experience) -> None:
+        super().expand(experience)
+        if experience.is_first:
+            self.prompts = nn.Parameter(torch.randn(2, self.backbone.feature_dim))
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.backbone(images, Prompts(self.prompts))
+
+
 class ZeroesAGradient(Strategy):
-    """Holds a weight of the backbone by zeroing its gradient, which does not stop a weight decay."""
+    """Zeroes the gradient of a backbone weight, which does not stop a weight decay."""
 
     def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
@@ -41,7 +92,7 @@ class ZeroesAGradient(Strategy):
 
 
 class Reorders(Strategy):
-    """Changes places in an MLP after training: the same function, other weights."""
+    """Permutes the units of an MLP after training: the same function, other weights."""
 
     def after_training(self, data: TrainingData) -> None:
         mlp = self.backbone.blocks[0].get_submodule("mlp")
@@ -52,7 +103,7 @@ class Reorders(Strategy):
 
 
 class LowersOldLogits(Strategy):
-    """Takes something off the bias of every old class."""
+    """Lowers the bias of every old class."""
 
     def after_training(self, data: TrainingData) -> None:
         assert isinstance(self.head, GrowingLinear)
@@ -61,7 +112,7 @@ class LowersOldLogits(Strategy):
 
 
 class MergesWithoutScale(LowRankStrategy):
-    """Merges B A where s B A was trained."""
+    """Merges B A although s B A was trained."""
 
     def __init__(self, backbone: Backbone, *, scale: float = 0.5, **kwargs: Any) -> None:
         super().__init__(backbone, scale=scale, **kwargs)
@@ -82,10 +133,10 @@ class ReplacesParameters(LowRankStrategy):
 
 
 class CentresBatches(Strategy):
-    """Takes the mean of the batch off the features at test time."""
+    """Subtracts the mean of the batch from the features at test time."""
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.features(images)
+        features = pooled(self.features(images))
         logits: Tensor = self.head(features - features.mean(dim=0))
         return logits
 
@@ -107,7 +158,7 @@ class ReadsTheLabels(Strategy):
 
 
 class Replays(Strategy):
-    """Shows the backbone the images of the experience before."""
+    """Shows the backbone the images of the previous experience."""
 
     def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
@@ -127,7 +178,7 @@ class PeeksAtTheTest(Strategy):
 
 
 class DrawsTooEarly(Strategy):
-    """Draws in the constructor what training depends on."""
+    """Draws noise for the loss in the constructor."""
 
     noise: Tensor
 
@@ -135,22 +186,22 @@ class DrawsTooEarly(Strategy):
         super().__init__(backbone, **kwargs)
         self.register_buffer("noise", torch.randn(backbone.feature_dim))
 
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        return super().loss(features + self.noise, labels)
+    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+        return super().loss(pooled(features) + self.noise, labels)
 
 
 class KeepsAPlainTensor(Strategy):
-    """Remembers by an attribute that no checkpoint holds."""
+    """Keeps a tensor in an attribute, which no checkpoint holds."""
 
     def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
         self.centre: Tensor | None = None
 
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        return super().loss(features if self.centre is None else features - self.centre, labels)
+    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+        return super().loss(pooled(features) - (0 if self.centre is None else self.centre), labels)
 
     def after_training(self, data: TrainingData) -> None:
-        self.centre = torch.cat([self.features(images) for images, _ in data.plain()]).mean(dim=0)
+        self.centre = class_means(self.features, data.plain(), self.experience.classes).mean(dim=0)
 
 
 class HoardsUpdates(LowRankStrategy):
@@ -158,15 +209,48 @@ class HoardsUpdates(LowRankStrategy):
 
     def expand(self, experience: Experience) -> None:
         super().expand(experience)
-        self.register_buffer(f"update_{experience.index}", torch.zeros(32, 32))
+        self.register_buffer(f"update_{experience.index}", torch.zeros(self.copies, 32, 32))
 
     def after_training(self, data: TrainingData) -> None:
         self.get_buffer(f"update_{self.experience.index}").copy_(self.layers[0].adapter("k").delta())
         super().after_training(data)
 
+    @property
+    def copies(self) -> int:
+        return 1
+
+
+class HoardsUpdatesAndSaysSo(HoardsUpdates):
+    """The same, declared."""
+
+    promises = Promises(state_grows_with=("experiences",))
+
+
+class HoardsMoreAndMore(HoardsUpdatesAndSaysSo):
+    """Growth that is declared, but of more bytes in every experience."""
+
+    @property
+    def copies(self) -> int:
+        return 1 + self.experience.index
+
+
+class DeclaresGrowthInVain(LowRankStrategy):
+    """Declares that its state grows with experiences, and merges all of it."""
+
+    promises = Promises(state_grows_with=("experiences",))
+
+
+class FattensItsHead(Strategy):
+    """Adds more to the head in every experience, whatever its number of classes."""
+
+    def expand(self, experience: Experience) -> None:
+        super().expand(experience)
+        assert isinstance(self.head, GrowingLinear)
+        self.head.register_buffer(f"notes_{experience.index}", torch.zeros(experience.index))
+
 
 class KeepsHalf(Strategy):
-    """Stores what mixed precision computes as it comes."""
+    """Stores a mean in the half precision in which it was computed."""
 
     def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
@@ -180,7 +264,7 @@ class KeepsHalf(Strategy):
 
 
 class DecomposesFeatures(Strategy):
-    """Decomposes features in the precision of the trainer, which has no such routine in half."""
+    """Decomposes features in the precision of the trainer; torch cannot do so in half precision."""
 
     def before_training(self, data: TrainingData) -> None:
         for images, _ in data.plain():
@@ -190,17 +274,21 @@ class DecomposesFeatures(Strategy):
 
 
 class RepeatsItself(Strategy):
-    """Takes one more product in a step for every experience so far."""
+    """Computes one more product in a step for every old experience."""
 
-    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
         assert isinstance(self.head, GrowingLinear)
-        for _ in range(self.experience.index):
-            self.head.current(features)
+        for _ in range(self.times):
+            self.head.current(pooled(features))
         return super().loss(features, labels)
+
+    @property
+    def times(self) -> int:
+        return self.experience.index
 
 
 class RepeatsItselfAndBlamesTheBasis(RepeatsItself):
-    """The same, declared to be due to a basis that does not exist."""
+    """The same, explained by a basis that does not exist."""
 
     promises = Promises(step_grows_with=("basis",))
 
@@ -208,4 +296,12 @@ class RepeatsItselfAndBlamesTheBasis(RepeatsItself):
 class RepeatsItselfAndSaysSo(RepeatsItself):
     """The same, declared."""
 
-    promises = Promises(step_grows_with=("classes",))
+    promises = Promises(step_grows_with=("experiences",))
+
+
+class RepeatsItselfMoreAndMore(RepeatsItselfAndSaysSo):
+    """Growth that is declared, but faster than that: with the square."""
+
+    @property
+    def times(self) -> int:
+        return self.experience.index**2

@@ -13,9 +13,8 @@ from torch import Tensor
 from cl_bench.contracts.photographs import PhotographFiles
 from cl_bench.contracts.strategy import Batch
 from cl_bench.data import manifest
-from cl_bench.data.images import FileSource
 from cl_bench.data.manifest import Variant
-from cl_bench.data.sources import Sources
+from cl_bench.data.sources import FileSource, Sources
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.run.configuration import layers, resolve
@@ -26,7 +25,7 @@ CLASSES = 4
 
 
 class Pictures(PhotographFiles):
-    """Pictures ``<class>-<number>.png`` below the root; the last two of each class are for testing."""
+    """Pictures ``<class>-<number>.png`` below the root; the last two of each class are test images."""
 
     name = "pictures"
 
@@ -70,12 +69,11 @@ WAYS: list[dict[str, Any]] = [
     {"cache": "none"},
     {"cache": "pixels"},
     {"cache": "jpeg"},
-    {"cache": "pixels", "augmentation": "batched"},
 ]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_a_batch_is_images_from_0_to_1_and_positions(root: Path, way: dict[str, Any]) -> None:
+def test_a_batch_holds_images_from_0_to_1_and_positions(root: Path, way: dict[str, Any]) -> None:
     data = pictures(root, **way)
     for loader in (data.train_dataloader(), data.augmented_dataloader(0), data.plain_dataloader()):
         images, labels = served(loader)
@@ -87,18 +85,18 @@ def test_a_batch_is_images_from_0_to_1_and_positions(root: Path, way: dict[str, 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_workers_change_no_batch(root: Path, way: dict[str, Any]) -> None:
-    alone, helped = pictures(root, **way), pictures(root, num_workers=2, **way)
+    single, several = pictures(root, **way), pictures(root, num_workers=2, **way)
     for one, other in (
-        (alone.train_dataloader(), helped.train_dataloader()),
-        (alone.augmented_dataloader(1), helped.augmented_dataloader(1)),
-        (alone.test_dataloader(), helped.test_dataloader()),
+        (single.train_dataloader(), several.train_dataloader()),
+        (single.augmented_dataloader(1), several.augmented_dataloader(1)),
+        (single.test_dataloader(), several.test_dataloader()),
     ):
         for (images, labels), (other_images, other_labels) in zip(one, other, strict=True):
             assert torch.equal(images, other_images)
             assert torch.equal(labels, other_labels)
 
 
-def test_workers_load_classes_that_are_held_out(root: Path) -> None:
+def test_workers_load_held_out_classes(root: Path) -> None:
     sides = []
     for num_workers in (0, 2):
         data = pictures(root, num_experiences=3, held_out_classes=1, cache="pixels", num_workers=num_workers)
@@ -111,9 +109,7 @@ def test_workers_load_classes_that_are_held_out(root: Path) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_test_images_that_cannot_be_opened_disturb_no_choice_of_settings(
-    root: Path, tmp_path: Path, way: dict[str, Any]
-) -> None:
+def test_validation_works_with_broken_test_images(root: Path, tmp_path: Path, way: dict[str, Any]) -> None:
     for path in root.glob("*.png"):
         is_test = path.name.partition("-")[2] >= "6.png"
         (tmp_path / path.name).write_bytes(b"no image" if is_test else path.read_bytes())
@@ -127,46 +123,29 @@ def test_test_images_that_cannot_be_opened_disturb_no_choice_of_settings(
         list(pictures(tmp_path, **chosen | {"val_fraction": 0.0}).test_dataloader())
 
 
-def test_the_batch_size_and_the_batchs_other_images_change_no_view(root: Path) -> None:
-    first, second = (
-        served(pictures(root, cache="pixels", augmentation="batched", batch_size=size).train_dataloader())
-        for size in (5, 12)
-    )
-    assert (first[0] - second[0]).abs().max() < 1e-4
+def test_a_cache_of_pixels_changes_no_test_image(root: Path) -> None:
+    decoded, cached = (served(pictures(root, **way).test_dataloader())[0] for way in WAYS[:2])
+    assert torch.equal(decoded, cached)
 
 
-def test_batched_views_show_what_exact_views_show(root: Path) -> None:
-    exact, in_batches = (
-        served(pictures(root, cache="pixels", augmentation=augmentation).train_dataloader())
-        for augmentation in ("exact", "batched")
-    )
-    assert torch.equal(exact[1], in_batches[1])
-    others = exact[0].roll(1, dims=0)
-    assert (exact[0] - in_batches[0]).abs().mean() < 0.5 * (others - in_batches[0]).abs().mean()
-
-
-def test_evaluation_is_exact_either_way(root: Path) -> None:
-    views = [served(pictures(root, **way).test_dataloader())[0] for way in (WAYS[0], WAYS[1], WAYS[3])]
-    assert torch.equal(views[0], views[1])
-    assert torch.equal(views[0], views[2])
-
-
-def test_each_way_is_a_protocol_of_its_own(root: Path) -> None:
+def test_each_cache_has_a_protocol_of_its_own(root: Path) -> None:
     assert len({str(pictures(root, **way).protocol()) for way in WAYS}) == len(WAYS)
 
 
-def test_the_protocol_says_who_resizes_crops(root: Path) -> None:
-    told = ["resized by torch in uint8" in str(pictures(root, **way).protocol()["decoding"]) for way in WAYS]
-    assert told == [way == {"cache": "pixels"} for way in WAYS]
+def test_the_protocol_names_torch_if_it_resizes_crops(root: Path) -> None:
+    named = ["resized by torch in uint8" in str(pictures(root, **way).protocol()["decoding"]) for way in WAYS]
+    assert named == [way == {"cache": "pixels"} for way in WAYS]
 
 
-def test_batched_augmentation_takes_a_cache(root: Path) -> None:
-    with pytest.raises(ValueError, match="set --cache to pixels or jpeg"):
+def test_another_augmentation_is_refused_with_a_remedy(root: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"augmentation is batched, and only exact exists: remove .* --cache pixels"
+    ):
         pictures(root, augmentation="batched")
 
 
 def test_clip_shows_test_views_in_training(root: Path) -> None:
-    data = pictures(root, transforms="clip", cache="pixels", augmentation="batched")
+    data = pictures(root, transforms="clip", cache="pixels")
     views = [
         sorted(image.sum().item() for image in served(loader)[0])
         for loader in (data.train_dataloader(), data.plain_dataloader())
@@ -175,7 +154,7 @@ def test_clip_shows_test_views_in_training(root: Path) -> None:
 
 
 class Seeing(LinearProbe):
-    """Keeps the training images as they reach it."""
+    """Keeps the training images that it gets."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
@@ -188,7 +167,7 @@ class Seeing(LinearProbe):
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16)])
-def test_a_run_sees_what_a_loader_serves_in_its_precision(
+def test_a_run_trains_on_loaded_images_in_its_precision(
     root: Path, way: dict[str, Any], precision: Any, dtype: torch.dtype
 ) -> None:
     tiny = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1)
@@ -199,7 +178,7 @@ def test_a_run_sees_what_a_loader_serves_in_its_precision(
     assert torch.equal(torch.cat(strategy.seen[-3:]), expected.to(dtype))
 
 
-def test_a_result_says_which_files_were_scanned(root: Path, tmp_path: Path) -> None:
+def test_a_result_holds_the_hash_of_the_scanned_files(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     tiny = dict(img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=1)
     found = []
@@ -214,7 +193,7 @@ def test_a_result_says_which_files_were_scanned(root: Path, tmp_path: Path) -> N
     assert found[0][1] == found[1][1]
 
 
-def test_where_a_cache_lies_makes_no_other_cell() -> None:
+def test_the_folder_of_the_cache_is_not_part_of_the_cell() -> None:
     arguments = resolve(layers("ncm", "imagenet_r"), ["--cache_dir", "here"]).cell["data"]["init_args"]
     assert arguments["cache"] == "none"
     assert "cache_dir" not in arguments

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.stats import ks_2samp
 
 from cl_bench.data.cache import CachedSource, CacheKind
-from cl_bench.data.images import FileSource
+from cl_bench.data.sources import FileSource
 from cl_bench.data.views import CentreView, PresetName, RandomView, pixels_of, preset
 
 SHAPES = [(40, 60), (60, 40), (33, 33), (50, 130)]
@@ -31,7 +31,7 @@ def source(tmp_path: Path) -> FileSource:
 
 
 @pytest.mark.parametrize("name", ["inflora", "pilot", "clip"])
-def test_test_views_of_kept_pixels_are_those_of_the_files(
+def test_test_views_of_cached_pixels_are_those_of_the_files(
     source: FileSource, tmp_path: Path, name: PresetName
 ) -> None:
     view = preset(name, 28).test
@@ -43,14 +43,14 @@ def test_test_views_of_kept_pixels_are_those_of_the_files(
         assert label == kept_label
 
 
-def test_test_views_of_kept_jpegs_are_nearly_those_of_the_files(source: FileSource, tmp_path: Path) -> None:
+def test_test_views_of_cached_jpegs_are_nearly_those_of_the_files(source: FileSource, tmp_path: Path) -> None:
     cached = CachedSource(source, "jpeg", VIEW, tmp_path / "cache")
     differences = [(VIEW(cached[index][0]) - VIEW(source[index][0])).abs().mean() for index in range(12)]
     assert 0 < max(differences) < 2 / 255
 
 
 @pytest.mark.parametrize("kind", ["pixels", "jpeg"])
-def test_kept_images_have_the_short_side_asked_for(
+def test_cached_images_have_the_requested_short_side(
     source: FileSource, tmp_path: Path, kind: CacheKind
 ) -> None:
     cached = CachedSource(source, kind, VIEW, tmp_path / "cache")
@@ -60,11 +60,11 @@ def test_kept_images_have_the_short_side_asked_for(
         assert min(kept.height, kept.width) == 32
 
 
-def test_the_identity_of_the_images_is_that_of_their_files(source: FileSource, tmp_path: Path) -> None:
+def test_a_cache_has_the_fingerprint_of_its_files(source: FileSource, tmp_path: Path) -> None:
     assert CachedSource(source, "pixels", VIEW, tmp_path / "cache").fingerprint == source.fingerprint
 
 
-def test_a_cache_is_built_once_and_said_once(
+def test_a_cache_is_built_and_announced_once(
     source: FileSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     CachedSource(source, "pixels", VIEW, tmp_path / "cache")
@@ -92,7 +92,7 @@ def test_files_in_another_order_have_a_cache_of_their_own(source: FileSource, tm
         assert torch.equal(VIEW(cached[index][0]), VIEW(reverse[index][0]))
 
 
-def test_a_replaced_file_is_decoded_anew(source: FileSource, tmp_path: Path) -> None:
+def test_a_replaced_file_is_decoded_again(source: FileSource, tmp_path: Path) -> None:
     CachedSource(source, "pixels", VIEW, tmp_path / "cache")
     Image.new("RGB", (60, 40), (10, 20, 30)).save(source.root / source.files[0])
     cached = CachedSource(source, "pixels", VIEW, tmp_path / "cache")
@@ -118,7 +118,7 @@ def test_another_quality_of_jpeg_has_a_cache_of_its_own(
     assert len(list((tmp_path / "cache").rglob("images.bin"))) == 2
 
 
-def test_what_a_killed_process_left_is_built_anew(source: FileSource, tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_rebuilt(source: FileSource, tmp_path: Path) -> None:
     CachedSource(source, "pixels", VIEW, tmp_path / "cache")
     (place,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     whole = (place / "images.bin").read_bytes()
@@ -142,12 +142,12 @@ def test_a_cache_that_does_not_fit_is_refused_and_leaves_nothing(
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
 
 
-def test_a_folder_that_cannot_be_made_is_said(source: FileSource) -> None:
-    with pytest.raises(OSError, match=r"cache cannot be made \(.*\): choose another with --cache_dir"):
+def test_a_folder_that_cannot_be_created_is_an_error_with_a_remedy(source: FileSource) -> None:
+    with pytest.raises(OSError, match=r"cache cannot be created \(.*\): choose another with --cache_dir"):
         CachedSource(source, "pixels", VIEW, source.root / "00.png" / "cache")
 
 
-def test_an_unreadable_image_is_named_and_nothing_is_left(source: FileSource, tmp_path: Path) -> None:
+def test_an_unreadable_image_is_named_and_leaves_nothing(source: FileSource, tmp_path: Path) -> None:
     path = source.root / "03.png"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=r"The image .*03.png cannot be read"):
@@ -155,7 +155,7 @@ def test_an_unreadable_image_is_named_and_nothing_is_left(source: FileSource, tm
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
 
 
-def test_crops_of_kept_images_are_distributed_as_those_of_the_files() -> None:
+def test_crops_of_cached_images_are_distributed_as_those_of_the_files() -> None:
     view = RandomView(224, (0.08, 1.0))
     torch.manual_seed(0)
     found = []

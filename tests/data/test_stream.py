@@ -78,8 +78,8 @@ def test_a_list_is_its_own_order() -> None:
         ("identitty", "identity"),
     ],
 )
-def test_an_unknown_order_is_answered_with_the_nearest(order: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=f"no class order '{order}': did you mean {meant}\\?"):
+def test_an_unknown_order_names_the_nearest(order: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"class order '{order}' is unknown: did you mean {meant}\\?"):
         class_order(order, 10)
     with pytest.raises(ValueError, match=f"did you mean {meant}\\?"):
         order_name(order)
@@ -98,12 +98,12 @@ def test_a_seed_too_large_for_numpy_is_refused() -> None:
         ([0, 1, 2, 5], "cannot hold 5:"),
     ],
 )
-def test_a_list_that_is_no_permutation_is_refused(order: list[int], fault: str) -> None:
+def test_a_list_that_is_not_a_permutation_is_refused(order: list[int], fault: str) -> None:
     with pytest.raises(ValueError, match=fault):
         class_order(order, 3)
 
 
-def test_order_names_can_stand_in_a_path() -> None:
+def test_order_names_are_fit_for_a_path() -> None:
     assert order_name("identity") == "identity"
     assert order_name("python:5") == "python-5"
     assert order_name([1, 0]) == order_name((1, 0))
@@ -140,7 +140,7 @@ def test_equal_experiences_hold_every_class_or_are_refused(num_classes: int, num
 @pytest.mark.parametrize(
     ("number", "sizes", "fault"),
     [
-        (None, None, "Nothing says how"),
+        (None, None, "The number or the size of the experiences is missing"),
         (5, 2, "Both num_experiences"),
         (None, [4, 4], "hold 8 classes and the dataset has 10"),
         (None, [10, 0], "leave an experience empty"),
@@ -159,6 +159,13 @@ def test_experiences_take_contiguous_positions() -> None:
     assert [experience.classes for experience in stream.experiences] == [range(0, 3), range(3, 4)]
     assert [experience.index for experience in stream.experiences] == [0, 1]
     assert {experience.num_experiences for experience in stream.experiences} == {2}
+
+
+def test_an_experience_names_its_own_classes_and_no_others() -> None:
+    names = ["ant", "bee", "cat", "dog"]
+    stream = deal(source(TRAIN), source(TEST), (2, 3, 1, 0), [3, 1], class_names=names)
+    assert [experience.class_names for experience in stream.experiences] == [("cat", "dog", "bee"), ("ant",)]
+    assert [experience.class_names for experience in unequal_stream().experiences] == [(), ()]
 
 
 def test_every_image_is_dealt_once_to_the_experience_of_its_class() -> None:
@@ -193,12 +200,12 @@ def test_dealing_leaves_the_global_generators_untouched() -> None:
 
 
 def test_a_class_without_an_image_is_refused() -> None:
-    with pytest.raises(ValueError, match="test images show none of the classes 2"):
+    with pytest.raises(ValueError, match="test images lack the classes 2"):
         deal(source(TRAIN), source([0, 1, 3]), range(4), [2, 2])
 
 
 def test_a_label_outside_the_order_is_refused() -> None:
-    with pytest.raises(ValueError, match="training images have labels 3, which lie outside 0 to 2"):
+    with pytest.raises(ValueError, match="training images have labels 3, outside 0 to 2"):
         deal(source(TRAIN), source([0, 1, 2]), range(3), [3])
 
 

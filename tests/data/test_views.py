@@ -7,8 +7,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from cl_bench.data.images import Pixels
-from cl_bench.data.views import PRESETS, CentreView, PresetName, RandomView, preset
+from cl_bench.data.views import PRESETS, CentreView, Pixels, PresetName, RandomView, preset
 
 SHAPES = [(375, 500), (500, 375), (224, 224), (40, 300), (31, 33)]
 
@@ -45,7 +44,7 @@ def test_a_centre_view_is_torchvisions(shape: tuple[int, int], interpolation: st
     assert torch.equal(CentreView(56, 64, interpolation)(image), theirs(image))
 
 
-def test_a_view_is_pixels_over_255() -> None:
+def test_a_view_is_its_pixels_over_255() -> None:
     view = CentreView(32, 32)
     assert torch.equal(view(picture(32, 32)), view.pixels(picture(32, 32)) / 255)
 
@@ -68,7 +67,7 @@ def test_inflora_shows_whole_test_images_of_cifar() -> None:
     assert preset("pilot", 224, whole=True) == preset("pilot", 224)
 
 
-def test_presets_are_told_apart_by_their_texts() -> None:
+def test_presets_differ_in_their_texts() -> None:
     texts = {(repr(found.train), repr(found.test)) for found in (preset(name, 224) for name in PRESETS)}
     assert len(texts) == len(PRESETS)
     assert not any(" at 0x" in text for pair in texts for text in pair)

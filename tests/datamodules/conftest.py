@@ -1,4 +1,4 @@
-"""Small datasets in exactly the published layouts; one tiny image stands for every file."""
+"""Small datasets in exactly the published layouts, with one tiny image for every file."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def module_patch() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="session")
 def imagenet100_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The classes of all variants, with 3 training images and 1 for testing, and files that are no images."""
+    """The classes of all variants, with 3 training images and 1 test image each, and some other files."""
     root = tmp_path_factory.mktemp("imagenet100")
     wnids = sorted({wnid for classes in imagenet100.VARIANTS for wnid in imagenet100.wnids(classes)})
     train = [f"train/{wnid}/{wnid}_{index}.JPEG" for wnid in wnids for index in range(3)]
@@ -62,7 +62,7 @@ def imagenet100_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def imagenet100_root(imagenet100_files: Path, module_patch: pytest.MonkeyPatch) -> Path:
-    """The root of small classes, which are complete within a module of tests."""
+    """The root of small classes, which count as complete in a test module."""
     module_patch.setitem(imagenet100.PER_CLASS, "train", range(3, 4))
     module_patch.setitem(imagenet100.PER_CLASS, "val", range(1, 2))
     return imagenet100_files
@@ -70,7 +70,7 @@ def imagenet100_root(imagenet100_files: Path, module_patch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="session")
 def domainnet_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Checksums]:
-    """Of every class one image a list and domain, of painting none of class 327, of real two for testing."""
+    """An image of every class in every list, but two test images in real, none of class 327 in painting."""
     root = tmp_path_factory.mktemp("domainnet")
     files = []
     checksums = {}
@@ -93,7 +93,7 @@ def domainnet_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Che
 
 @pytest.fixture(scope="module")
 def domainnet_root(domainnet_files: tuple[Path, Checksums], module_patch: pytest.MonkeyPatch) -> Path:
-    """The root of small files; their checksums stand in for the published ones within a module of tests."""
+    """The root of small files, whose checksums replace the published ones in a test module."""
     root, checksums = domainnet_files
     for name, md5 in checksums.items():
         module_patch.setitem(domainnet.LIST_MD5, name, md5)
@@ -125,7 +125,7 @@ def cifar100_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Chec
 
 @pytest.fixture(scope="module")
 def cifar100_root(cifar100_files: tuple[Path, Checksums], module_patch: pytest.MonkeyPatch) -> Path:
-    """The root of small batches, whose checksums are in place of the published ones likewise."""
+    """The root of small batches, whose checksums replace the published ones in a test module."""
     root, checksums = cifar100_files
     for name, md5 in checksums.items():
         module_patch.setitem(cifar100.MD5, name, md5)

@@ -44,7 +44,7 @@ def test_five_experiences_of_two_digits_are_the_default() -> None:
     ]
 
 
-def test_each_class_gives_its_first_four_fifths_to_training() -> None:
+def test_the_first_four_fifths_of_each_class_are_for_training() -> None:
     ink, labels = load_digits(return_X_y=True)
     train, test = sources()
     assert len(train) + len(test) == 1797
@@ -89,7 +89,7 @@ def test_training_shifts_a_digit_by_up_to_an_eighth() -> None:
 
 
 @pytest.mark.parametrize("image_size", [8, 20])
-def test_images_have_the_size_asked_for(image_size: int) -> None:
+def test_images_have_the_requested_size(image_size: int) -> None:
     raw = sources()[0].images[0]
     data = Digits(image_size=image_size)
     assert (

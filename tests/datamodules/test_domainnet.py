@@ -74,7 +74,7 @@ def test_validation_images_keep_their_domain(domainnet_root: Path) -> None:
     assert (counts.sum(axis=1) > 0).all()
 
 
-def test_a_result_counts_each_domain_apart(domainnet_root: Path, tmp_path: Path) -> None:
+def test_a_result_counts_each_domain_separately(domainnet_root: Path, tmp_path: Path) -> None:
     tiny = dict(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=1)
     backbone = Backbone("vision_transformer", weights="random", options=tiny)
     StreamTrainer(max_epochs=1, accelerator="cpu").run(

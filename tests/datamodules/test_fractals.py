@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from pretraining import scenes
+from pretraining.scenes import random_scenes
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cl_bench.data.attractors import Systems, random_systems
-from cl_bench.prepare.pretraining import scenes
-from cl_bench.prepare.pretraining.scenes import random_scenes
 from datamodules import fractals
-from datamodules.fractals import Fractals
+from datamodules.fractals import Fractals, Pictures, Systems, random_systems
 
 
 def images(number: int | None = None, *, train: bool = True, **arguments: Any) -> Tensor:
@@ -22,13 +21,16 @@ def images(number: int | None = None, *, train: bool = True, **arguments: Any) -
 
 def test_an_image_is_a_function_of_its_class_and_number() -> None:
     small = images(num_classes=2, images_per_class=5)
-    fractals._block.cache_clear()
     large = images(num_classes=3, images_per_class=40)
     assert torch.equal(small[:5], large[:5])
     assert torch.equal(small[5:], large[40:45])
+    rendered_again = Pictures(size=24, variation=0.05, data_seed=0, split=0)
+    assert torch.equal(large[:32], rendered_again.block(label=0, block=0))
+    assert torch.equal(large[32:40], rendered_again.block(label=0, block=1)[:8])
+    assert torch.equal(large[40:72], rendered_again.block(label=1, block=0))
 
 
-def test_no_image_is_met_twice_in_training_and_test() -> None:
+def test_no_image_occurs_twice_in_training_and_test() -> None:
     train = images(num_classes=3, images_per_class=40)
     test = images(num_classes=3, test_images_per_class=40, train=False)
     assert len(torch.cat([train, test]).unique(dim=0)) == 240
@@ -41,11 +43,11 @@ def test_another_data_seed_is_another_dataset() -> None:
 
 
 @pytest.mark.parametrize("changed", ["num_classes", "images_per_class", "image_size", "variation"])
-def test_the_fingerprint_holds_all_that_images_depend_on(changed: str) -> None:
+def test_the_fingerprint_covers_all_that_images_depend_on(changed: str) -> None:
     assert Fractals(**{changed: 7}).sources().train.fingerprint != Fractals().sources().train.fingerprint
 
 
-def test_no_class_is_one_of_the_pre_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_class_belongs_to_the_pre_training(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: dict[str, list[Systems]] = {"stream": [], "pre-training": []}
 
     def recording(name: str) -> Any:
@@ -57,27 +59,26 @@ def test_no_class_is_one_of_the_pre_training(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(fractals, "random_systems", recording("stream"))
     monkeypatch.setattr(scenes, "random_systems", recording("pre-training"))
-    fractals._block.cache_clear()
-    images(num_classes=12, images_per_class=1)
+    images(num_classes=12, images_per_class=1, data_seed=2)  # a seed that no other test has rendered
     for seed in range(8):
         random_scenes(4, 16, 2, torch.Generator().manual_seed(seed))
     assert [{int(r) for systems in kind for r in systems.reflections % 2} for kind in drawn.values()] == [
         {1},
         {0},
     ]
-    fractals._block.cache_clear()
 
 
-def test_a_hundred_experiences_are_dealt_without_rendering() -> None:
-    fractals._block.cache_clear()
-    data = Fractals(num_classes=1000, num_experiences=100)
+def test_a_hundred_experiences_are_dealt_without_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered: list[Any] = []
+    monkeypatch.setattr(Pictures, "block", lambda *arguments: rendered.append(arguments))
+    data = Fractals(num_classes=1000, num_experiences=100, data_seed=3)
     data.setup()
     assert len(data.experiences) == 100
-    assert fractals._block.cache_info().misses == 0
+    assert rendered == []
 
 
 @pytest.mark.parametrize("image_size", [8, 33])
-def test_images_have_the_size_asked_for(image_size: int) -> None:
+def test_images_have_the_requested_size(image_size: int) -> None:
     data = Fractals(num_classes=2, num_experiences=1, images_per_class=3, image_size=image_size)
     data.setup()
     data.enter(data.experiences[0])

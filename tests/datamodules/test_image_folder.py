@@ -15,7 +15,7 @@ from torch import Tensor
 from cl_bench.contracts.datamodule import Batch
 from datamodules.image_folder import ImageFolder
 
-# The colour of a class is all that its images show.
+# The images of a class show only its colour.
 COLOURS = {"Zebra": (250, 0, 0), "ant": (0, 250, 0), "über": (0, 0, 250), "bee": (250, 250, 0)}
 BYTE_ORDER = ["Zebra", "ant", "bee", "über"]
 
@@ -46,12 +46,12 @@ def all_of(*batches: Batch) -> Batch:
 
 
 def colours(images: Tensor) -> list[tuple[int, ...]]:
-    """The colour of images (B, 3, H, W) that show only one each."""
+    """The colour of images (B, 3, H, W) of a single colour each."""
     assert (images == images[:, :, :1, :1]).all()
     return [tuple(colour) for colour in (255 * images[:, :, 0, 0]).round().int().tolist()]
 
 
-def test_classes_stand_in_byte_order(root: Path) -> None:
+def test_classes_are_in_byte_order(root: Path) -> None:
     assert image_folder(root).class_names == BYTE_ORDER
 
 
@@ -90,8 +90,8 @@ def test_the_default_resize_is_that_of_256_to_224() -> None:
     assert "CenterCrop(size=(224, 224)" in text
 
 
-def test_training_crops_the_share_asked_for() -> None:
-    # The red channel counts columns and the green one rows, so a view tells what it covers.
+def test_training_crops_the_requested_share() -> None:
+    # The red channel counts columns and the green one rows, so a view shows which part it covers.
     ramp = np.arange(256, dtype=np.uint8)
     pixels = np.stack(
         [np.tile(ramp, (256, 1)), np.tile(ramp[:, None], (1, 256)), np.zeros((256, 256), np.uint8)], 2
@@ -169,7 +169,7 @@ def test_the_dataset_is_named_after_its_folder(root: Path) -> None:
     assert ImageFolder(root=str(root), name="mine").name == "mine"
 
 
-def test_names_that_begin_with_a_dot_are_no_part_of_it(root: Path) -> None:
+def test_names_that_begin_with_a_dot_are_ignored(root: Path) -> None:
     before = image_folder(root).protocol()
     (root / "train" / ".cache").mkdir()
     (root / "train" / "ant" / ".thumbnail.png").touch()
@@ -177,27 +177,27 @@ def test_names_that_begin_with_a_dot_are_no_part_of_it(root: Path) -> None:
     assert image_folder(root).protocol() == before
 
 
-def test_no_root_is_said_so() -> None:
+def test_a_missing_option_root_is_an_error_with_a_remedy() -> None:
     with pytest.raises(ValueError, match="No root is given: set --root"):
         image_folder("")
 
 
 def test_a_missing_root_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"There is no folder {tmp_path}/nowhere: set --root"):
+    with pytest.raises(FileNotFoundError, match=f"The folder {tmp_path}/nowhere does not exist: set --root"):
         image_folder(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_missing_split_is_named(root: Path, split: str) -> None:
     shutil.rmtree(root / split)
-    with pytest.raises(FileNotFoundError, match=f"There is no folder {root}/{split}"):
+    with pytest.raises(FileNotFoundError, match=f"The folder {root}/{split} does not exist"):
         image_folder(root)
 
 
 def test_a_split_without_classes_is_named(root: Path) -> None:
     shutil.rmtree(root / "test")
     (root / "test").mkdir()
-    with pytest.raises(ValueError, match=f"The folder {root}/test is without a class"):
+    with pytest.raises(ValueError, match=f"The folder {root}/test has no classes"):
         image_folder(root)
 
 
@@ -266,6 +266,6 @@ def test_a_resize_below_the_crop_is_refused(root: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", ["max_train_per_class", "max_test_per_class"])
-def test_a_limit_of_no_image_is_refused(root: Path, limit: str) -> None:
+def test_a_limit_of_zero_images_is_refused(root: Path, limit: str) -> None:
     with pytest.raises(ValueError, match="cannot be limited to 0 images"):
         image_folder(root, **{limit: 0})

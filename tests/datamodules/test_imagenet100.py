@@ -21,7 +21,7 @@ def imagenet(root: Path, **arguments: Any) -> ImageNet100:
 def test_a_variant_is_served_from_a_root_of_more_classes(imagenet100_root: Path, classes: Classes) -> None:
     data = imagenet(imagenet100_root, classes=classes)
     assert data.class_names == imagenet100.wnids(classes)
-    assert data.test_images == [1] * 100  # and not the files beside the images
+    assert data.test_images == [1] * 100  # other files are ignored
     assert [len(indices) for indices in data.stream.train_indices] == [30] * 10
     assert data.variants == {"classes": classes, "transforms": "inflora"}
 
@@ -32,5 +32,5 @@ def test_variants_are_different_protocols(imagenet100_root: Path) -> None:
 
 
 def test_a_missing_class_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no image \*.JPEG in .*/train/n01440764: prepare"):
+    with pytest.raises(FileNotFoundError, match=r"folder .*/train/n01440764 has no image \*.JPEG: prepare"):
         imagenet(tmp_path)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cl_bench.data.images import FileSource
 from cl_bench.data.published import imagenet_r
 from cl_bench.data.published.imagenet_r import SPLITS, Split
+from cl_bench.data.sources import FileSource
 from datamodules.imagenet_r import ImageNetR
 
 
@@ -70,13 +70,13 @@ def test_another_label_order_deals_other_experiences(imagenet_r_root: Path) -> N
     assert len(classes[0] & classes[1]) < 10
 
 
-def test_test_images_are_counted_as_the_list_has_them(imagenet_r_root: Path) -> None:
+def test_test_images_are_counted_as_in_the_list(imagenet_r_root: Path) -> None:
     data = imagenet(imagenet_r_root)
     counts = Counter(file.partition("/")[0] for file in imagenet_r.split("coda")[1])
     assert data.test_images == [counts[name] for name in data.class_names]
 
 
-def test_images_are_served_at_the_size_asked_for(imagenet_r_root: Path) -> None:
+def test_images_are_served_at_the_requested_size(imagenet_r_root: Path) -> None:
     data = imagenet(imagenet_r_root, batch_size=4)
     data.enter(data.experiences[9])
     images, labels = next(iter(data.train_dataloader()))
@@ -91,7 +91,7 @@ def test_an_incomplete_root_names_a_missing_image(imagenet_r_root: Path, tmp_pat
     ):
         imagenet(tmp_path)
     shutil.rmtree(tmp_path / "imagenet-r")
-    with pytest.raises(FileNotFoundError, match="There is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"The folder .* does not exist: fetch"):
         imagenet(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="No root is given: fetch the data with cl-bench prepare imagenet_r"):
         ImageNetR(num_experiences=10).setup()

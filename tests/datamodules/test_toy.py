@@ -28,7 +28,7 @@ def test_another_data_seed_generates_other_pictures() -> None:
     assert not torch.equal(sources()[0].images, sources(data_seed=1)[0].images)
 
 
-def test_every_class_has_the_images_asked_for() -> None:
+def test_every_class_has_the_requested_images() -> None:
     train, test = sources(num_classes=4, images_per_class=5, test_images_per_class=3, image_size=9)
     assert train.images.shape == (20, 3, 9, 9)
     assert test.images.shape == (12, 3, 9, 9)
@@ -49,7 +49,7 @@ def test_the_nearest_class_mean_recognises_the_classes(data_seed: int) -> None:
     assert (nearest == torch.tensor(test.targets)).double().mean() > 0.9
 
 
-def test_pictures_without_noise_are_their_classs_pattern() -> None:
+def test_pictures_without_noise_show_the_pattern_of_their_class() -> None:
     train, test = sources(noise=0.0)
     for source in (train, test):
         patterns = [source.images[torch.tensor(source.targets) == label].unique(dim=0) for label in range(6)]

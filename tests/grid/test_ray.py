@@ -18,7 +18,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from cl_bench.__main__ import main
-from cl_bench.grid.cell import Cell
+from cl_bench.grid.cells import Cell
 from cl_bench.grid.ray import RayEngine
 from cl_bench.grid.work import Job
 from cl_bench.loop.continuation import resumption

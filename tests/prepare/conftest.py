@@ -23,11 +23,11 @@ Fault = str | tuple[str, int]
 
 
 class Server:
-    """Serves files and keeps the requests; ``faults`` are what the next answers do wrong, in order.
+    """Serves files and records requests; ``faults`` are the faults of the next responses, in order.
 
-    ``("cut", n)`` closes the connection after n bytes; ``("stall", n)`` sends nothing more after n bytes;
-    ``("announce", n)`` announces n bytes more or fewer than are sent; ``no ranges`` answers from the
-    beginning; ``wrong range`` answers from elsewhere; ``("status", n)`` refuses; ``("more", n)`` appends n
+    ``("cut", n)`` closes the connection after n bytes; ``("stall", n)`` sends nothing after n bytes;
+    ``("announce", n)`` announces n bytes more, or fewer, than it sends; ``no ranges`` sends the whole file;
+    ``wrong range`` sends another range; ``("status", n)`` refuses with status n; ``("more", n)`` appends n
     bytes.
     """
 
@@ -113,7 +113,7 @@ class Publish(Protocol):
 
 @pytest.fixture
 def publish(server: Server) -> Publish:
-    """Put a file on the server, and return what is published of it."""
+    """Put a file on the server, and return its published description."""
 
     def published(name: str, content: bytes, unpacks: str = "") -> Archive:
         server.files[name] = content
@@ -127,7 +127,7 @@ def publish(server: Server) -> Publish:
 
 @pytest.fixture(scope="session")
 def jpeg() -> Callable[[int], bytes]:
-    """A tiny picture in the colour of a number."""
+    """A tiny picture, whose colour encodes a number."""
 
     def encoded(number: int) -> bytes:
         buffer = io.BytesIO()
@@ -144,6 +144,6 @@ def console() -> Console:
 
 @pytest.fixture
 def small_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes of ImageNet are complete with a few images."""
+    """Let classes of ImageNet be complete with a few images."""
     for split in ("train", "val"):
         monkeypatch.setitem(imagenet100.PER_CLASS, split, range(1, 4))

@@ -19,7 +19,7 @@ PUBLISHED = Archive(
 )
 
 
-def test_the_published_file_is_whole(tmp_path: Path) -> None:
+def test_the_published_file_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(CONTENT)
     done: list[int] = []
     require_whole(tmp_path / "a.tar", PUBLISHED, done.append)
@@ -29,12 +29,12 @@ def test_the_published_file_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
-        ({"size": 14}, "has 15 bytes and 14 are published"),
-        ({"md5": "0" * 32}, "has the md5 .* and 0{32} is published"),
-        ({"sha256": "0" * 64}, "has the sha256 .* and 0{64} is published"),
+        ({"size": 14}, "has 15 bytes, not the published 14"),
+        ({"md5": "0" * 32}, "has the md5 .*, not the published 0{32}"),
+        ({"sha256": "0" * 64}, "has the sha256 .*, not the published 0{64}"),
     ],
 )
-def test_any_other_file_is_not(change: dict[str, object], fault: str, tmp_path: Path) -> None:
+def test_any_other_file_is_refused(change: dict[str, object], fault: str, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(CONTENT)
     with pytest.raises(ValueError, match=f"a.tar {fault}: remove it and run again"):
         require_whole(tmp_path / "a.tar", replace(PUBLISHED, **change))  # type: ignore[arg-type]

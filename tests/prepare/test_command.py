@@ -22,7 +22,7 @@ from rich.console import Console
 
 from cl_bench.__main__ import main
 from cl_bench.data import manifest
-from cl_bench.data.filelists import fingerprint
+from cl_bench.data.manifest import fingerprint
 from cl_bench.data.published import cifar100, domainnet, imagenet100, imagenet_r
 from cl_bench.prepare.archives import Archive
 from cl_bench.prepare.command import prepare
@@ -52,7 +52,7 @@ def publish_recipe(name: str, archives: list[Archive], monkeypatch: pytest.Monke
 def small_domainnet(
     publish: Publish, jpeg: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> list[Archive]:
-    """Six zips and twelve lists with the official numbering: one image of every class a split and domain."""
+    """Six zips and twelve lists in the official numbering, with an image of every class in each list."""
     archives = []
     for domain in domainnet.DOMAINS:
         buffer = io.BytesIO()
@@ -92,7 +92,7 @@ def small_cifar(publish: Publish, monkeypatch: pytest.MonkeyPatch) -> Archive:
 def small_imagenet_r(
     publish: Publish, jpeg: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
 ) -> Archive:
-    """One tar of folders; ten images of three classes stand for the thirty thousand."""
+    """One tar of folders, with ten images of three classes instead of thirty thousand."""
     baked = {
         "images": {"n01": "art 4", "n02": "misc 2 toy 1", "n03": "art 3"},
         "published_label_order": [2, 0, 1],
@@ -129,7 +129,7 @@ def listing(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
 
 
-def test_imagenet_r_is_fetched_unpacked_scanned_and_told(
+def test_imagenet_r_is_fetched_unpacked_scanned_and_listed(
     tmp_path: Path, small_imagenet_r: Archive, console: Console, patience: Patience
 ) -> None:
     prepare("imagenet_r", tmp_path, console, patience=patience)
@@ -153,7 +153,7 @@ def test_a_second_call_fetches_and_changes_nothing(
     assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
-def test_what_was_removed_since_is_fetched_again(
+def test_removed_files_are_fetched_again(
     tmp_path: Path, small_cifar: Archive, small_domainnet: list[Archive], console: Console, patience: Patience
 ) -> None:
     for dataset, removed in (("cifar100", small_cifar.unpacks), ("domainnet", "sketch_test.txt")):
@@ -166,7 +166,7 @@ def test_what_was_removed_since_is_fetched_again(
         assert path.exists()
 
 
-def test_what_was_prepared_is_what_a_run_reads(
+def test_a_run_reads_what_was_prepared(
     tmp_path: Path, small_cifar: Archive, small_domainnet: list[Archive], console: Console, patience: Patience
 ) -> None:
     (variant,) = prepare("cifar100", tmp_path / "cifar", console, patience=patience)
@@ -185,18 +185,18 @@ def test_what_was_prepared_is_what_a_run_reads(
     assert len({found.images_sha256 for found in variants}) == len(domainnet.VARIANTS)
 
 
-def test_the_hash_of_the_files_is_the_same_whichever_variants_were_scanned(
+def test_the_hash_of_the_files_does_not_depend_on_other_variants(
     tmp_path: Path, imagenet_folders: Path, console: Console
 ) -> None:
-    (alone,) = prepare("imagenet100", tmp_path / "root", console, source=imagenet_folders, classes=["cmc"])
-    among = prepare("imagenet100", imagenet_folders, console, classes=["first100", "cmc"])
-    assert alone == among[1]
+    (single,) = prepare("imagenet100", tmp_path / "root", console, source=imagenet_folders, classes=["cmc"])
+    both = prepare("imagenet100", imagenet_folders, console, classes=["first100", "cmc"])
+    assert single == both[1]
     data = ImageNet100(root=str(tmp_path / "root"), classes="cmc", num_experiences=10)
-    assert data.images_sha256 == alone.images_sha256
+    assert data.images_sha256 == single.images_sha256
     assert ImageNet100(root=str(tmp_path / "root"), num_experiences=10).images_sha256 is None
 
 
-def test_offline_takes_files_that_are_there_and_names_those_that_are_not(
+def test_offline_uses_existing_files_and_names_missing_ones(
     tmp_path: Path, small_imagenet_r: Archive, server: Server, console: Console
 ) -> None:
     with pytest.raises(
@@ -210,7 +210,7 @@ def test_offline_takes_files_that_are_there_and_names_those_that_are_not(
     assert server.ranges == []
 
 
-def test_an_unpacked_folder_is_taken_without_its_archive(
+def test_an_unpacked_folder_needs_no_archive(
     tmp_path: Path, small_imagenet_r: Archive, server: Server, console: Console
 ) -> None:
     with tarfile.open(fileobj=io.BytesIO(server.files["imagenet-r.tar"])) as archive:
@@ -236,7 +236,7 @@ def test_a_file_with_another_checksum_is_refused_and_kept(
     content = bytearray(server.files["imagenet-r.tar"])
     content[700] ^= 1
     (tmp_path / "imagenet-r.tar").write_bytes(content)
-    with pytest.raises(ValueError, match=r"imagenet-r.tar has the md5 \w+ and \w+ is published: remove it"):
+    with pytest.raises(ValueError, match=r"imagenet-r.tar has the md5 \w+, not the published \w+: remove it"):
         prepare("imagenet_r", tmp_path, console)
     assert listing(tmp_path) == {"imagenet-r.tar", ".preparing"}
 
@@ -254,17 +254,17 @@ def test_a_broken_image_leaves_no_manifest(
     publish_recipe(
         "imagenet_r", [publish("imagenet-r.tar", tarred(files), unpacks="imagenet-r")], monkeypatch
     )
-    with pytest.raises(ValueError, match=r"10 of 10 images .* such as imagenet-r/n01/art_0.jpg \(no image\)"):
+    with pytest.raises(ValueError, match=r"10 of 10 images .* such as imagenet-r/n01/art_0.jpg \(not an"):
         prepare("imagenet_r", tmp_path, console, patience=patience)
     assert manifest.FILE_NAME not in listing(tmp_path)
 
 
-def test_a_full_disk_is_said_before_anything_is_fetched(
+def test_a_full_disk_is_an_error_before_anything_is_fetched(
     tmp_path: Path, server: Server, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("usage", (), {"free": 10**9})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=r"has 1.0 GB free and 4.4 GB are needed for imagenet_r: make room"):
+    with pytest.raises(OSError, match=r"has 1.0 GB free and 4.4 GB are needed for imagenet_r: free some"):
         prepare("imagenet_r", tmp_path, console)
     assert "imagenet_r: 2.2 GB to fetch into" in text(console)
 
@@ -272,11 +272,11 @@ def test_a_full_disk_is_said_before_anything_is_fetched(
 def test_two_processes_never_fill_one_root(tmp_path: Path, console: Console) -> None:
     from filelock import FileLock
 
-    with FileLock(tmp_path / ".preparing"), pytest.raises(OSError, match="Another process prepares"):
+    with FileLock(tmp_path / ".preparing"), pytest.raises(OSError, match="Another process is preparing"):
         prepare("imagenet_r", tmp_path, console)
 
 
-def test_the_verb_prepares_and_says_what_it_cannot(
+def test_the_verb_prepares_a_dataset_and_suggests_a_name(
     tmp_path: Path, small_cifar: Archive, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["prepare", "cifar100", "--root", str(tmp_path)]) == 0
@@ -285,7 +285,7 @@ def test_the_verb_prepares_and_says_what_it_cannot(
     assert "Did you mean cifar100?" in capsys.readouterr().err
 
 
-def test_imagenet_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_explains_how_to_get_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "imagenet100", "--root", str(tmp_path)]) == 2
     said = capsys.readouterr()
     assert "Register at https://image-net.org" in said.out
@@ -313,7 +313,7 @@ def test_imagenet100_is_built_from_folders(
     assert main([*words, "--classes", "cmc"]) == 0
 
 
-def test_every_variant_that_the_manifest_names_was_scanned(
+def test_every_variant_in_the_manifest_was_scanned(
     tmp_path: Path, imagenet_folders: Path, console: Console
 ) -> None:
     for classes in ("first100", "cmc"):
@@ -324,7 +324,7 @@ def test_every_variant_that_the_manifest_names_was_scanned(
     assert len(found.images) == 2 * (100 + 100 - 8)
 
 
-def test_a_broken_image_of_a_variant_that_was_there_already_is_found(
+def test_a_broken_image_of_an_existing_variant_is_found(
     tmp_path: Path, imagenet_folders: Path, console: Console
 ) -> None:
     root = tmp_path / "root"
@@ -334,14 +334,14 @@ def test_a_broken_image_of_a_variant_that_was_there_already_is_found(
         prepare("imagenet100", root, console, source=imagenet_folders, classes=["cmc"])
 
 
-def test_an_image_too_many_is_noticed(tmp_path: Path, imagenet_folders: Path, console: Console) -> None:
+def test_an_additional_image_is_detected(tmp_path: Path, imagenet_folders: Path, console: Console) -> None:
     prepare("imagenet100", imagenet_folders, console, classes=["cmc"])
     image = next((imagenet_folders / "val" / imagenet100.wnids("cmc")[0]).iterdir())
     shutil.copyfile(image, image.with_name("another.JPEG"))
     assert prepare("imagenet100", imagenet_folders, console, classes=["cmc"])[-1].test_images == 101
 
 
-# A process of its own, to be killed: the recipe comes as JSON, because the real archives are too large.
+# A process to be killed. Its recipe is given as JSON, because the real archives are too large.
 PROCESS = """
 import json, sys
 from dataclasses import replace
@@ -361,7 +361,7 @@ prepare("domainnet", Path(sys.argv[2]), Console())
 
 @pytest.fixture
 def process(tmp_path: Path, small_domainnet: list[Archive]) -> Callable[[Path], list[str]]:
-    """The command that prepares a root in a process of its own."""
+    """The command that prepares a root in another process."""
     described = [vars(archive) for archive in small_domainnet]
     (tmp_path / "archives.json").write_text(json.dumps(described))
     (tmp_path / "process.py").write_text(PROCESS)
@@ -370,17 +370,17 @@ def process(tmp_path: Path, small_domainnet: list[Archive]) -> Callable[[Path], 
 
 
 def killed(command: list[str], seconds: float, generator: random.Random) -> bool:
-    """Kill the process at a random moment within ``seconds``; return whether it was still at work."""
+    """Kill the process at a random moment within ``seconds``; return whether it was still running."""
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     time.sleep(generator.uniform(0, seconds))
-    at_work = child.poll() is None
+    running = child.poll() is None
     child.kill()
     child.wait()
-    return at_work
+    return running
 
 
 def finished(command: list[str], root: Path) -> dict[str, bytes]:
-    """Let the process finish; return what it wrote down."""
+    """Let the process finish; return the files of its manifest."""
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert not (root / STAGING).exists()
     assert not list(root.glob("*.part"))
@@ -388,13 +388,13 @@ def finished(command: list[str], root: Path) -> dict[str, bytes]:
 
 
 def killed_and_finished(process: Callable[[Path], list[str]], folder: Path, kills: int) -> None:
-    """Kill a preparation so many times, each in a root of its own; it is completed all the same."""
+    """Kill ``kills`` preparations, each in a root of its own, and check that they can be completed."""
     began = time.perf_counter()
     whole = finished(process(folder / "whole"), folder / "whole")
     seconds, generator = time.perf_counter() - began, random.Random(0)
     for number in range(kills):
         root = folder / f"killed {number}"
-        while not killed(process(root), seconds, generator):  # the machine was slower when it was measured
+        while not killed(process(root), seconds, generator):  # the machine was slower during the measurement
             shutil.rmtree(root)
             seconds *= 0.8
         assert finished(process(root), root) == whole

@@ -18,7 +18,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_fetched_whole(
+def test_a_file_is_fetched_completely(
     tmp_path: Path, publish: Publish, server: Server, patience: Patience
 ) -> None:
     done: list[int] = []
@@ -44,7 +44,7 @@ def test_a_file_is_fetched_whole(
     ],
     ids=str,
 )
-def test_whatever_goes_wrong_on_the_way_the_file_arrives(
+def test_a_file_is_fetched_despite_faults_of_the_server(
     faults: list[Fault], tmp_path: Path, publish: Publish, server: Server, patience: Patience
 ) -> None:
     done: list[int] = []
@@ -56,9 +56,7 @@ def test_whatever_goes_wrong_on_the_way_the_file_arrives(
     assert not server.faults
 
 
-def test_a_download_goes_on_where_it_was(
-    tmp_path: Path, publish: Publish, server: Server, patience: Patience
-) -> None:
+def test_a_download_is_resumed(tmp_path: Path, publish: Publish, server: Server, patience: Patience) -> None:
     archive = publish("a.zip", CONTENT)
     partial(archive, tmp_path).write_bytes(CONTENT[:123_456])
     download(archive, tmp_path, patience)
@@ -67,7 +65,7 @@ def test_a_download_goes_on_where_it_was(
 
 
 @pytest.mark.parametrize("part", [b"x" * 1000, b"x" * 300_000, b"x" * 300_001])
-def test_a_part_of_another_file_is_thrown_away(
+def test_a_part_of_another_file_is_discarded(
     part: bytes, tmp_path: Path, publish: Publish, server: Server, patience: Patience
 ) -> None:
     archive = publish("a.zip", CONTENT)
@@ -78,13 +76,13 @@ def test_a_part_of_another_file_is_thrown_away(
     assert server.ranges[-1] is None
 
 
-def test_another_file_at_the_address_is_refused_and_nothing_is_left(
+def test_another_file_at_the_address_is_refused_and_leaves_nothing(
     tmp_path: Path, publish: Publish, server: Server, patience: Patience
 ) -> None:
     archive = publish("a.zip", CONTENT)
     server.files["a.zip"] = CONTENT[::-1]
     with pytest.raises(
-        ValueError, match=r"gives another file than the published one, with the md5 \w+: fetch"
+        ValueError, match=r"sends another file than the published one, with the md5 \w+: fetch"
     ):
         download(archive, tmp_path, patience)
     assert files(tmp_path) == []
@@ -111,7 +109,7 @@ def test_a_shorter_file_is_refused(
     assert files(tmp_path) == []
 
 
-def test_a_server_that_brings_nothing_is_given_up_and_what_came_is_kept(
+def test_a_stalled_download_fails_and_keeps_what_was_received(
     tmp_path: Path, publish: Publish, server: Server, patience: Patience
 ) -> None:
     archive = publish("a.zip", CONTENT)
@@ -123,17 +121,17 @@ def test_a_server_that_brings_nothing_is_given_up_and_what_came_is_kept(
     assert (tmp_path / "a.zip").read_bytes() == CONTENT
 
 
-def test_a_missing_file_is_said_at_once(
+def test_a_missing_file_is_an_error_at_once(
     tmp_path: Path, publish: Publish, server: Server, patience: Patience
 ) -> None:
     archive = publish("a.zip", CONTENT)
     server.files.clear()
-    with pytest.raises(ConnectionError, match=r"answers 404 Not Found: fetch a.zip from elsewhere"):
+    with pytest.raises(ConnectionError, match=r"returned 404 Not Found: fetch a.zip from elsewhere"):
         download(archive, tmp_path, patience)
     assert len(server.ranges) == 1
 
 
-def test_a_server_that_is_not_there_is_said(
+def test_an_unreachable_server_is_an_error(
     tmp_path: Path, publish: Publish, server: Server, patience: Patience
 ) -> None:
     archive = publish("a.zip", CONTENT)

@@ -13,7 +13,7 @@ from scipy.io import savemat
 
 from cl_bench.data.published import imagenet100
 from cl_bench.prepare import imagenet
-from cl_bench.prepare.imagenet import NotThere, build
+from cl_bench.prepare.imagenet import Missing, build
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 TRUTH = [2, 3, 1, 2]
@@ -36,7 +36,7 @@ def tarred(files: dict[str, bytes], mode: str = "w") -> bytes:
 
 
 def devkit() -> bytes:
-    """Three leaves and one synset above them, as MATLAB wrote them."""
+    """Three leaves and one synset above them, as MATLAB stores them."""
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
     rows = [(number, wnid, "a word", "a gloss", 0) for number, wnid in WNID_OF.items()]
     synsets = np.array([*rows, (4, "n00001740", "entity", "all", 3)], dtype=kinds)
@@ -83,7 +83,7 @@ def files(root: Path) -> list[str]:
 
 EXPECTED = [
     *(f"train/{wnid}/{wnid}_{i}.JPEG" for wnid in WNIDS[:2] for i in range(2)),
-    # Number 1 is of class 2, number 2 of class 3, number 4 of class 2; number 3 is of no class asked for.
+    # Images 1 and 4 belong to class 2, image 2 to class 3, and image 3 to a class that is not requested.
     f"val/{WNIDS[0]}/ILSVRC2012_val_00000001.JPEG",
     f"val/{WNIDS[0]}/ILSVRC2012_val_00000004.JPEG",
     f"val/{WNIDS[1]}/ILSVRC2012_val_00000002.JPEG",
@@ -96,13 +96,13 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_the_original_tars_give_the_classes_asked_for(source: Path, root: Path) -> None:
+def test_the_original_tars_give_the_requested_classes(source: Path, root: Path) -> None:
     build(source, root, WNIDS[:2], no_progress)
     assert files(root) == EXPECTED
     assert sorted(path.name for path in root.iterdir()) == ["train", "val"]
 
 
-def test_folders_do_as_well_and_their_links_are_resolved(source: Path, root: Path, tmp_path: Path) -> None:
+def test_folders_work_as_well_and_their_links_are_resolved(source: Path, root: Path, tmp_path: Path) -> None:
     build(source, root, WNIDS, no_progress)
     image = root / EXPECTED[0]
     image.rename(tmp_path / "elsewhere.JPEG")
@@ -126,7 +126,7 @@ def test_an_incomplete_folder_is_refused_before_anything_is_copied(
     assert files(tmp_path / "second") == []
 
 
-def test_a_file_that_is_no_image_is_left_behind(source: Path, root: Path, tmp_path: Path) -> None:
+def test_other_files_are_not_copied(source: Path, root: Path, tmp_path: Path) -> None:
     build(source, root, WNIDS[:2], no_progress)
     (root / EXPECTED[0]).with_name("Thumbs.db").touch()
     (root / EXPECTED[0]).with_name("more").mkdir()
@@ -137,7 +137,7 @@ def test_a_file_that_is_no_image_is_left_behind(source: Path, root: Path, tmp_pa
     ]
 
 
-def test_what_is_there_is_left_and_what_is_missing_is_added(source: Path, root: Path) -> None:
+def test_existing_classes_are_kept_and_missing_ones_added(source: Path, root: Path) -> None:
     build(source, root, WNIDS[:1], no_progress)
     for path in source.iterdir():
         path.rename(root / path.name)
@@ -155,12 +155,12 @@ def test_what_is_there_is_left_and_what_is_missing_is_added(source: Path, root: 
             "holds neither ILSVRC2012_img_train.tar nor a folder train/n01440764, and 2 classes",
         ),
         ("IMAGENET_VAL", "holds neither ILSVRC2012_img_val.tar nor a folder val/n01440764"),
-        ("IMAGENET_DEVKIT", "There is no ILSVRC2012_devkit_t12.tar.gz"),
+        ("IMAGENET_DEVKIT", "ILSVRC2012_devkit_t12.tar.gz, .* is missing from"),
     ],
 )
 def test_a_missing_original_is_named(source: Path, root: Path, absent: str, fault: str) -> None:
     (source / getattr(imagenet, absent).name).unlink()
-    with pytest.raises(NotThere, match=fault):
+    with pytest.raises(Missing, match=fault):
         build(source, root, WNIDS[:2], no_progress)
 
 
@@ -174,16 +174,16 @@ def test_another_file_than_the_original_is_refused(source: Path, root: Path, nam
 
 
 @pytest.mark.parametrize(("split", "present"), [("train", []), ("val", ["train"])])
-def test_a_disk_that_is_too_small_is_said_before_a_class_is_unpacked(
+def test_a_full_disk_is_an_error_before_a_class_is_unpacked(
     source: Path, root: Path, split: str, present: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part in present:
         for wnid in WNIDS:
             (root / part / wnid).mkdir(parents=True)
-    largest = max(path.stat().st_size for path in source.iterdir()) // 3  # enough for each class alone
+    largest = max(path.stat().st_size for path in source.iterdir()) // 3  # enough for one class
     usage = type("usage", (), {"free": largest if split == "train" else 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=rf"are needed to unpack 3 classes of {split}: make room"):
+    with pytest.raises(OSError, match=rf"are needed to unpack 3 classes of {split}: free some space"):
         build(source, root, WNIDS, no_progress)
     assert files(root) == []
     assert [path.name for path in (root / split).iterdir()] == []

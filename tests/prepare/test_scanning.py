@@ -14,7 +14,7 @@ from cl_bench.prepare.scanning import scan
 
 
 def noise() -> bytes:
-    """A picture whose pixels take most of the file."""
+    """A picture whose file consists mostly of pixels."""
     buffer = io.BytesIO()
     pixels = np.random.RandomState(0).randint(256, size=(64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, "jpeg")
@@ -34,12 +34,12 @@ def test_every_image_is_described(tmp_path: Path, jpeg: Callable[[int], bytes]) 
     assert scan(tmp_path, files, workers=1) == found
 
 
-def test_a_text_and_a_cut_image_are_named(tmp_path: Path, jpeg: Callable[[int], bytes]) -> None:
+def test_a_text_and_a_truncated_image_are_named(tmp_path: Path, jpeg: Callable[[int], bytes]) -> None:
     contents = {"good.jpg": jpeg(1), "text.jpg": b"no picture at all", "cut.jpg": noise()[:-1000]}
     for file, content in contents.items():
         (tmp_path / file).write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"2 of 3 images .* cannot be decoded, such as text.jpg \(no image\): remove"
+        ValueError, match=r"2 of 3 images .* cannot be decoded, such as text.jpg \(not an image\): remove"
     ):
         scan(tmp_path, list(contents))
     with pytest.raises(ValueError, match=r"1 of 2 images .*, such as cut.jpg \(.*truncated"):

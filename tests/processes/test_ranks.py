@@ -198,7 +198,7 @@ def test_a_run_of_two_processes_ends_when_told_and_goes_on(tmp_path: Path) -> No
     finally:
         process.kill()
     assert process.returncode == cli.INTERRUPTED
-    assert "The same command goes on where this one stopped." in said.read_text()
+    assert "Run the same command again to resume." in said.read_text()
     done = command(*words, str(tmp_path / "two"), *several)
     assert done.returncode == 0, done.stderr
     assert cli.main([*words, str(tmp_path / "one")]) == 0

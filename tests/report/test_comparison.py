@@ -1,8 +1,26 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Sequence
 
-from cl_bench.report.comparison import comparisons
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cl_bench.report.comparison import (
+    Comparison,
+    comparisons,
+    contrasts,
+    differences,
+    distinguishing,
+    short_names,
+    shortened,
+)
+from cl_bench.report.statistics import Contrast, against, corrected
+from cl_bench.report.tables import tables
 from cl_bench.results.result import Result
 
 Made = Callable[..., Result]
@@ -133,3 +151,161 @@ def test_costs_are_the_sum_of_seconds_the_most_parameters_and_the_last_storage(m
     (entry,) = comparisons([made()])[0].entries
     means = [entry.statistic(name).mean for name in ("seconds", "trainable_parameters", "stored_megabytes")]
     assert means == [5.0, 101.0, 1.5]
+
+
+def test_settings_that_agree_are_no_difference() -> None:
+    one = {"model": {"rank": 4, "targets": ["k", "v"]}, "trainer": {"max_epochs": 5}}
+    other = {"model": {"rank": 4, "targets": ["q", "v"]}, "trainer": {"max_epochs": 5}}
+    assert differences([one, other]) == {"model.targets": ['["k", "v"]', '["q", "v"]']}
+
+
+def test_a_setting_that_only_one_has_is_a_difference() -> None:
+    assert differences([{"rank": 4}, {}]) == {"rank": ["4", None]}
+
+
+def test_one_key_is_enough_where_two_move_together() -> None:
+    moving_together = {"model.rank": ["4", "8"], "model.alpha_of_adapter": ["4", "8"]}
+    assert distinguishing(moving_together) == ["model.rank"]
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 2)] * 4), min_size=2, max_size=12, unique=True))
+def test_few_keys_tell_apart_all_that_all_keys_tell_apart(settings: list[tuple[int, ...]]) -> None:
+    table = differences([dict(zip("abcd", values, strict=True)) for values in settings])
+    chosen = distinguishing(table)
+    assert len(set(zip(*(table[key] for key in chosen), strict=True))) == len(settings)
+
+
+def test_a_short_name_grows_until_it_is_unambiguous() -> None:
+    assert short_names(["model.init_args.rank", "head.optimizer.lr", "adapter.optimizer.lr"]) == [
+        "rank",
+        "head.optimizer.lr",
+        "adapter.optimizer.lr",
+    ]
+
+
+def test_shortening_keeps_what_differs_late_in_a_long_value() -> None:
+    images = [f"{i:04}.png" for i in range(100)]
+    short = shortened([json.dumps(images), json.dumps([*images[:-1], "other.png"])])
+    assert "0099" in short[0]
+    assert "other" in short[1]
+    assert all(len(text) <= 41 for text in short)
+
+
+def test_a_short_value_is_left_alone() -> None:
+    assert shortened(["unit", "half"]) == ["unit", "half"]
+
+
+def _compared(made: Made, finals: dict[str, Sequence[int]]) -> Comparison:
+    """Strategies by the number of images right at the end in each block, of twenty."""
+    results = [
+        made(name, ((10,), (right // 2, right - right // 2)), seed=block % 5, order=f"numpy:{block // 5}")
+        for name, counts in finals.items()
+        for block, right in enumerate(counts)
+    ]
+    (comparison,) = comparisons(results)
+    return comparison
+
+
+def _alone(comparison: Comparison, metric: str = "acc/sample") -> list[Contrast]:
+    """Contrasts of a table that holds this benchmark and this metric only."""
+    return corrected([{metric: contrasts(comparison, metric)}])[0][metric]
+
+
+def test_the_difference_is_paired_by_seed_and_order(made: Made) -> None:
+    first, second = [14, 10, 18, 12, 16], [13, 9, 16, 11, 14]
+    (pair,) = contrasts(_compared(made, {"a": first, "b": second}), "acc/sample")
+    theirs = scipy.stats.ttest_rel(np.multiply(first, 5.0), np.multiply(second, 5.0)).confidence_interval()
+    interval = pair.difference.interval
+    assert (interval.low, interval.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert (pair.wins, pair.ties, pair.losses) == (5, 0, 0)
+
+
+def test_a_planted_difference_is_found_where_unpaired_spread_would_hide_it(made: Made) -> None:
+    easy_and_hard = [2, 18, 6, 14, 10, 8, 16, 4]
+    comparison = _compared(made, {"ahead": [right + 2 for right in easy_and_hard], "behind": easy_and_hard})
+    (pair,) = _alone(comparison)
+    assert pair.difference.mean == 10.0
+    assert pair.p == pair.p_holm == 2 / 2**8
+    assert pair.verdict == "significant after Holm"
+
+
+def test_a_planted_tie_is_possibly_noise(made: Made) -> None:
+    (pair,) = contrasts(
+        _compared(made, {"a": [10, 12, 14, 12, 11, 13], "b": [11, 11, 15, 11, 12, 12]}), "acc/sample"
+    )
+    assert pair.verdict == "possibly noise"
+    assert pair.p == 1.0
+
+
+def test_only_shared_blocks_enter_a_difference(made: Made) -> None:
+    (pair,) = contrasts(_compared(made, {"a": [20, 10, 10], "b": [8, 8]}), "acc/sample")
+    assert pair.difference.values == (60.0, 10.0)
+
+
+def test_few_blocks_are_said_to_be_few(made: Made) -> None:
+    def verdict(blocks: int) -> str:
+        counts = [10, 11, 12, 13, 14, 15][:blocks]
+        comparison = _compared(made, {"a": [right + 2 for right in counts], "b": counts})
+        return _alone(comparison)[0].verdict
+
+    assert verdict(1) == "n too small"
+    assert verdict(5) == "interval clear of zero; too few blocks to test"
+    assert verdict(6) == "significant after Holm"
+
+
+def test_strategies_without_a_shared_block_are_not_compared(made: Made) -> None:
+    (comparison,) = comparisons([made("a", seed=1), made("b", seed=2)])
+    (pair,) = contrasts(comparison, "acc/sample")
+    assert pair.verdict == "no shared block"
+    assert math.isnan(pair.difference.mean)
+
+
+def test_holm_covers_all_pairs(made: Made) -> None:
+    counts = [10, 11, 12, 13, 14, 15]
+    comparison = _compared(
+        made, {name: [right + shift for right in counts] for name, shift in (("a", 4), ("b", 2), ("c", 0))}
+    )
+    # Every pair reaches the smallest p of six blocks, 2 / 64; three of them make it three times that.
+    assert [pair.p_holm for pair in _alone(comparison)] == pytest.approx([6 / 64] * 3)
+    assert {pair.verdict for pair in _alone(comparison)} == {
+        "interval clear of zero; too few blocks for 3 tests"
+    }
+
+
+def test_holm_covers_every_metric_and_benchmark_of_a_table(made: Made) -> None:
+    results = [
+        made(name, ((10,), (5, right)), seed=seed, dataset=dataset)
+        for dataset in ("digits", "toy")
+        for name, right in (("ahead", 8), ("behind", 4))
+        for seed in range(8)
+    ]
+    (table,) = tables(comparisons(results), ["acc/sample", "maa/sample"])
+    # By hand: eight blocks reach 2 / 256, and of four tests the smallest is taken four times.
+    pairs = [pair for by_metric in table.contrasts for found in by_metric.values() for pair in found]
+    assert [(pair.p, pair.p_holm, pair.tests) for pair in pairs] == [(2 / 256, 8 / 256, 4)] * 4
+
+
+def test_less_forgetting_wins(made: Made) -> None:
+    comparison = _compared(made, {"keeps": [16, 16], "forgets": [12, 12]})
+    (pair,) = contrasts(comparison, "forgetting/chaudhry")
+    assert pair.difference.mean < 0
+    assert pair.wins == 2
+
+
+def test_an_upper_bound_competes_with_nobody(made: Made) -> None:
+    results = [made("a"), made("b"), made("a (joint)", (None, (9, 9)), regime="joint")]
+    pairs = contrasts(comparisons(results)[0], "acc/sample")
+    assert [(pair.first, pair.second) for pair in pairs] == [("a", "b")]
+
+
+def test_what_differs_by_rounding_is_a_tie(made: Made) -> None:
+    # 1/3 + 2/3 and 3/3 are one number to a reader; in binary their percentages are not.
+    comparison = _compared(made, {"a": [7, 7], "b": [7, 7]})
+    comparison.entries[0].measured[0, "numpy:0"]["acc/sample"] += 1e-12
+    (pair,) = contrasts(comparison, "acc/sample")
+    assert pair.ties == 2
+
+
+def test_one_side_of_the_pairs_can_be_asked_for(made: Made) -> None:
+    comparison = _compared(made, {"a": [12], "b": [11], "c": [10]})
+    assert len(against(contrasts(comparison, "acc/sample"), "b")) == 2

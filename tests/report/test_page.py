@@ -15,7 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from cl_bench.report import report
+from cl_bench.report.command import report
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.page import page
 from cl_bench.report.tables import tables
@@ -25,7 +25,7 @@ Drawn = Callable[..., Result]
 Browser = webdriver.Chrome
 
 STRENGTHS = {"JANUS-LoRA": (0.93, 0.01), "InfLoRA": (0.92, 0.03), "LoRA (merge)": (0.9, 0.08)}
-HOSTILE = "</script><img src=x onerror=document.title='broken'>"
+HOSTILE = "</script>&<img src=x onerror=document.title='broken'>"
 PHONE, DESK = (390, 844), (1280, 900)
 
 
@@ -89,10 +89,10 @@ def opened(loaded: Browser) -> Iterator[Browser]:
     """The page at a desk as it was opened, on the benchmark with most strategies; no error may be left."""
     _size(loaded, DESK)
     loaded.execute_script(
-        "delete document.documentElement.dataset.theme; state.filter = ''; state.status = 'all';"
+        "delete document.documentElement.dataset.theme; results.search('');"
+        "for (const { entries } of data.benchmarks)"
+        "  for (const entry of entries) entry.ticked = entry.n > 0;"
         "state.metric = data.shown[0]; state.reference = null;"
-        "for (const [id, value] of [['filter', ''], ['status', 'all']])"
-        "  document.getElementById(id).value = value;"
         "document.querySelector('.skip').focus(); scrollTo(0, 0)"
     )
     Select(loaded.find_element(By.ID, "benchmark")).select_by_index(0)
@@ -120,13 +120,14 @@ def _rows(browser: Browser, table: str = "table") -> dict[str, list[str]]:
 
 
 def _column(browser: Browser, name: str) -> list[float]:
-    heads = [head.text.split()[0] for head in browser.find_elements(By.CSS_SELECTOR, "#table thead th")]
+    heads = [head.text for head in browser.find_elements(By.CSS_SELECTOR, "#table .dt-column-title")]
     cells = [[label, *cells][heads.index(name)] for label, cells in _rows(browser).items()]
     return [float(cell.split()[0].replace("−", "-")) for cell in cells if re.match(r"−?\d", cell)]
 
 
-def _head(browser: Browser, column: str) -> webdriver.remote.webelement.WebElement:
-    return browser.find_element(By.CSS_SELECTOR, f'#table button[data-column="{column}"]')
+def _head(browser: Browser, name: str) -> webdriver.remote.webelement.WebElement:
+    """What sorts the table by the column of this heading."""
+    return browser.find_element(By.CSS_SELECTOR, f"#table [role='button'][aria-label^='{name}:']")
 
 
 def _lines(browser: Browser, chart: str) -> list[str]:
@@ -179,30 +180,32 @@ def test_a_cell_holds_the_number_of_the_table(opened: Browser, folder: Path, dra
 
 def test_a_heading_sorts_one_way_then_the_other_then_as_reported(opened: Browser) -> None:
     reported = list(_rows(opened))
-    _head(opened, "acc/sample").click()
+    _head(opened, "ACC").click()
     assert _column(opened, "ACC") == sorted(_column(opened, "ACC"), reverse=True)
-    _head(opened, "acc/sample").click()
+    _head(opened, "ACC").click()
     assert _column(opened, "ACC") == sorted(_column(opened, "ACC"))
     assert list(_rows(opened))[-1] == "KeepLoRA"  # without a number: last, whichever way
     head = opened.find_element(By.CSS_SELECTOR, "#table th[aria-sort='ascending']")
     assert head.text.startswith("ACC")
-    _head(opened, "acc/sample").click()
+    _head(opened, "ACC").click()
     assert list(_rows(opened)) == reported
 
 
 def test_a_filter_leaves_what_it_names_in_table_and_charts(opened: Browser) -> None:
-    opened.find_element(By.ID, "filter").send_keys("inf")
+    search = opened.find_element(By.CSS_SELECTOR, "#results input[type='search']")
+    search.send_keys("inf")
     assert list(_rows(opened)) == ["InfLoRA"]
     assert _lines(opened, "curve") == ["InfLoRA"]
-    opened.find_element(By.ID, "filter").send_keys("x")
+    search.send_keys("x")
     assert list(_rows(opened)) == ["No strategy matches."]
     assert "tick a strategy" in opened.find_element(By.ID, "curve").text
-    opened.find_element(By.ID, "filter").send_keys(Keys.BACKSPACE)
+    search.send_keys(Keys.BACKSPACE)
     assert _lines(opened, "curve") == _lines(opened, "pareto") == ["InfLoRA"]
 
 
 def test_what_did_not_finish_can_be_asked_for_and_says_why(opened: Browser) -> None:
-    Select(opened.find_element(By.ID, "status")).select_by_value("incomplete")
+    search = opened.find_element(By.CSS_SELECTOR, "#results input[type='search']")
+    search.send_keys("incomplete")
     rows = _rows(opened)
     assert set(rows) == {"LoRA (joint) †", HOSTILE, "KeepLoRA"}
     assert set(rows["KeepLoRA"]) == {"diverged"}
@@ -230,11 +233,11 @@ def test_differences_follow_metric_and_reference(opened: Browser) -> None:
 def test_the_keyboard_alone_sorts_the_table(opened: Browser) -> None:
     for _ in range(60):
         opened.switch_to.active_element.send_keys(Keys.TAB)
-        if opened.switch_to.active_element.get_attribute("data-column") == "bwt/gem":
+        if (opened.switch_to.active_element.get_attribute("aria-label") or "").startswith("BWT:"):
             break
     opened.switch_to.active_element.send_keys(Keys.ENTER)
     assert _column(opened, "BWT") == sorted(_column(opened, "BWT"), reverse=True)
-    assert opened.switch_to.active_element.get_attribute("data-column") == "bwt/gem"
+    assert opened.switch_to.active_element == _head(opened, "BWT")
 
 
 def test_a_phone_needs_no_sideways_scrolling_of_the_page(opened: Browser) -> None:
@@ -281,10 +284,32 @@ def test_every_number_says_where_it_was_made(opened: Browser) -> None:
     assert "image_size" in (opened.find_element(By.ID, "identity").get_attribute("textContent") or "")
 
 
+def test_runs_are_searched_by_any_word(opened: Browser) -> None:
+    opened.execute_script("document.getElementById('runs-details').open = true")
+    _wait(opened, "return document.getElementById('runs').rows.length > 1")
+    opened.find_element(By.CSS_SELECTOR, "#protocol input[type='search']").send_keys("diverged")
+    assert list(_rows(opened, "runs")) == ["KeepLoRA"]
+
+
+def test_a_column_is_chosen_by_its_name(opened: Browser) -> None:
+    shown = "return [...document.querySelectorAll('#table .dt-column-title')].map((head) => head.textContent)"
+    before = opened.execute_script(shown)
+    opened.find_element(By.CSS_SELECTOR, "#results .buttons-colvis").click()
+    opened.find_element(By.XPATH, "//button[span='forgetting/pilot']").click()
+    assert set(opened.execute_script(shown)) - set(before) == {"forgetting/pilot"}
+    opened.switch_to.active_element.send_keys(Keys.ESCAPE)
+
+
 def test_a_hostile_name_is_text(opened: Browser) -> None:
     assert HOSTILE in _rows(opened)
     assert opened.title != "broken"
     assert opened.find_elements(By.CSS_SELECTOR, "main img[src='x']") == []
+
+
+def test_a_package_without_its_script_is_named(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl_bench.report.page.files", lambda package: [])
+    with pytest.raises(FileNotFoundError, match=r"plotly has no .*: pip install --upgrade plotly"):
+        page(tables(comparisons([drawn("InfLoRA", 1)]), ["acc/sample"]), "results")
 
 
 def test_one_file_holds_everything(drawn: Drawn) -> None:
@@ -292,4 +317,5 @@ def test_one_file_holds_everything(drawn: Drawn) -> None:
     assert not re.search(r'<(script|link|img|iframe)[^>]*(src|href)="(?!data:)', text)
     assert "default-src 'none'" in text
     assert "Plotly" in text
+    assert "globalThis.DataTable=" in text
     assert "<!-- " not in text.partition("<script>")[0]

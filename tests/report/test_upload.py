@@ -120,7 +120,7 @@ def test_offline_it_says_how_to_sync(uploaded: Uploaded) -> None:
 
 @pytest.mark.parametrize("name", ("", "team/", "a/b/c"))
 def test_what_is_no_project_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no W&B project: give a name, or ENTITY/PROJECT"):
+    with pytest.raises(ValueError, match="is not a W&B project: give a name, or ENTITY/PROJECT"):
         upload([], name, tmp_path, METRICS)
 
 

@@ -13,7 +13,7 @@ import pytest
 from cl_bench.__main__ import main
 from cl_bench.data.published import domainnet
 from cl_bench.data.published.imagenet_r import SHA256, Split
-from cl_bench.grid.cell import Cell
+from cl_bench.grid.cells import Cell
 from cl_bench.reproduce.command import Wanted
 from cl_bench.results.result import Cost, Protocol, Result, Row
 
@@ -206,7 +206,7 @@ def test_several_published_lengths_ask_for_one(capsys: pytest.CaptureFixture[str
 
 def test_a_stray_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "janus_lora", "imagenet_r", "--rank", "4"]) == 2
-    assert "is no setting: write --KEY=VALUE" in capsys.readouterr().err
+    assert "is not a setting: write --KEY=VALUE" in capsys.readouterr().err
 
 
 def test_cells_differ_in_seed_and_order_alone(wanted: Wanted) -> None:

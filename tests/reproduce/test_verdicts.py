@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from cl_bench.report.contrasts import Contrast
-from cl_bench.report.statistics import NO_VALUES, statistic
+from cl_bench.report.statistics import NO_VALUES, Contrast, statistic
 from cl_bench.reproduce.numbers import Published, rows
 from cl_bench.reproduce.verdicts import Claim, Level, standing
 

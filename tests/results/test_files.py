@@ -8,7 +8,7 @@ import pytest
 from cl_bench.results.files import replaced
 
 
-def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+def test_a_file_appears_whole_without_a_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "file"
     with replaced(path) as stream:
         stream.write(b"all of it")
@@ -17,7 +17,7 @@ def test_a_file_appears_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> No
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_an_error_keeps_the_old_file_and_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(RuntimeError), replaced(path) as stream:

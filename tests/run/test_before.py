@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cl_bench.report import report
+from cl_bench.report.command import report
 from cl_bench.results.result import FILE_NAME, digest, read
 from cl_bench.run.configuration import Configuration, layers, resolve
 from cl_bench.run.run import finished, run

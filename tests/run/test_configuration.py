@@ -196,7 +196,7 @@ def test_a_strategy_that_takes_no_optimizer_says_so_where_a_layer_sets_one(tmp_p
         resolve(layers(str(minimal(tmp_path, "without_optimizer")), "digits"))
     assert str(caught.value) == (
         f"There is no key model.optimizer in {CONFIGS / 'datamodules' / 'digits.yaml'}. "
-        "Let Minimal take **kwargs and hand them to super().__init__."
+        "Let Minimal take **kwargs and pass them to super().__init__."
     )
 
 

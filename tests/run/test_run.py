@@ -1,12 +1,17 @@
 import logging
 import warnings
+from collections import Counter
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import FILE_NAME, read
 from cl_bench.run.configuration import Configuration, layers, resolve
 from cl_bench.run.run import finished, quiet, run
+from datamodules.toy import Toy
 
 
 def toy(folder: Path, *overrides: str) -> Configuration:
@@ -41,6 +46,31 @@ def test_a_second_attempt_replaces_what_the_first_left(tmp_path: Path) -> None:
     assert not (configuration.folder / "error.txt").exists()
     curves = (configuration.folder / "curves" / "metrics.csv").read_text().splitlines()
     assert len([line for line in curves[1:] if line]) < 20
+
+
+def test_a_run_builds_its_datamodule_once_and_a_finished_cell_builds_no_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: Counter[str] = Counter()
+
+    def counted(class_: type[Any]) -> None:
+        original = class_.__init__
+
+        @wraps(original)  # its signature is what a config may set
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            built[class_.__name__] += 1
+            original(self, *args, **kwargs)
+
+        monkeypatch.setattr(class_, "__init__", init)
+
+    counted(Toy)
+    counted(Backbone)
+    configuration = toy(tmp_path)
+    assert finished(configuration) is None
+    run(configuration)
+    assert built == {"Toy": 1, "Backbone": 1}
+    assert finished(toy(tmp_path)) is not None
+    assert built == {"Toy": 2, "Backbone": 1}
 
 
 def test_quiet_silences_notices_and_restores_what_it_found() -> None:

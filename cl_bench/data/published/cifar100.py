@@ -1,4 +1,4 @@
-"""CIFAR-100: three pickled batches, read without running what a pickle may hold.
+"""CIFAR-100: three pickled batches, read without running code that a pickle may hold.
 
 Source: https://www.cs.toronto.edu/~kriz/cifar.html, the python version.
 """
@@ -26,7 +26,7 @@ MD5 = {
 
 _SIDE = 32
 
-# All that the three files name beside plain values: how NumPy 1 and 2 pickle an array.
+# All that the three files name besides plain values: how NumPy 1 and 2 pickle an array.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -62,7 +62,7 @@ def _read(root: Path, name: str) -> dict[str, Any]:
     path = root / FOLDER / name
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no file {path}: fetch it with cl-bench prepare cifar100 --root {root}"
+            f"The file {path} does not exist: fetch it with cl-bench prepare cifar100 --root {root}"
         )
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != MD5[name]:
@@ -73,14 +73,14 @@ def _read(root: Path, name: str) -> dict[str, Any]:
 
 
 def restricted(content: bytes, name: str) -> dict[str, Any]:
-    """Return the mapping that a pickle holds, if it is made of plain values and arrays.
+    """Return the mapping in a pickle of plain values and arrays.
 
     Args:
-        content: The pickle, of text from Python 2.
-        name: What errors call it.
+        content: The pickle, written by Python 2.
+        name: Its name in errors.
 
     Raises:
-        ValueError: If it names anything else, or is no such pickle.
+        ValueError: If it is not such a pickle, or names anything else.
     """
     try:
         loaded = _Unpickler(io.BytesIO(content), encoding="latin1").load()
@@ -95,14 +95,14 @@ def restricted(content: bytes, name: str) -> dict[str, Any]:
     ) as error:
         raise ValueError(f"{name} is refused ({error}): remove it and prepare again.") from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"{name} holds no mapping: remove it and prepare again.")
+        raise ValueError(f"{name} does not hold a mapping: remove it and prepare again.")
     return loaded
 
 
 class _Unpickler(pickle.Unpickler):
-    """Finds nothing but what an array needs."""
+    """Finds only what an array needs."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no array needs")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)

@@ -1,7 +1,7 @@
 """DomainNet: six domains of 345 classes in the official numbering, and the official lists of images.
 
-Twelve lists, ``<domain>_train.txt`` and ``<domain>_test.txt``, name an image and its label a line. The
-labels' numbering is not alphabetical, so the names are kept here, in its order.
+Twelve lists, ``<domain>_train.txt`` and ``<domain>_test.txt``, name an image and its label in each line. The
+numbering of the labels is not alphabetical, so the class names are stored here in its order.
 
 Source: http://ai.bu.edu/M3SDA/, the cleaned version (clipart and painting from ``groundtruth``).
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from cl_bench.data.filelists import require_order
+from cl_bench.data.manifest import require_order
 
 Variant = Literal["official345", "no_quickdraw"]
 
@@ -23,13 +23,13 @@ VARIANTS: tuple[Variant, ...] = get_args(Variant)
 DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
 UNSAID = (
-    "Published DomainNet rows do not say whether quickdraw is among their domains, and a list that many "
-    "copied is without it: of no published row is it known that it used this variant."
+    "Published DomainNet rows do not state whether quickdraw is among their domains, and a list that many "
+    "copied leaves it out: no published row is known to use this variant."
 )
-"""To be said wherever a result on DomainNet stands beside a published one."""
+"""The caveat for every comparison of a result on DomainNet with a published one."""
 
 NAMES_SHA256 = "ba29ce5a210ff5ac95e92d3ec26faac84f18000220a031207f62f28cefb9d07c"
-"""Of the class names in the official numbering, one a line; made here from the list."""
+"""Sha256 of the class names in the official numbering, one a line; computed here from the list."""
 
 LIST_MD5 = {
     "clipart_train.txt": "b4349693a7f9c05c53955725c47ed6cb",
@@ -55,7 +55,7 @@ class Listed:
     Attributes:
         files: Paths below the root, ``<domain>/<class>/<file>`` (N,).
         targets: Their labels (N,).
-        domains: Place of their domain among those of the variant (N,).
+        domains: Index of their domain among those of the variant (N,).
     """
 
     files: list[str]
@@ -67,7 +67,7 @@ def names() -> list[str]:
     """Return the name of each label.
 
     Raises:
-        ValueError: If the list no longer has its hash.
+        ValueError: If the list has another hash.
     """
     text = Path(__file__).with_name("domainnet_names.txt").read_text(encoding="utf-8")
     listed = text.splitlines()
@@ -84,7 +84,7 @@ def listed(root: Path, split: Literal["train", "test"], domain_names: Sequence[s
     """Read the official lists of ``domain_names`` under ``root``.
 
     Raises:
-        FileNotFoundError: If a list is not there.
+        FileNotFoundError: If a list is missing.
         ValueError: If a list is not the official one, or a label belongs to another class.
     """
     found = Listed([], [], [])
@@ -103,7 +103,7 @@ def listed(root: Path, split: Literal["train", "test"], domain_names: Sequence[s
 def _official_lines(path: Path, md5: str) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no list {path}: fetch it with cl-bench prepare domainnet --root {path.parent}"
+            f"The list {path} does not exist: fetch it with cl-bench prepare domainnet --root {path.parent}"
         )
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:

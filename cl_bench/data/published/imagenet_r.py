@@ -1,7 +1,7 @@
 """ImageNet-R: its 30,000 images, the splits in use, and the two orders of its labels.
 
-The archive holds ``imagenet-r/<wnid>/<style>_<number>.jpg``, numbered from 0 without a gap, so the number of
-images of each style names every file of a class. Nothing in the archive says which image is for testing.
+The archive holds ``imagenet-r/<wnid>/<style>_<number>.jpg``, numbered from 0 without gaps, so the number of
+images of each style determines every file name of a class. The archive defines no test images.
 
 Source: https://github.com/hendrycks/imagenet-r; the split lists, https://github.com/GT-RIPL/CODA-Prompt,
 ``dataloaders/splits/imagenet-r_{train,test}.yaml`` (MIT).
@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from cl_bench.data.filelists import require_fingerprint, require_order
+from cl_bench.data.manifest import require_fingerprint, require_order
 
 Split = Literal["coda", "inflora", "sorted80"]
 LabelOrder = Literal["sorted", "published"]
@@ -25,13 +25,13 @@ LabelOrder = Literal["sorted", "published"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 FOLDER = "imagenet-r"
-"""Folder in the archive that holds one folder for each class."""
+"""Folder in the archive, with one folder for each class."""
 
 NUM_TRAIN = 24_000
-_INFLORA_SEED = 0  # the first of its seeds; its split is made once, on the first run
+_INFLORA_SEED = 0  # its first seed: InfLoRA's code makes its split once, on the first run
 
-# Of the sorted paths below FOLDER, one a line. Those of coda are of the published list; the others are of
-# what their definition makes, so that a change of it would be noticed.
+# Of the sorted paths below FOLDER, one a line: for coda, those of the published list; for the others, those
+# that the definition of the split gives, so that a change is detected.
 SHA256: dict[tuple[Split, str], str] = {
     ("coda", "train"): "6b6014a06e97012adb968b55172d2f672d93ed2e36ce82b45e038ef23886321d",
     ("coda", "test"): "9e7f6243e605e2223739b158f26e442480eb940f9e24508bf6c02c939efdcc26",
@@ -42,7 +42,7 @@ SHA256: dict[tuple[Split, str], str] = {
 }
 
 LABEL_ORDER_SHA256 = "4678d02857786285c5f0b7ac467772b46d0ea4f7c9965948849d21dc605266e4"
-"""Of the WordNet ids as the published lists number them, one a line."""
+"""Sha256 of the WordNet ids in the numbering of the published lists, one a line."""
 
 
 def files() -> list[str]:
@@ -60,11 +60,11 @@ def split(name: Split) -> tuple[list[str], list[str]]:
 
     Args:
         name: ``coda``, the list that most papers share; ``inflora``, the split that InfLoRA's code makes on
-            its first run, ``random_split`` after ``torch.manual_seed(0)``; ``sorted80``, of every class the
-            first 80 % of the file names in byte order, rounded down, for training.
+            its first run, ``random_split`` after ``torch.manual_seed(0)``; ``sorted80``, with the first 80 %
+            of the file names of every class in byte order, rounded down, for training.
 
     Raises:
-        ValueError: If a list no longer has its published hash.
+        ValueError: If a list has another hash than the recorded one.
     """
     paths = files()
     is_test = {"coda": _coda_test, "inflora": _inflora_test, "sorted80": _sorted80_test}[name](paths)
@@ -79,12 +79,12 @@ def wnids(order: LabelOrder) -> list[str]:
     """Return the WordNet id of each label.
 
     Args:
-        order: ``sorted``, as readers of folders number classes (InfLoRA as run, PILOT, SD-LoRA, L2P);
-            ``published``, as the lists of CODA-Prompt number them. One class order deals other experiences
-            under the other.
+        order: ``sorted``, the numbering of a folder reader (InfLoRA as run, PILOT, SD-LoRA, L2P);
+            ``published``, the numbering of CODA-Prompt's lists. The same class order deals different
+            experiences under each.
 
     Raises:
-        ValueError: If the published order no longer has its hash.
+        ValueError: If the published order has another hash.
     """
     ids = sorted(_baked()["images"])
     if order == "sorted":
@@ -124,10 +124,10 @@ def _sorted80_test(paths: list[str]) -> list[bool]:
 
 
 def torch_permutation(n: int, seed: int) -> list[int]:
-    """Return what ``torch.randperm(n)`` gives on the CPU after ``torch.manual_seed(seed)``.
+    """Return ``torch.randperm(n)`` on the CPU after ``torch.manual_seed(seed)``.
 
-    torch does not promise that its streams never change; NumPy's ``RandomState`` is frozen. Both seed the
-    same Mersenne Twister, of which torch takes 32 bits for each exchange.
+    The random streams of torch may change between versions; NumPy's ``RandomState`` is frozen. Both seed the
+    same Mersenne Twister, of which torch uses 32 bits for each exchange.
 
     >>> torch_permutation(30_000, 0)[:5]
     [6044, 23117, 9729, 26406, 14191]

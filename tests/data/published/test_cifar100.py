@@ -11,7 +11,7 @@ from cl_bench.data.published import cifar100
 
 
 def write(root: Path, name: str, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write a batch whose checksum is the published one for the length of a test."""
+    """Write a batch, and publish its checksum for the length of a test."""
     (root / cifar100.FOLDER).mkdir(exist_ok=True)
     (root / cifar100.FOLDER / name).write_bytes(content)
     monkeypatch.setitem(cifar100.MD5, name, hashlib.md5(content, usedforsecurity=False).hexdigest())
@@ -43,7 +43,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 class Touch:
-    """Unpickled without restriction, it makes a file."""
+    """An object that creates a file when it is unpickled without restriction."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,10 +52,10 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-def test_a_pickle_that_would_run_code_runs_none(tmp_path: Path) -> None:
+def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
     trap = tmp_path / "touched"
     hostile = pickle.dumps({"fine_labels": Touch(trap)})
-    with pytest.raises(ValueError, match=r"batch is refused \(it asks for .*, which no array needs\)"):
+    with pytest.raises(ValueError, match=r"batch is refused \(it names .*, which no array needs\)"):
         cifar100.restricted(hostile, "batch")
     assert not trap.exists()
     pickle.loads(hostile)
@@ -63,11 +63,11 @@ def test_a_pickle_that_would_run_code_runs_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps([1])[:-3]])
-def test_what_is_no_pickle_is_refused(content: bytes) -> None:
+def test_content_that_is_not_a_pickle_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="batch is refused"):
         cifar100.restricted(content, "batch")
 
 
 def test_a_pickle_without_a_mapping_is_refused() -> None:
-    with pytest.raises(ValueError, match="batch holds no mapping"):
+    with pytest.raises(ValueError, match="batch does not hold a mapping"):
         cifar100.restricted(pickle.dumps([1]), "batch")

@@ -9,7 +9,7 @@ from cl_bench.data.published import domainnet
 
 
 def listed_file(root: Path, name: str, lines: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write an official list whose checksum is the published one for the length of a test."""
+    """Write a list, and publish its checksum for the length of a test."""
     content = "".join(f"{line}\n" for line in lines).encode()
     (root / name).write_bytes(content)
     monkeypatch.setitem(domainnet.LIST_MD5, name, hashlib.md5(content, usedforsecurity=False).hexdigest())
@@ -26,7 +26,7 @@ def test_names_in_another_order_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     lines = "\n".join(sorted(domainnet.names()))
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: lines)
     with pytest.raises(
-        ValueError, match=r"of DomainNet's classes has the sha256 .* ba29ce5a210ff5ac… is published"
+        ValueError, match=r"of DomainNet's classes has the sha256 .* published ba29ce5a210ff5ac…"
     ):
         domainnet.names()
 
@@ -51,7 +51,7 @@ def test_another_list_than_the_official_one_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_list_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"There is no list {tmp_path}/real_test.txt"):
+    with pytest.raises(FileNotFoundError, match=f"The list {tmp_path}/real_test.txt does not exist"):
         domainnet.listed(tmp_path, "test", ["real"])
 
 

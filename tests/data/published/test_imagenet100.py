@@ -44,16 +44,14 @@ def test_a_changed_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("split", "number", "published"), [("val", 49, "50"), ("val", 51, "50"), ("train", 9, "732 to 1,300")]
 )
-def test_a_class_that_is_not_whole_is_refused(
-    tmp_path: Path, split: Split, number: int, published: str
-) -> None:
+def test_an_incomplete_class_is_refused(tmp_path: Path, split: Split, number: int, published: str) -> None:
     folder = tmp_path / split / "n01440764"
     folder.mkdir(parents=True)
     for index in range(number):
         (folder / f"{index}.JPEG").touch()
     with pytest.raises(
         ValueError,
-        match=rf"n01440764 holds {number} images \*.JPEG, and a class has {published}: remove it, and",
+        match=rf"n01440764 holds {number} images \*.JPEG, and a class has {published}: remove it, then",
     ):
         imagenet100.images(tmp_path, split, "n01440764")
 

@@ -61,7 +61,7 @@ def test_inflora_is_what_torch_splits_after_seed_zero() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1993])
-def test_a_permutation_is_torchs(seed: int) -> None:
+def test_a_permutation_is_that_of_torch(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     assert imagenet_r.torch_permutation(1000, seed) == torch.randperm(1000, generator=generator).tolist()
 
@@ -84,7 +84,7 @@ def test_a_changed_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         imagenet_r.split("coda")
 
 
-def test_sorted_labels_are_those_that_timm_ships() -> None:
+def test_sorted_labels_are_those_of_timm() -> None:
     shipped = package_files("timm").joinpath("data/_info/imagenet_r_synsets.txt").read_text().split()
     assert imagenet_r.wnids("sorted") == shipped
 
@@ -105,6 +105,6 @@ def test_published_labels_in_another_order_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(imagenet_r, "_baked", lambda: exchanged)
     assert imagenet_r.wnids("sorted")[0] == "n01443537"
     with pytest.raises(
-        ValueError, match=r"of ImageNet-R's published labels has the sha256 .* 4678d02857786285… is"
+        ValueError, match=r"of ImageNet-R's published labels has the sha256 .* published 4678d02857786285…"
     ):
         imagenet_r.wnids("published")

@@ -1,1 +1,0 @@
-"""How the embedded weights were made, from generated images only."""

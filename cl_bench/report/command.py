@@ -1,0 +1,148 @@
+"""The verb ``report``: read result files, and write tables, pictures or one page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from cl_bench.errors import suggestion
+from cl_bench.report.comparison import Comparison, comparisons
+from cl_bench.report.page import page
+from cl_bench.report.pictures import pictures
+from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
+from cl_bench.report.tables import Table, tables
+from cl_bench.report.text import latex, markdown
+from cl_bench.results.metrics import DEFINITIONS
+from cl_bench.results.result import FILE_NAME, Result, read_all
+
+Format = Literal["md", "latex", "csv", "json", "html"]
+
+FORMATS: tuple[Format, ...] = get_args(Format)
+"""Formats of a report."""
+
+METRICS = ("acc/sample", "maa/sample", "bwt/gem", "forgetting/chaudhry")
+"""Metrics shown by default."""
+
+FOLDER = "report"
+"""Name of the folder of reports, inside the results folder."""
+
+PAGE = "page.html"
+"""Name of the page, in that folder."""
+
+_PICTURES = ("curves_*.png", "matrix_*.png")
+
+_OURS: dict[Format, tuple[str, ...]] = {
+    "md": ("table.md", *_PICTURES),
+    "latex": ("table.tex", *_PICTURES),
+    "csv": ("table.csv", "absent.csv", "differences.csv"),
+    "json": ("table.json",),
+    "html": (PAGE,),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report has written.
+
+    Attributes:
+        text: The tables as text; for a page, one sentence about it.
+        files: Paths written: tables first, then pictures.
+    """
+
+    text: str
+    files: list[Path]
+
+
+def report(results_folder: Path, format: Format, metrics: Sequence[str] | None = None) -> Report:  # noqa: A002
+    """Read every result below ``results_folder`` and write tables and pictures into its folder ``report``.
+
+    Means are over finished runs; the other runs are listed. Results of unequal protocols never share a table.
+    An earlier report in the same format is replaced; reports in other formats stay.
+
+    Args:
+        results_folder: Folder that holds result files, at any depth.
+        format: ``md`` for Markdown, ``latex`` for a paper, ``csv`` for one statistic a line, ``json`` for one
+            tree of everything, ``html`` for one page that opens from disk. ``md`` and ``latex`` also write
+            pictures.
+        metrics: Names of the metrics shown, as in :data:`cl_bench.results.metrics.DEFINITIONS`; None for
+            ``METRICS``.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist, or has no result that can be read.
+        ValueError: If a metric has no definition.
+    """
+    shown = defined(METRICS if metrics is None else metrics)
+    results, unreadable = results_below(results_folder)
+    compared = comparisons(results)
+    laid_out = tables(compared, shown)
+    folder = results_folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    _remove_earlier(folder, format)
+    if format == "html":
+        path = _written(folder / PAGE, page(laid_out, results_folder.resolve().name, unreadable))
+        return Report(f"Open {path} in a browser.\n{_unread(unreadable)}".rstrip(), [path])
+    texts = _texts(laid_out, format)
+    files = [_written(folder / name, text) for name, text in texts.items()]
+    files += _drawn(compared, folder) if format in ("md", "latex") else []
+    return Report(next(iter(texts.values())) + _unread(unreadable), files)
+
+
+def _unread(unreadable: Sequence[str]) -> str:
+    return "".join(f"Not read: {line}\n" for line in unreadable)
+
+
+def results_below(folder: Path) -> tuple[list[Result], list[str]]:
+    """Return every result below ``folder``, and a sentence for each file that cannot be read.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist, or has no result that can be read.
+    """
+    results, unreadable = read_all(folder)
+    if not results:
+        reasons = "".join(f" {line}" for line in unreadable)
+        raise FileNotFoundError(
+            f"No {FILE_NAME} below {folder} can be read: run a cell first, or name another folder.{reasons}"
+        )
+    return results, unreadable
+
+
+def defined(metrics: Sequence[str]) -> list[str]:
+    """Return ``metrics`` without duplicates.
+
+    Raises:
+        ValueError: If one of them has no definition.
+    """
+    for name in metrics:
+        if name not in DEFINITIONS:
+            raise ValueError(f"There is no metric {name!r}. {suggestion(name, DEFINITIONS)}")
+    return list(dict.fromkeys(metrics))
+
+
+def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa: A002
+    """Return the tables by file name; CSV has separate files for differences and for runs in no mean."""
+    if format == "md":
+        return {"table.md": markdown(laid_out)}
+    if format == "latex":
+        return {"table.tex": latex(laid_out)}
+    if format == "json":
+        return {"table.json": tree(laid_out)}
+    further = {"differences.csv": tidy_differences(laid_out), "absent.csv": tidy_absences(laid_out)}
+    return {"table.csv": tidy(laid_out)} | {name: text for name, text in further.items() if text}
+
+
+def _remove_earlier(folder: Path, format: Format) -> None:  # noqa: A002
+    """Remove the earlier report, so that no picture of results that are gone remains with the new table."""
+    for pattern in _OURS[format]:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _drawn(compared: Sequence[Comparison], folder: Path) -> list[Path]:
+    return [path for comparison in compared for path in pictures(comparison, folder)]

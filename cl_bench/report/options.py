@@ -1,0 +1,50 @@
+"""The options of ``cl-bench report``. What makes the report is imported only when the options are run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the verb to ``parser``."""
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="folder with results, at any depth")
+    parser.add_argument(
+        "--format",
+        choices=("md", "latex", "csv", "json", "html"),
+        default="md",
+        help="format of the tables; html is one page with charts (default: md)",
+    )
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="NAME", help="metrics shown, such as acc/sample bwt/gem"
+    )
+    parser.add_argument(
+        "--wandb",
+        metavar="PROJECT",
+        help="also send runs and a view of each benchmark to Weights & Biases, or offline write them to disk",
+    )
+    parser.add_argument("-v", action="store_true", help="show tracebacks")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the report, print its tables to standard output and its paths to standard error, and return 0.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no result in it.
+        ValueError: If a metric has no definition, or the W&B project or its package is not usable.
+    """
+    from rich.console import Console
+
+    from cl_bench.report.command import FOLDER, METRICS, report, results_below
+
+    written = report(options.results, options.format, options.metrics)
+    Console(highlight=False, soft_wrap=True).print(written.text, markup=False)
+    notices = Console(stderr=True, highlight=False, soft_wrap=True)
+    notices.print("\n".join(f"wrote {path}" for path in written.files), markup=False)
+    if options.wandb is not None:
+        from cl_bench.report.upload import upload
+
+        results, _ = results_below(options.results)
+        shown = options.metrics or METRICS
+        notices.print(upload(results, options.wandb, options.results / FOLDER, shown).text, markup=False)
+    return 0

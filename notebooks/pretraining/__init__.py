@@ -1,0 +1,1 @@
+"""The pre-training of the embedded backbone, on generated images only."""

@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+
+from cl_bench.__main__ import main
+from cl_bench.results.result import FILE_NAME
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--workers", "0"], "A grid cannot run with 0 workers: give at least one."),
+        (
+            ["--engine", "ray", "--gpus-per-cell=-1"],
+            "A cell cannot have -1 GPUs: give 0 or more, such as 0.5.",
+        ),
+        (["--address", "auto"], "The engine local has no use for --address: add --engine ray."),
+        (["--gpus-per-cell", "1"], "The engine local has no use for --gpus-per-cell: add --engine ray."),
+        (["--slurm", "partition=gpu"], "The engine local has no use for --slurm: add --engine slurm."),
+        (["--engine", "slurm", "--slurm", "gpu"], "'gpu' is not a parameter of sbatch: write KEY=VALUE"),
+    ],
+)
+def test_what_an_engine_has_no_use_for_is_one_sentence_before_anything_runs(
+    tmp_path: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(f"{{strategies: [ncm], datasets: [toy], results: {tmp_path}/results}}")
+    assert main(["grid", str(path), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {sentence}")
+    assert not list(tmp_path.rglob(FILE_NAME))

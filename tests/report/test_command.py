@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cl_bench.__main__ import main
+from cl_bench.report.command import FORMATS, Format, report
+from cl_bench.results.result import Result
+
+Made = Callable[..., Result]
+
+
+def _folder(results: list[Result], root: Path) -> Path:
+    for number, result in enumerate(results):
+        result.write(root / result.benchmark / str(number))
+    return root
+
+
+def test_a_report_leaves_its_table_and_pictures(made: Made, tmp_path: Path) -> None:
+    left = report(_folder([made(), made("NCM", seed=2)], tmp_path), "md")
+    folder = tmp_path / "report"
+    names = ["table.md", "curves_digits-T2.png", "matrix_digits-T2.png"]
+    assert left.files == [folder / name for name in names]
+    assert left.text == (folder / "table.md").read_text(encoding="utf-8")
+    assert "| LoRA (merge) |" in left.text
+
+
+def test_a_report_on_csv_lists_what_is_absent_in_a_file_of_its_own(made: Made, tmp_path: Path) -> None:
+    left = report(_folder([made(), made("NCM", status="failed", error="no space")], tmp_path), "csv")
+    assert [path.name for path in left.files[:2]] == ["table.csv", "absent.csv"]
+    assert left.text.startswith("benchmark,fingerprint,strategy,label,group,metric,mean,std,n,low,high,")
+    assert "NCM,1,identity,failed,no space" in (tmp_path / "report" / "absent.csv").read_text()
+
+
+@pytest.mark.parametrize(("format", "name"), (("latex", "table.tex"), ("json", "table.json")))
+def test_a_format_leaves_a_file_of_its_name(made: Made, tmp_path: Path, format: Format, name: str) -> None:  # noqa: A002
+    left = report(_folder([made()], tmp_path), format)
+    assert left.files[0] == tmp_path / "report" / name
+    assert left.text == left.files[0].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("format", ["json", "csv"])
+def test_what_can_be_computed_with_stands_alone_on_the_output(
+    made: Made,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    format: str,  # noqa: A002
+) -> None:
+    assert main(["report", str(_folder([made()], tmp_path)), "--format", format]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.rstrip() == (tmp_path / "report" / f"table.{format}").read_text().rstrip()
+    assert f"wrote {tmp_path / 'report' / f'table.{format}'}" in printed.err
+
+
+def test_the_command_line_offers_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    assert f"--format {{{','.join(FORMATS)}}}" in capsys.readouterr().out
+
+
+def test_a_report_shows_the_metrics_asked_for(made: Made, tmp_path: Path) -> None:
+    text = report(_folder([made()], tmp_path), "md", ["plasticity/experience"]).text
+    assert "plasticity/experience" in text
+    assert "bwt/gem" not in text
+
+
+def test_formats_stand_side_by_side(made: Made, tmp_path: Path) -> None:
+    folder = _folder([made()], tmp_path)
+    left = [path for name in FORMATS for path in report(folder, name).files]
+    assert all(path.exists() for path in left)
+    assert len(set(left)) >= len(FORMATS)
+
+
+def test_a_second_report_is_the_same_and_leaves_no_stale_picture(made: Made, tmp_path: Path) -> None:
+    first = report(_folder([made()], tmp_path), "md")
+    stale = tmp_path / "report" / "curves_gone-T5.png"
+    stale.touch()
+    assert report(tmp_path, "md") == first
+    assert not stale.exists()
+
+
+def test_an_unknown_metric_names_the_nearest(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no metric .acc/samples.\. Did you mean acc/sample"):
+        report(_folder([made()], tmp_path), "md", ["acc/samples"])
+
+
+def test_a_folder_without_results_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="run a cell first"):
+        report(tmp_path, "md")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_report_imports_neither_torch_nor_pyplot(
+    made: Made,
+    tmp_path: Path,
+    checkout: Path,
+    format: Format,  # noqa: A002
+) -> None:
+    folder = _folder([made(name, seed=seed) for name in ("a", "b") for seed in range(10)], tmp_path)
+    program = (
+        "import sys; from pathlib import Path; from cl_bench.report.command import report; "
+        f"report(Path({str(folder)!r}), {format!r}); "
+        "heavy = {'torch', 'lightning', 'timm', 'wandb', 'matplotlib.pyplot'}; "
+        "print(*sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("format", ("md", "html"))
+def test_ten_thousand_results_are_reported_in_a_minute(
+    drawn: Made,
+    tmp_path: Path,
+    checkout: Path,
+    format: Format,  # noqa: A002
+) -> None:
+    names = [f"strategy {number}" for number in range(20)]
+    for dataset in ("cifar100", "imagenet_r", "imagenet100", "domainnet", "digits"):
+        for number, name in enumerate(names):
+            one = drawn(name, 1, dataset=dataset, classes=20, lost=0.002 * number, domains=True)
+            path = one.write(tmp_path / dataset / str(number))
+            payload = json.loads(path.read_text())
+            path.unlink()
+            for block in range(100):
+                seed, order = block % 10, f"numpy-{block // 10}"
+                payload |= {"seed": seed, "order": order}
+                payload["config"] |= {"seed": seed, "order": order}
+                payload["rows"][-1]["correct"][0] = (7 * block + number) % 48
+                folder = path.parent / str(block)
+                folder.mkdir()
+                (folder / path.name).write_text(json.dumps(payload))
+    began = time.perf_counter()
+    words = ["-m", "cl_bench", "report", str(tmp_path), "--format", format]
+    subprocess.run([sys.executable, *words], cwd=checkout, check=True, capture_output=True)
+    assert time.perf_counter() - began < 60
