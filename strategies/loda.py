@@ -54,7 +54,7 @@ from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import GrowingCosine
 
 Recalibration = Literal["diag", "full", "none"]
-"""How a trained product is scaled before merging: each direction by itself, all together, or not at all."""
+"""How a trained product is scaled before merging: each direction separately, all together, or not at all."""
 
 
 class LoDA(LowRankStrategy):

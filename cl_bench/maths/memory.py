@@ -49,7 +49,7 @@ def below_first(threshold: float) -> Count:
 
 
 def at_most(most: int, count: Count) -> Count:
-    """Take as many directions as ``count`` says, but no more than ``most``, with a warning."""
+    """Limit what ``count`` takes to ``most`` directions for each basis, and warn if it took more."""
 
     def limited(shares: Tensor, held: Sequence[int]) -> list[int]:
         wanted = count(shares, held)
@@ -152,7 +152,7 @@ class GPM(nn.Module):
 
     @torch.no_grad()
     def update(self, moments: Tensor, count: Count) -> None:
-        """Protect, in each basis, as many of the strongest free directions as ``count`` says.
+        """Protect, in each basis, the strongest free directions, as many as ``count`` returns.
 
         What is protected already stays as it is, and counts with what it holds of these moments. The new
         directions are the strongest eigenvectors of ``P M P``, where ``P`` projects onto what is free and

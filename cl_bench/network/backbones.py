@@ -48,7 +48,7 @@ class Backbone(nn.Module):
 
     Args:
         model: A timm vision transformer with its weight tag, such as vit_base_patch16_224.augreg_in21k;
-            vision_transformer, built from the options alone; or embedded, which is shipped with the suite.
+            vision_transformer, built only from the options; or embedded, which is shipped with the suite.
         weights: pretrained: downloaded by timm, or shipped; random: drawn from the seed; otherwise the path
             of a checkpoint, a .safetensors file or a torch file that holds nothing but tensors.
         options: Arguments of the timm model, such as img_size, patch_size, embed_dim, depth and num_heads.

@@ -39,7 +39,7 @@ def tidy(tables: Sequence[Table]) -> str:
 
 
 def tidy_differences(tables: Sequence[Table]) -> str | None:
-    """Return every paired difference as a line of CSV; None if there are no two rows to compare."""
+    """Return every paired difference as a line of CSV; None with fewer than two rows."""
     lines = [
         [
             comparison.benchmark,

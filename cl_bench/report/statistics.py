@@ -1,8 +1,8 @@
 """What a handful of runs can show: intervals, paired differences, tests, and the limits of each.
 
 A *block* is a seed with a class order. Two strategies are compared on the blocks that they share: the effect
-of the block cancels in their difference. SciPy and statsmodels do the mathematics; this file sets the numbers
-of blocks below which there is no interval or test.
+of the block cancels in their difference. SciPy and statsmodels do the mathematics; this file sets the
+smallest numbers of blocks for intervals and tests.
 
 Below ``PERMUTATION_BLOCKS`` a sign-flip test cannot reach 0.05, however large the difference: if ``n``
 differences all have one sign, the two-sided p value is ``2 / 2**n``, which is 0.0625 for five.

@@ -81,7 +81,7 @@ def _section(table: Table) -> list[str]:
     paragraphs += _bullets("Metrics, in percent:", definitions(table.metrics))
     paragraphs += _intervals(table) + _differences(table) + _costs(table)
     for comparison in table.comparisons:
-        heading = f"Mixed provenance in {comparison.title} (number of runs); seconds may not compare:"
+        heading = f"Mixed provenance in {comparison.title} (number of runs); seconds may not be comparable:"
         paragraphs += _bullets(heading, mixed_provenance(comparison))
     return paragraphs
 

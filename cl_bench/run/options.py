@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cl_bench.processes.launcher import launched, rank, with_launcher
+from cl_bench.run.configs import stems_of
 
 if TYPE_CHECKING:
     from cl_bench.run.configuration import Configuration
@@ -54,8 +55,6 @@ def run(words: list[str]) -> int:
 
 
 def _print_help() -> int:
-    from cl_bench.run.configuration import stems_of
-
     _console().print(
         f"usage: {_USAGE}\n"
         "       cl-bench run CONFIG.yaml [--KEY VALUE ...]\n\n"

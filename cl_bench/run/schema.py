@@ -23,8 +23,7 @@ from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Regime
-
-Config = dict[str, Any]
+from cl_bench.run.configs import Config
 
 GROUPS = ("model", "data", "backbone", "trainer")
 
@@ -35,7 +34,7 @@ _SWITCHES = ("wandb", "diagnostics", "resume")  # need no value
 # Arguments that are set under another key.
 _LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
 
-# Lines of jsonargparse's messages that begin like this give no reason of their own.
+# Lines of jsonargparse's messages that start like this contain no reason.
 _FRAME = (
     "Does not validate against",
     "Errors:",
@@ -58,8 +57,8 @@ class Schema:
         datamodule: Class whose arguments are the group ``data``.
 
     Attributes:
-        parser: Holds them. It instantiates the classes that are arguments, such as the optimizer, but neither
-            strategy, datamodule, backbone nor trainer.
+        parser: The parser of these arguments. It instantiates classes that are arguments, such as the
+            optimizer, but not strategy, datamodule, backbone and trainer.
     """
 
     def __init__(self, strategy: type[Strategy], datamodule: type[StreamDataModule]) -> None:
@@ -162,7 +161,7 @@ class Schema:
         return f"Did you mean {match}?" if match else "The option --help lists the keys."
 
     def _with_full_keys(self, overrides: Sequence[str]) -> list[str]:
-        """Return ``overrides`` as words that each hold a whole key and its value."""
+        """Return ``overrides`` as words ``--GROUP.KEY=VALUE``."""
         words, rest = [], list(overrides)
         while rest:
             word = rest.pop(0)
@@ -186,7 +185,7 @@ class Schema:
 
 
 def keys_of(config: Config) -> list[str]:
-    """Return the keys of the groups, one level deep; what lies below is checked against its own class."""
+    """Return the keys of ``config``, one level deep in groups; jsonargparse checks deeper keys."""
     keys = []
     for name, value in config.items():
         if name in GROUPS and isinstance(value, dict):
@@ -197,7 +196,7 @@ def keys_of(config: Config) -> list[str]:
 
 
 def nearest_class(class_path: str) -> str | None:
-    """Return the class spelt most like ``class_path`` in its module, or in torch.optim if it names none.
+    """Return the most similar class to ``class_path`` in its module, or in torch.optim if it has no module.
 
     >>> nearest_class("torch.optim.Sgd"), nearest_class("steplr")
     ('torch.optim.SGD', 'torch.optim.lr_scheduler.StepLR')
@@ -216,9 +215,9 @@ def nearest_class(class_path: str) -> str | None:
 
 
 def _add_settings(parser: ArgumentParser) -> None:
-    """Add what belongs to a run and to none of its classes."""
+    """Add the settings of a run that are not arguments of its classes."""
     add = parser.add_argument
-    add("--seed", type=int, default=1, help="Seed of all randomness but the class order.")
+    add("--seed", type=int, default=1, help="Seed of all randomness except the class order.")
     add(
         "--order",
         type=str | list[int],
@@ -239,7 +238,7 @@ def _add_settings(parser: ArgumentParser) -> None:
         "--diagnostics",
         type=bool,
         default=False,
-        help="Measure inside the model after every experience; the counts stay the same.",
+        help="Also measure the model itself after every experience; the counts stay the same.",
     )
     add(
         "--resume",
@@ -269,7 +268,7 @@ def _add_group(
 
 
 def _parsed(parse: Callable[[], Namespace], named: Callable[[str], str]) -> Namespace:
-    """Return the values that ``parse`` finds; errors call a key what ``named`` returns for it."""
+    """Return what ``parse`` returns; errors call a key what ``named`` returns for it."""
     try:
         values = parse()
     except ArgumentError as error:

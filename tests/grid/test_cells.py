@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cl_bench.grid.cells import read_grid
-from cl_bench.run.configuration import CONFIGS
+from cl_bench.run.configs import CONFIGS
 
 
 def grid_file(folder: Path, text: str) -> str:
@@ -44,7 +44,7 @@ def test_the_first_cells_cover_every_strategy_with_the_first_seed(tmp_path: Path
     ("text", "sentence"),
     [
         ("{strategies: [lora]}", "it must name strategies and datasets"),
-        ("{strategies: [lora], datasets: [toy], seed: [1]}", r"has no use for 'seed'. Did you mean seeds\?"),
+        ("{strategies: [lora], datasets: [toy], seed: [1]}", r"cannot contain 'seed'. Did you mean seeds\?"),
         (
             "{strategies: [lora], datasets: [toy], settings: {ncm: {a: {}}}}",
             "settings for ncm, which is not among",

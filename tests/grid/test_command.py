@@ -17,7 +17,7 @@ from cl_bench.__main__ import INTERRUPTED, main
 from cl_bench.grid.cells import read_grid
 from cl_bench.grid.command import known
 from cl_bench.grid.local import LocalEngine
-from cl_bench.grid.work import Ending
+from cl_bench.grid.work import Outcome
 from cl_bench.results.result import FILE_NAME, read
 
 STRATEGIES = """
@@ -143,7 +143,7 @@ def test_the_same_cell_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     path = tmp_path / "grid.yaml"
     path.write_text("{strategies: [lora], datasets: [toy], settings: {lora: {a: {rank: 10}, b: {}}}}")
     assert main(["grid", str(path), "--results", str(tmp_path / "results"), "--dry-run"]) == 2
-    assert "holds the same cell twice" in capsys.readouterr().err
+    assert "contains this cell twice" in capsys.readouterr().err
 
 
 def test_two_grids_on_one_folder_share_its_cells_and_run_none_twice(tmp_path: Path) -> None:
@@ -155,11 +155,11 @@ def test_two_grids_on_one_folder_share_its_cells_and_run_none_twice(tmp_path: Pa
         "datasets: [toy]\nseeds: [1, 2, 3, 4]\ncommon: {trainer.accelerator: cpu}\n"
     )
     begun, results = tmp_path / "begun", tmp_path / "results"
-    jobs = [entry.job(patient=False) for entry in known([*read_grid(str(path), results).cells()])]
-    endings: list[Ending] = []
+    jobs = [entry.job(waits=False) for entry in known([*read_grid(str(path), results).cells()])]
+    outcomes: list[Outcome] = []
     other = threading.Thread(
         target=LocalEngine(workers=1).run,
-        args=(jobs, lambda job: None, lambda job, ending: endings.append(ending)),
+        args=(jobs, lambda job: None, lambda job, outcome: outcomes.append(outcome)),
     )
     other.start()
     while not begun.exists():  # the other grid holds the first cell, and waits within it
@@ -171,7 +171,7 @@ def test_two_grids_on_one_folder_share_its_cells_and_run_none_twice(tmp_path: Pa
     assert "4 of 4 cells done" in output
     assert sorted(begun.read_text().split()) == ["1", "2", "3", "4"]
     assert [log.read_text().split().count("begun") for log in results.rglob("log.txt")] == [1] * 4
-    assert {ending.error for ending in endings if not ending.held} == {None}
+    assert {outcome.error for outcome in outcomes if not outcome.held} == {None}
 
 
 def test_a_grid_that_is_told_to_end_while_its_first_cell_starts_does_not_wait_for_it(tmp_path: Path) -> None:

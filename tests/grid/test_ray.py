@@ -183,6 +183,8 @@ def test_a_gpu_that_no_machine_has_is_one_sentence_and_no_endless_wait(nodes: No
     job = Job(Cell("ncm", "toy", ()), tmp_path, threads=1)
     with (
         RayEngine(nodes.cluster.address, workers=None, gpus_per_cell=0.5) as engine,
-        pytest.raises(ValueError, match=r"No machine of the Ray cluster has 1 CPUs and 0\.5 GPUs"),
+        pytest.raises(
+            ValueError, match=r"No machine of the Ray cluster has the CPUs \(1\) and GPUs \(0\.5\)"
+        ),
     ):
-        engine.run([job], lambda job: None, lambda job, ending: None)
+        engine.run([job], lambda job: None, lambda job, outcome: None)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cl_bench.grid.engine import Answer
+from cl_bench.grid.engine import Value
 from cl_bench.grid.local import LocalEngine
 from cl_bench.grid.sharing import require_shared
 
@@ -16,13 +16,13 @@ class Elsewhere(LocalEngine):
         super().__init__()
         self._seen, self._mounted = seen, mounted
 
-    def ask(self, question: Callable[[], Answer]) -> list[Answer]:
+    def call(self, function: Callable[[], Value]) -> list[Value]:
         aside = self._seen.with_name("aside")
         self._seen.rename(aside)
         if self._mounted.exists():
             self._mounted.rename(self._seen)
         try:
-            return super().ask(question)
+            return super().call(function)
         finally:
             if self._seen.exists():
                 self._seen.rename(self._mounted)
@@ -50,11 +50,11 @@ def test_a_folder_that_workers_see_otherwise_is_refused_with_their_machine(
 class Lost(LocalEngine):
     """Workers whose writing never arrives."""
 
-    def ask(self, question: Callable[[], Answer]) -> list[Answer]:
-        answers: Sequence[Any] = super().ask(question)
+    def call(self, function: Callable[[], Value]) -> list[Value]:
+        values: Sequence[Any] = super().call(function)
         for path in self._folder.glob(".token-*-*"):
             path.unlink()
-        return list(answers)
+        return list(values)
 
     def __init__(self, folder: Path) -> None:
         super().__init__()

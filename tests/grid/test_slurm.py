@@ -51,14 +51,14 @@ def test_jobs_outlive_sigterm_and_one_that_dies_or_would_start_others_is_said(tm
     assert not run_waiting(entries, engine, Console(file=printed, soft_wrap=True))
     assert "1 of 3 cells done" in printed.getvalue()
     assert "A run in several processes starts its own command anew, and a cell" in printed.getvalue()
-    assert "The job of the cell ended without a word; see " in printed.getvalue()
+    assert "The job of the cell ended without an outcome; see " in printed.getvalue()
     statuses = {result.strategy: result.status for file in results.rglob(FILE_NAME) if (result := read(file))}
     assert statuses == {"told to end": "done", "dying": "running"}
     assert not list(results.glob(".token*"))
 
 
 def test_slurm_where_there_is_none_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="There is no SLURM on this machine"):
+    with pytest.raises(ValueError, match="SLURM is not installed on this machine"):
         SlurmEngine(tmp_path, workers=None, gpus_per_cell=1, parameters={})
 
 
@@ -75,5 +75,5 @@ def test_half_a_gpu_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_parameter_that_sbatch_does_not_have_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--slurm cannot be used as it is: Unknown argument 'partitoin'"):
+    with pytest.raises(ValueError, match="--slurm cannot be used: Unknown argument 'partitoin'"):
         SlurmEngine(tmp_path, None, None, {"partitoin": "gpu"}, cluster="local")

@@ -27,7 +27,8 @@ from cl_bench.loop import callbacks, continuation
 from cl_bench.loop.callbacks import StreamMetrics
 from cl_bench.loop.checkpoint import Checkpoint, Checkpoints
 from cl_bench.network.adapters import AdaptedLinear
-from cl_bench.run.configuration import CONFIGS, Configuration, resolve
+from cl_bench.run.configs import CONFIGS
+from cl_bench.run.configuration import Configuration, resolve
 from cl_bench.run.run import quiet, run
 
 Place = list[Any] | float | None

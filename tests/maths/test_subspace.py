@@ -14,7 +14,6 @@ from cl_bench.maths.subspace import (
     generalised_directions,
     leading_directions,
     of_unit_energy,
-    principal_output_subspace,
     principal_subspace,
     residual,
     right_residual,
@@ -182,7 +181,7 @@ def test_principal_directions_are_the_fewest_singular_vectors_with_the_energy(
     count = int(np.sum(np.cumsum(values**2) < threshold * np.sum(values**2))) + 1
     for found, vectors in (
         (principal_subspace(weight, threshold), right[:count].T),
-        (principal_output_subspace(weight, threshold), left[:, :count]),
+        (principal_subspace(weight.mT, threshold), left[:, :count]),
     ):
         assert found.shape == vectors.shape
         assert np.abs(projector(found).numpy() - vectors @ vectors.T).max() < 1e-12

@@ -27,7 +27,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from cl_bench.__main__ import main
-from cl_bench.run.configuration import CONFIGS, layers, load, resolve
+from cl_bench.run.configs import CONFIGS, load
+from cl_bench.run.configuration import layers, resolve
 
 SECONDS = 60  # for what takes a tenth of a second where nothing hangs and nobody else computes
 MEMORY = 12 * 2**30
@@ -320,6 +321,7 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(CONFIGS, folder)
     before = resource.getrlimit(resource.RLIMIT_DATA)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cl_bench.run.configs.CONFIGS", folder)
         patch.setattr("cl_bench.run.configuration.CONFIGS", folder)
         patch.chdir(folder.parent)
         # What asks for too much is refused, as on a machine that has no more.

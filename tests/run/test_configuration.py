@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from cl_bench.network.backbones import Backbone
-from cl_bench.run.configuration import CONFIGS, Configuration, config_file, layers, load, resolve, stems_of
+from cl_bench.run.configs import CONFIGS, load, stems_of
+from cl_bench.run.configuration import Configuration, layers, resolve
 
 
 def toy(*overrides: str, strategy: str = "lora") -> Configuration:
@@ -122,26 +123,25 @@ def test_defaults_of_torch_and_lightning_are_not_part_of_a_cell() -> None:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ("just words", "its top level must be a mapping"),
-        ("a: [", "is not valid YAML"),
         (
             "model: {class_path: strategies.lora.Lora}",
             "'strategies.lora.Lora': .* Did you mean strategies.lora.LoRA",
         ),
-        ("model: {class_path: datamodules.toy.Toy}", "'datamodules.toy.Toy': it is no subclass of Strategy"),
+        (
+            "model: {class_path: datamodules.toy.Toy}",
+            "'datamodules.toy.Toy': it is not a subclass of Strategy",
+        ),
         ("model: {class_path: LoRA}", r"broken.yaml cannot be 'LoRA': write module.Class"),
         ("model: {class_path: 3}", r"model.class_path in .*broken.yaml cannot be 3: write module.Class"),
         (
             "model: {rank: 3}",
-            r"model.rank in .*broken.yaml is read by nobody: write it under model.init_args",
+            r"model.rank in .*broken.yaml has no effect: write it as model.init_args.rank",
         ),
         ("model: 3", r"model in .*broken.yaml cannot be 3: write it as a mapping"),
         ("model: {init_args: 3}", r"model.init_args in .*broken.yaml cannot be 3: write it as a mapping"),
         ("trainer: [1]", r"trainer in .*broken.yaml cannot be \[1\]: write it as a mapping"),
-        ("1: 2", r"The key 1 in .*broken.yaml is not text: put it in quotes"),
-        ("backbone: {options: {1: 2}}", r"The key 1 in .*broken.yaml is not text: put it in quotes"),
         ("code: 3", r"code in .*broken.yaml cannot be 3: write a list of folders"),
-        ("seed: 3", "No layer says which class to use"),
+        ("seed: 3", "No layer names the class of model"),
     ],
 )
 def test_a_broken_config_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
@@ -253,24 +253,6 @@ def test_text_that_looks_like_a_number_stays_text_in_a_printed_config(tmp_path: 
     saved.write_text(first.yaml)
     again = resolve([saved])
     assert (again.namespace.setting, again.results) == ("1e3", Path("1.5e3"))
-
-
-def test_an_unknown_stem_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no config 'lroa' among strategies. Did you mean lora\?"):
-        config_file("strategies", "lroa")
-    with pytest.raises(FileNotFoundError, match=r"There is no config file nowhere\.yaml"):
-        resolve([Path("nowhere.yaml")])
-
-
-def opening(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines() if line.startswith("#")]
-
-
-@pytest.mark.parametrize(
-    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
-)
-def test_every_config_opens_with_its_command(path: Path) -> None:
-    assert any("cl-bench " in line for line in opening(path))
 
 
 def test_resolved_values_are_plain() -> None:

@@ -27,10 +27,11 @@ from cl_bench.report.tables import (
     INCOMPLETE,
     SHORT_NAMES,
     Table,
-    absences,
+    absent,
     compared,
     mixed_provenance,
     protocol_differences,
+    unnamed_differences,
 )
 from cl_bench.results.metrics import DEFINITIONS, HIGHER_IS_BETTER, accuracy_matrix, incremental_accuracy
 from cl_bench.results.result import COSTS, Result
@@ -123,9 +124,8 @@ def _benchmark(table: Table, index: int) -> Json:
         "fingerprint": comparison.fingerprint,
         "identity": {key: _plain(value) for key, value in flat(comparison.identity).items()},
         "mixed": mixed_provenance(comparison),
-        "absent": [vars(absence) for absence in absences(comparison)],
-        "copies": comparison.copies,
-        "unnamed": comparison.unnamed_settings,
+        "absent": absent(comparison),
+        "unnamed": unnamed_differences(comparison),
         "entries": [_entry(entry, table.metrics) | marks[entry.label] for entry in comparison.entries],
         "differences": {
             name: [_difference(pair, order) for pair in pairs]
