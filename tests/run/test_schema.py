@@ -5,6 +5,7 @@ from jsonargparse import Namespace
 
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.network.backbones import Backbone
+from cl_bench.run.configuration import layers, resolve
 from cl_bench.run.schema import Schema
 from datamodules.image_folder import ImageFolder
 from datamodules.toy import Toy
@@ -189,3 +190,17 @@ def test_help_explains_all_arguments_except_those_of_the_trainer(
     assert text.count("--trainer.") < 10
     assert "CONFIG" not in text
     assert "+ " not in text
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    (("lr", "optimizer.lr"), ("weight_decay", "optimizer.weight_decay"), ("epochs", "max_epochs")),
+)
+def test_a_word_of_other_code_bases_is_answered_with_the_key_of_this_one(word: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"There is no key {word}. Did you mean {meant}\\?"):
+        resolve(layers("lora", "toy"), [f"--{word}", "1"])
+
+
+def test_an_argument_of_the_optimizer_needs_no_group() -> None:
+    full = resolve(layers("lora", "toy"), ["--model.optimizer.lr", "0.3"])
+    assert resolve(layers("lora", "toy"), ["--optimizer.lr", "0.3"]).hash == full.hash
