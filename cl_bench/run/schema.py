@@ -142,6 +142,7 @@ class Schema:
         if plain in keys or any(plain.startswith(f"{known}.") for known in keys if "." in known):
             return plain
         first, dot, rest = plain.partition(".")  # as in optimizer.lr
+        first = plain if first in GROUPS else first
         in_groups = [f"{known}{dot}{rest}" for known in keys if known.partition(".")[2] == first]
         if len(in_groups) == 1:
             return in_groups[0]
