@@ -261,6 +261,8 @@ class Strategy(LightningModule):
             self.kept_optimizer = self._optimizer(groups)
             return self.kept_optimizer
         held = {id(p) for group in self.kept_optimizer.param_groups for p in group["params"]}
+        for group in self.kept_optimizer.param_groups:  # a schedule leaves its last rate, and starts from it
+            group["lr"] = group.get("initial_lr", group["lr"])
         for group in groups:
             new = [p for p in group["params"] if id(p) not in held]
             if new:
