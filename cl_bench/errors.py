@@ -1,4 +1,4 @@
-"""One sentence for every error, and what someone may have meant by a word that is not in the list."""
+"""One sentence for every error, and suggestions for misspelt words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 def sentence(error: BaseException) -> str:
-    r"""Return what ``error`` says, in one line; its kind comes first where the words alone would not tell.
+    r"""Return the message of ``error`` in one line, after the name of its class unless that is obvious.
 
     >>> sentence(ValueError("Give a rank\nof at least 1."))
     'Give a rank of at least 1.'
@@ -16,34 +16,36 @@ def sentence(error: BaseException) -> str:
     "KeyError: 'means'"
     """
     lines = str(error).strip().splitlines()
-    # A loader's worker puts its own traceback before the message.
+    # The message of a DataLoader worker contains the worker's own traceback.
     if any(line.endswith("Traceback (most recent call last):") for line in lines):
         lines = [lines[-1].partition(": ")[2] or lines[-1]]
-    words = " ".join(" ".join(lines).split())
-    tells = words and isinstance(error, ValueError | OSError)
-    return words if tells else f"{type(error).__name__}: {words}".rstrip(": ")
+    message = " ".join(" ".join(lines).split())
+    is_clear = message and isinstance(error, ValueError | OSError)
+    return message if is_clear else f"{type(error).__name__}: {message}".rstrip(": ")
 
 
 def is_of_memory(error: BaseException) -> bool:
-    """Return whether ``error`` says that memory does not suffice, of the accelerator or of this machine.
+    """Return whether ``error`` means that the memory of the device or of this machine is exhausted.
 
     >>> is_of_memory(MemoryError()), is_of_memory(RuntimeError("shapes differ"))
     (True, False)
     """
-    # torch has a class of its own for accelerators, and raises a RuntimeError like any other for main memory.
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return full or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    # torch has an error class for the memory of devices, and raises a plain RuntimeError for main memory.
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 @contextmanager
 def refusing(*passed: type[Exception]) -> Iterator[None]:
-    """Make one kind of error of all that a library may raise before anything is trained.
+    """Turn every error inside, except ValueError, OSError and those ``passed``, into a ValueError.
+
+    Libraries raise errors of many classes before anything is trained.
 
     Args:
-        passed: Kinds that are raised as they are, beside ValueError and OSError.
+        passed: Classes of errors that stay as they are.
 
     Raises:
-        ValueError: If anything else is raised inside.
+        ValueError: If another error is raised inside.
     """
     usable: tuple[type[Exception], ...] = (ValueError, OSError, *passed)
     try:
@@ -51,14 +53,14 @@ def refusing(*passed: type[Exception]) -> Iterator[None]:
     except usable:
         raise
     except Exception as error:
-        words = sentence(error)
+        message = sentence(error)
         if is_of_memory(error):
-            words = f"Memory does not suffice for sizes as these: choose smaller ones. ({words})"
-        raise ValueError(words) from error
+            message = f"These sizes need too much memory: choose smaller ones. ({message})"
+        raise ValueError(message) from error
 
 
 def nearest(word: str, words: Iterable[str]) -> str | None:
-    """Return the one of ``words`` that is spelt most like ``word``, if any comes near.
+    """Return the most similar of ``words`` to ``word``, or None if none is similar.
 
     >>> nearest("lroa", ["lora", "ncm"])
     'lora'
@@ -70,7 +72,7 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
 
 
 def by_likeness(word: str, words: Iterable[str]) -> list[str]:
-    """Return ``words``, those spelt most like ``word`` first.
+    """Return ``words``, sorted with the most similar to ``word`` first.
 
     >>> by_likeness("numpi", ["identity", "numpy", "python"])
     ['numpy', 'identity', 'python']
@@ -79,7 +81,7 @@ def by_likeness(word: str, words: Iterable[str]) -> list[str]:
 
 
 def suggestion(word: str, words: Collection[str]) -> str:
-    """Return the sentence that helps on: the nearest of ``words``, or all of them if none comes near.
+    """Return a sentence that suggests the most similar of ``words``, or lists all if none is similar.
 
     >>> suggestion("lroa", ["lora", "ncm"])
     'Did you mean lora?'

@@ -60,7 +60,7 @@ from cl_bench.maths.losses import local_cross_entropy
 from cl_bench.measure.moments import SecondMoments
 from cl_bench.measure.sketch import InputSketch
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.heads import Features, GrowingLinear, pooled
+from cl_bench.network.heads import GrowingLinear
 
 
 class JanusLoRA(DecoupledMargin, ProtectedStrategy):
@@ -134,8 +134,8 @@ class JanusLoRA(DecoupledMargin, ProtectedStrategy):
 
     # DML
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy over the new classes plus the decoupled margin term."""
-        new = pooled(features)
-        entropy = local_cross_entropy(self.head.current(new), labels, self.experience.classes.start)
-        return entropy + self.margin_term(new, labels)
+        logits = self.head.current(features)
+        entropy = local_cross_entropy(logits, labels, self.experience.classes.start)
+        return entropy + self.margin_term(features, labels)

@@ -47,7 +47,7 @@ from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import Promises, TrainingData
 from cl_bench.data.experience import Experience
 from cl_bench.maths.memory import GPM, reaching
-from cl_bench.maths.subspace import principal_output_subspace, principal_subspace
+from cl_bench.maths.subspace import principal_subspace
 from cl_bench.measure.gradients import full_weight_gradients
 from cl_bench.measure.moments import TokenAverages, second_moments
 from cl_bench.measure.passes import measure
@@ -113,9 +113,9 @@ class KeepLoRA(LowRankStrategy):
         """Grow the head; before the first experience, protect the principal directions of the weights."""
         super().expand(experience)
         if experience.is_first and self.weight_threshold > 0:
-            principal = principal_subspace if self.principal == "input" else principal_output_subspace
             for projection, weight in enumerate(self.of_projections([one.weight for one in self.layers])):
-                self.memory.replace(projection, principal(weight, self.weight_threshold))  # W_p
+                side = weight if self.principal == "input" else weight.mT
+                self.memory.replace(projection, principal_subspace(side, self.weight_threshold))  # W_p
 
     def before_training(self, data: TrainingData) -> None:
         """Start every adapter from the residual of the first gradient."""

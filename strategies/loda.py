@@ -51,10 +51,10 @@ from cl_bench.maths.subspace import generalised_directions, leading_directions
 from cl_bench.measure.moments import second_moments
 from cl_bench.network.adapters import LowRank
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.heads import Features, GrowingCosine, pooled
+from cl_bench.network.heads import GrowingCosine
 
 Recalibration = Literal["diag", "full", "none"]
-"""How a trained product is scaled before merging: each direction by itself, all together, or not at all."""
+"""How a trained product is scaled before merging: each direction separately, all together, or not at all."""
 
 
 class LoDA(LowRankStrategy):
@@ -134,9 +134,9 @@ class LoDA(LowRankStrategy):
             for (_, isolated), directions in zip(self._branches(), own, strict=True):
                 isolated.A.copy_(directions.mT / math.sqrt(3))
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the CosFace loss over the classes of this experience."""
-        cosines, first = self.head.current(pooled(features)), self.experience.classes.start
+        cosines, first = self.head.current(features), self.experience.classes.start
         return cosface(cosines, labels, first, scale=self.logit_scale, margin=self.margin)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

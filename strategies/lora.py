@@ -46,7 +46,7 @@ class LoRA(LowRankStrategy):
         self.variant = variant
 
     def renew(self) -> None:
-        """Start a fresh adapter where the variant asks for one."""
+        """Start a fresh adapter, unless the variant shares one."""
         if self.experience.is_first or self.variant == "merge":
             super().renew()
 

@@ -1,4 +1,4 @@
-"""What every test relies on: no network, no display, and development data where a machine has it."""
+"""What every test relies on: no network, no display, a tiny backbone, and development data if present."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-# Two processes of one thread each outrun one process whose threads wait for each other on a busy machine.
+if TYPE_CHECKING:
+    from cl_bench.network.backbones import Backbone, Normalisation
+
+# On a busy machine, two processes of one thread each are faster than one whose threads wait for each other.
 torch.set_num_threads(1)
 
-# Read when matplotlib, wandb, huggingface_hub and ray are first imported, so set before any test module is.
-# Ray's word for a cluster on loopback, all nodes at 127.0.0.1, is the one for systems that have no clusters.
+# matplotlib, wandb, huggingface_hub and ray read these when they are first imported: set them before any test
+# module is imported. Ray's variable, meant for systems without clusters, keeps all its nodes at 127.0.0.1.
 os.environ |= {
     "MPLBACKEND": "Agg",
     "WANDB_MODE": "offline",
@@ -39,15 +42,33 @@ def development_data() -> Path:
     """Folder of a real stream and a small pretrained backbone, too large to commit."""
     folder = Path(os.environ.get("CL_BENCH_DEVELOPMENT_DATA", CHECKOUT.parent / "shared" / "data"))
     if not folder.is_dir():
-        pytest.skip(
-            f"There is no development data at {folder}: name its folder in CL_BENCH_DEVELOPMENT_DATA."
-        )
+        pytest.skip(f"No development data at {folder}: name its folder in CL_BENCH_DEVELOPMENT_DATA.")
     return folder
 
 
 @pytest.fixture(scope="session")
+def tiny_backbone() -> Callable[..., Backbone]:
+    """Makes a ViT of two blocks, 32 wide, for images of 8 pixels; its options go by keyword."""
+    return _tiny_backbone
+
+
+def _tiny_backbone(
+    weights: str | Path = "random",
+    *,
+    normalisation: Normalisation = "unit",
+    seed: int = 0,
+    compiler: str | None = None,
+    **options: Any,
+) -> Backbone:
+    from cl_bench.network.backbones import Backbone
+
+    tiny = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return Backbone("vision_transformer", str(weights), tiny | options, normalisation, seed, compiler)
+
+
+@pytest.fixture(scope="session")
 def wandb_records() -> Callable[[Path], list[Any]]:
-    """From the folder of an offline run of W&B to the records that it would send."""
+    """Returns the records that an offline run of W&B, given its folder, would send."""
     return lambda folder: [*_records(folder)]
 
 

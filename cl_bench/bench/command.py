@@ -17,9 +17,8 @@ from cl_bench.errors import suggestion
 from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.provenance import device_name
 from cl_bench.network.backbones import Backbone
-from cl_bench.run.configuration import CONFIGS, load, stems_of
+from cl_bench.run.configs import CONFIGS, Config, load, stems_of
 from cl_bench.run.run import quiet
-from cl_bench.run.schema import Config
 
 SMALL = "small"
 """Names a transformer of 2.7 million parameters for images of 64 pixels."""

@@ -23,7 +23,7 @@ from cl_bench.measure.moments import SecondMoments
 from cl_bench.measure.passes import measure
 from cl_bench.network.adapters import AdaptedLinear, LowRank
 from cl_bench.network.frozen import Frozen
-from cl_bench.run.schema import Config
+from cl_bench.run.configs import Config
 
 EARLY, LATE = 2, 20
 """Numbers of the experiences whose steps are compared, at the smallest batch: it hides a fixed cost least."""

@@ -21,8 +21,8 @@ from cl_bench.contracts.low_rank import memory_of
 from cl_bench.loop.callbacks import StreamMetrics
 from cl_bench.maths.memory import GPM
 from cl_bench.results.result import Protocol, Result
-from cl_bench.run.configuration import CONFIGS, Configuration, config_file, load, resolve
-from cl_bench.run.schema import Config
+from cl_bench.run.configs import CONFIGS, Config, config_file, load
+from cl_bench.run.configuration import Configuration, resolve
 
 _PROTECTED = 0.75  # of all directions, after the last experience
 _ROUNDING = 1e-6  # a share of energy that a basis kept in float32 may miss of itself

@@ -11,7 +11,7 @@ from torch.utils.benchmark import timer
 from cl_bench.bench.stream import ShortStream
 from cl_bench.bench.subject import configured
 from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
-from cl_bench.run.schema import Config
+from cl_bench.run.configs import Config
 
 _COUNTED = ("training", "data_passes", "evaluation")
 _WRITTEN = 4  # checkpoints of an experience: one before each of its phases

@@ -15,9 +15,8 @@ from cl_bench.check.claims import verdicts
 from cl_bench.check.subject import Subject
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.errors import sentence, suggestion
-from cl_bench.run.configuration import config_file, stems_of
+from cl_bench.run.configs import Config, config_file, stems_of
 from cl_bench.run.run import quiet
-from cl_bench.run.schema import Config
 
 
 def check(name: str, overrides: Sequence[str], console: Console) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from cl_bench.run.configs import stems_of
+
 _USAGE = "cl-bench check STRATEGY [--KEY VALUE ...]"
 
 
@@ -28,8 +30,6 @@ def run(words: list[str]) -> int:
 
 
 def _help() -> str:
-    from cl_bench.run.configuration import stems_of
-
     return (
         f"usage: {_USAGE}\n\n"
         "Run a strategy on a tiny transformer and stream, and print a line for each claim of its contract.\n"

@@ -12,7 +12,7 @@ from cl_bench.check.data import ImagesSeen
 from cl_bench.check.subject import Broken, Moment, Run, Subject, copied_state, differing, some
 from cl_bench.loop.checkpoint import Checkpoint, Checkpoints
 from cl_bench.loop.continuation import resumption
-from cl_bench.loop.snapshot import NoPlace
+from cl_bench.processes.state import NoPlace
 
 PRECISIONS = ("32-true", "bf16-mixed")
 

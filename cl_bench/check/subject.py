@@ -22,8 +22,8 @@ from cl_bench.errors import sentence
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import pooled
-from cl_bench.run.configuration import CONFIGS, Configuration, resolve
-from cl_bench.run.schema import Config
+from cl_bench.run.configs import CONFIGS, Config
+from cl_bench.run.configuration import Configuration, resolve
 
 RANK = 4
 """Rank of adapters under check; a published rank would fill the tiny transformer."""

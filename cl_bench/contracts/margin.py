@@ -12,7 +12,7 @@ from cl_bench.data.experience import Experience
 from cl_bench.maths.losses import augmented_triplet, decoupled_margin
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.heads import Features, Prototypes, pooled
+from cl_bench.network.heads import Prototypes, pooled
 
 MarginLoss = Literal["nearest", "all", "triplet"]
 """How nearness counts: to the nearest old prototype, to all that are too near, or by triplets."""
@@ -68,7 +68,7 @@ class DecoupledMargin(Strategy):
         if self.decoupled_margin:
             self.prototypes.grow(experience.num_classes)
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
         """Return the loss of the other strategy plus the margin term."""
         return super().loss(features, labels) + self.margin_term(pooled(features), labels)
 

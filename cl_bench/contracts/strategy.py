@@ -21,7 +21,7 @@ from cl_bench.data.experience import Experience
 from cl_bench.maths.losses import local_cross_entropy
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.heads import Features, GrowingLinear, Head, TrainableHead, pooled
+from cl_bench.network.heads import GrowingLinear, Head, TrainableHead, pooled
 from cl_bench.processes.ranks import connected, from_first, gathered, part, totals
 
 Batch = tuple[Tensor, Tensor]
@@ -151,17 +151,16 @@ class Strategy(LightningModule):
     def before_training(self, data: TrainingData) -> None:
         """Measure the data before the first step; write tensors that the optimizer holds in place."""
 
-    def features(self, images: Tensor) -> Tensor | Features:
-        """Map images (B, 3, H, W) to features (B, d), in training and at test time alike.
+    def features(self, images: Tensor) -> Any:
+        """Map images (B, 3, H, W) to features (B, d), in training and at test time.
 
         A method that feeds prompts to the backbone, or reads something else from it, overrides this. If its
         loss needs more than the features, it returns :class:`~cl_bench.network.heads.Features`, and
         :meth:`loss` receives these.
         """
-        found: Tensor = self.backbone(images)
-        return found
+        return self.backbone(images)
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
         """Return the scalar loss of what :meth:`features` returned, and labels (B,).
 
         By default it is the cross-entropy over the classes of this experience.
@@ -261,8 +260,8 @@ class Strategy(LightningModule):
             self.kept_optimizer = self._optimizer(groups)
             return self.kept_optimizer
         held = {id(p) for group in self.kept_optimizer.param_groups for p in group["params"]}
-        for group in self.kept_optimizer.param_groups:  # a schedule leaves its last rate, and starts from it
-            group["lr"] = group.get("initial_lr", group["lr"])
+        for group in self.kept_optimizer.param_groups:
+            group["lr"] = group.get("initial_lr", group["lr"])  # a schedule starts anew from where it began
         for group in groups:
             new = [p for p in group["params"] if id(p) not in held]
             if new:

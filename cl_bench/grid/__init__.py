@@ -1,1 +1,1 @@
-"""Grids: the cells of strategies × datasets × settings × orders × seeds, and the engines that run them."""
+"""Grids: cells for every strategy, dataset, setting, class order and seed, and the engines that run them."""

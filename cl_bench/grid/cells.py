@@ -1,6 +1,6 @@
 """The cells that a grid file describes.
 
-Engines pickle cells, so this module imports neither torch nor Lightning until a cell is resolved.
+Engines send cells to other processes, so this module imports torch only when a cell is resolved.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_bench.errors import suggestion
+from cl_bench.run.configs import config_file, load
 
 if TYPE_CHECKING:
     from cl_bench.run.configuration import Configuration
@@ -31,7 +32,7 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell by the words of its command, small enough to hand to another process.
+    """The words of the command that runs a cell.
 
     Attributes:
         strategy: Config stem or path.
@@ -44,14 +45,14 @@ class Cell:
     overrides: tuple[str, ...]
 
     def configuration(self) -> Configuration:
-        """Resolve the cell."""
+        """Return the cell's resolved configuration."""
         from cl_bench.run.configuration import layers, resolve
 
         return resolve(layers(self.strategy, self.dataset), self.overrides)
 
     @property
     def command(self) -> str:
-        """The command that runs this cell alone."""
+        """The command that runs only this cell."""
         return shlex.join(("cl-bench", "run", self.strategy, self.dataset, *self.overrides))
 
 
@@ -62,7 +63,7 @@ class Grid:
     Attributes:
         strategies: Config stems or paths.
         datasets: Config stems or paths.
-        settings: For a strategy, named sets of overrides; a strategy without any runs once, as it is.
+        settings: Named sets of overrides for each strategy; a strategy without any runs once.
         orders: Class orders.
         seeds: Seeds.
         results: Folder of all results.
@@ -78,7 +79,7 @@ class Grid:
     common: dict[str, Any] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
-        """Yield the cells, seeds outermost, so that an unfinished grid has every strategy once."""
+        """Yield the cells, with seeds outermost: an unfinished grid has the first seed of every strategy."""
         for seed, order, dataset, strategy in itertools.product(
             self.seeds, self.orders, self.datasets, self.strategies
         ):
@@ -93,21 +94,19 @@ class Grid:
 
 
 def read_grid(name: str, results: Path | None = None) -> Grid:
-    """Read a grid by config stem or path; ``results`` replaces the folder it names.
+    """Return the grid with this config stem or path; ``results`` replaces its results folder.
 
     Raises:
-        ValueError: If the file is no grid.
-        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a grid.
+        FileNotFoundError: If the file does not exist.
     """
-    from cl_bench.run.configuration import config_file, load
-
     path = config_file("grids", name)
     content = load(path)
     if not {"strategies", "datasets"} <= content.keys():
         raise ValueError(f"{path} is not a grid: it must name strategies and datasets.")
     for key, value in content.items():
         if key not in _KEYS:
-            raise ValueError(f"{path} has no use for {key!r}. {suggestion(key, _KEYS)}")
+            raise ValueError(f"{path} cannot contain {key!r}. {suggestion(key, _KEYS)}")
         if not isinstance(value, _KEYS[key]):
             raise ValueError(f"In {path}, {key} must be a {_KEYS[key].__name__}, not {value!r}.")
     _require_names(content, path)
@@ -115,10 +114,12 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
         if strategy not in content["strategies"]:
             raise ValueError(f"{path} has settings for {strategy}, which is not among its strategies.")
     for strategy, settings in content.get("settings", {}).items():
-        if not isinstance(settings, dict) or not all(isinstance(one, dict) for one in settings.values()):
+        if not isinstance(settings, dict) or not all(
+            isinstance(overrides, dict) for overrides in settings.values()
+        ):
             raise ValueError(
-                f"In {path}, the settings of {strategy} must be names, each with its options in braces: "
-                "a: {rank: 4}."
+                f"In {path}, the settings of {strategy} must be names with their overrides, such as "
+                "{small: {rank: 4}}."
             )
     if results is not None:
         content["results"] = str(results)

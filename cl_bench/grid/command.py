@@ -1,4 +1,4 @@
-"""The verb ``grid``: what is to run, what runs, and what became of it."""
+"""The verb ``grid``: which cells must run, their progress, and their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from cl_bench.grid.cells import Cell, read_grid
 from cl_bench.grid.engine import Engine
 from cl_bench.grid.sharing import require_shared
-from cl_bench.grid.work import Ending, Job
+from cl_bench.grid.work import Job, Outcome
 from cl_bench.results.result import FILE_NAME, read
 from cl_bench.run.configuration import Configuration
 from cl_bench.run.run import finished
@@ -24,12 +24,12 @@ from cl_bench.run.run import finished
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A cell of a grid with what is known of it.
+    """A cell of a grid, and its result if there is one.
 
     Attributes:
         cell: The words of its command.
-        configuration: The same, resolved.
-        done: Its finished result file, if there is one.
+        configuration: Its resolved configuration.
+        done: Its result file if it is finished, otherwise None.
     """
 
     cell: Cell
@@ -42,10 +42,10 @@ class Entry:
         folder = self.configuration.folder
         return f"{folder.parent.name} on {self.configuration.benchmark}, {folder.name}"
 
-    def job(self, *, patient: bool) -> Job:
-        """The cell as an engine takes it."""
+    def job(self, *, waits: bool) -> Job:
+        """The cell as an engine runs it; ``waits`` if another process runs it already."""
         configuration = self.configuration
-        return Job(self.cell, configuration.folder, configuration.namespace.threads, patient)
+        return Job(self.cell, configuration.folder, configuration.namespace.threads, waits)
 
 
 def run_grid(name: str, results: Path | None, engine: Callable[[Path], Engine], *, dry_run: bool) -> bool:
@@ -53,13 +53,14 @@ def run_grid(name: str, results: Path | None, engine: Callable[[Path], Engine], 
 
     Args:
         name: Config stem or path.
-        results: Folder of all results, if not the grid's own.
-        engine: What runs cells, given the folder of all results.
-        dry_run: List the cells and run nothing.
+        results: Folder of all results; None means that of the grid.
+        engine: Returns the engine, given the folder of all results.
+        dry_run: Whether to list the cells and run nothing.
 
     Raises:
-        ValueError: If the grid or any of its cells is not valid, or the engine cannot be used.
-            No cell has run then.
+        ValueError: If the grid or one of its cells is not valid, or the engine cannot be used. No cell has
+        run
+            then.
     """
     console = Console(highlight=False, soft_wrap=True)
     grid = read_grid(name, results)
@@ -77,17 +78,18 @@ def run_grid(name: str, results: Path | None, engine: Callable[[Path], Engine], 
 
 
 def run_waiting(entries: Sequence[Entry], engine: Engine, console: Console) -> bool:
-    """Run those of ``entries`` that are not done, say what failed, and return whether all are done.
+    """Run those of ``entries`` that are not done, print which failed, and return whether all are done.
 
-    Cells that another process runs come last; by then they are done, or run here if that process is dead.
+    Cells that another process runs come last. By then they are done, or that process is dead and they run
+    here.
 
     Raises:
-        ValueError: If the engine cannot be used; no cell has run then.
+        ValueError: If the engine cannot be used. No cell has run then.
     """
     waiting = [entry for entry in entries if entry.done is None]
     if not waiting:
         return True
-    # A grid that is told to end must end its cells, as Ctrl-C does.
+    # SIGTERM must terminate the cells of the grid, as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with engine:
@@ -102,56 +104,56 @@ def run_waiting(entries: Sequence[Entry], engine: Engine, console: Console) -> b
 
 
 def known(cells: Sequence[Cell]) -> list[Entry]:
-    """Resolve ``cells`` and look for their results.
+    """Return ``cells`` with their configurations and finished results.
 
     Raises:
-        ValueError: If a cell is not valid, or is there twice.
+        ValueError: If a cell is not valid, or two of them are the same.
     """
     entries = [Entry(cell, configuration := cell.configuration(), finished(configuration)) for cell in cells]
     hashes = Counter(entry.configuration.hash for entry in entries)
     for entry in entries:
         if hashes[entry.configuration.hash] > 1:
-            raise ValueError(f"The grid holds the same cell twice: {entry.cell.command}. Remove one of them.")
+            raise ValueError(f"The grid contains this cell twice: {entry.cell.command}. Remove one of them.")
     return entries
 
 
 def _run(entries: list[Entry], engine: Engine, console: Console) -> list[tuple[Entry, str]]:
     display = _Display(len(entries), console)
     with display.live:
-        errors, held = _pass_over(entries, engine, display, patient=False)
+        errors, held = _run_once(entries, engine, display, waits=False)
         if held:
-            display.say(f"  {len(held)} cells are being run by another process: waiting for their results")
-            errors += _pass_over(held, engine, display, patient=True)[0]
+            display.print(f"  another process runs {len(held)} of the cells: waiting for their results")
+            errors += _run_once(held, engine, display, waits=True)[0]
     return errors
 
 
-def _pass_over(
-    entries: list[Entry], engine: Engine, display: _Display, *, patient: bool
+def _run_once(
+    entries: list[Entry], engine: Engine, display: _Display, *, waits: bool
 ) -> tuple[list[tuple[Entry, str]], list[Entry]]:
     """Run ``entries`` and return those that failed, with the reason, and those that another process runs."""
-    by_job = {entry.job(patient=patient): entry for entry in entries}
+    by_job = {entry.job(waits=waits): entry for entry in entries}
     errors: list[tuple[Entry, str]] = []
     held: list[Entry] = []
 
-    def ended(job: Job, ending: Ending) -> None:
+    def ended(job: Job, outcome: Outcome) -> None:
         entry = by_job[job]
-        if ending.held:
-            display.put_back(entry)
+        if outcome.held:
+            display.remove(entry)
             held.append(entry)
             return
-        error = ending.error
+        error = outcome.error
         if error is None and finished(entry.configuration) is None:
-            error = f"The cell left no finished result in {entry.configuration.folder}."
+            error = f"The cell has no finished result in {entry.configuration.folder}."
         display.ended(entry, error)
         if error is not None:
             errors.append((entry, error))
 
-    engine.run(list(by_job), lambda job: display.began(by_job[job]), ended)
+    engine.run(list(by_job), lambda job: display.started(by_job[job]), ended)
     return errors, held
 
 
 class _Display:
-    """A bar over the cells, and a line for each cell that runs, read from its result file."""
+    """A progress bar of the cells, and one for each running cell, whose progress its result file shows."""
 
     def __init__(self, cells: int, console: Console) -> None:
         self._progress = Progress(
@@ -159,25 +161,25 @@ class _Display:
         )
         self._cells = self._progress.add_task("cells", total=cells)
         self._running: dict[Entry, TaskID] = {}
-        self._changing = threading.Lock()  # cells begin and the picture is drawn in other threads
+        self._changing = threading.Lock()  # other threads start cells and draw the bars
         self.live = Live(get_renderable=self._render, console=console, refresh_per_second=2, transient=True)
 
-    def began(self, entry: Entry) -> None:
+    def started(self, entry: Entry) -> None:
         length = entry.configuration.datamodule.stream_length
         with self._changing:
             self._running[entry] = self._progress.add_task(f"  {entry.title}", total=length)
 
-    def put_back(self, entry: Entry) -> None:
+    def remove(self, entry: Entry) -> None:
         with self._changing:
-            if entry in self._running:  # an engine may see a short job only when it has ended
+            if entry in self._running:  # engines may miss the start of a short job
                 self._progress.remove_task(self._running.pop(entry))
 
     def ended(self, entry: Entry, error: str | None) -> None:
-        self.put_back(entry)
+        self.remove(entry)
         self._progress.advance(self._cells)
-        self.say(f"  {entry.title}: {'failed' if error else _outcome(entry)}")
+        self.print(f"  {entry.title}: {'failed' if error else _outcome(entry)}")
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
         self.live.console.print(line, markup=False)
 
     def _render(self) -> Progress:
@@ -190,7 +192,7 @@ class _Display:
 def _experiences_done(entry: Entry) -> int:
     try:
         return len(read(entry.configuration.folder / FILE_NAME).rows)
-    except (OSError, ValueError):  # not begun, or left broken by an earlier attempt
+    except (OSError, ValueError):  # the result is missing, or damaged by an earlier attempt
         return 0
 
 

@@ -1,4 +1,4 @@
-"""What an engine is: the one thing that differs between a grid on this machine, on Ray and on SLURM."""
+"""The contract of an engine, which runs the cells of a grid: on this machine, on Ray or on SLURM."""
 
 from __future__ import annotations
 
@@ -6,41 +6,41 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Self, TypeVar
 
-from cl_bench.grid.work import Ending, Job
+from cl_bench.grid.work import Job, Outcome
 
-Answer = TypeVar("Answer")
+Value = TypeVar("Value")
 
 
 class Engine(ABC):
-    """Runs cells somewhere, between entering and leaving it."""
+    """Runs cells while its context is entered."""
 
     def __enter__(self) -> Self:
-        """Connect to where cells run."""
+        """Connect to the machines that run cells."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End what still runs, and disconnect."""
+        """Terminate unfinished cells, and disconnect."""
         self.close()
 
     @abstractmethod
     def close(self) -> None:
-        """End what still runs, and disconnect."""
+        """Terminate unfinished cells, and disconnect."""
 
     @abstractmethod
-    def ask(self, question: Callable[[], Answer]) -> list[Answer]:
-        """Return what ``question`` answers where cells run, on every machine that is known beforehand."""
+    def call(self, function: Callable[[], Value]) -> list[Value]:
+        """Return what ``function`` returns on each machine that is known to run cells, at least on one."""
 
     @abstractmethod
     def run(
         self,
         jobs: Sequence[Job],
-        began: Callable[[Job], None],
-        ended: Callable[[Job, Ending], None],
+        started: Callable[[Job], None],
+        ended: Callable[[Job, Outcome], None],
     ) -> None:
-        """Run ``jobs``; one that fails does not stop the rest.
+        """Run ``jobs``; if one fails, the others still run.
 
         Args:
-            jobs: What to run, first ones first.
-            began: Called when a job starts, from any thread.
-            ended: Called when it has ended, in the calling thread.
+            jobs: What to run, in this order.
+            started: Called when a job starts, from any thread.
+            ended: Called when a job has ended, from the thread of the caller.
         """

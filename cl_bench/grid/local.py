@@ -1,4 +1,4 @@
-"""The local engine: cells on this machine, each in a process of its own."""
+"""The local engine: cells on this machine, each in its own process."""
 
 from __future__ import annotations
 
@@ -10,54 +10,54 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 
 import torch
 
-from cl_bench.grid.engine import Answer, Engine
-from cl_bench.grid.work import Ending, Job, in_new_process
+from cl_bench.grid.engine import Engine, Value
+from cl_bench.grid.work import Job, Outcome, in_new_process
 
 
 class LocalEngine(Engine):
     """Cells on this machine.
 
     Args:
-        workers: Cells at a time; None is one where they would share an accelerator, and else fills the CPUs
-            with the threads of a cell.
+        workers: Cells at a time; None means one if they would share a GPU, and otherwise as many as the CPUs
+            have room for, given the threads of a cell.
     """
 
     def __init__(self, workers: int | None = None) -> None:
         self._workers = workers
 
     def close(self) -> None:
-        """Leave nothing: the cells have ended with :meth:`run`."""
+        """Do nothing: all cells have ended when :meth:`run` returns."""
 
-    def ask(self, question: Callable[[], Answer]) -> list[Answer]:
-        """Return what ``question`` answers here."""
-        return [question()]
+    def call(self, function: Callable[[], Value]) -> list[Value]:
+        """Return what ``function`` returns here."""
+        return [function()]
 
     def run(
         self,
         jobs: Sequence[Job],
-        began: Callable[[Job], None],
-        ended: Callable[[Job, Ending], None],
+        started: Callable[[Job], None],
+        ended: Callable[[Job, Outcome], None],
     ) -> None:
-        """Run ``jobs``, some at a time."""
-        unwanted = threading.Event()
+        """Run ``jobs``, several at a time."""
+        stopped = threading.Event()
 
-        def supervise(job: Job) -> Ending:
-            began(job)
-            return in_new_process(job, unwanted)
+        def supervise(job: Job) -> Outcome:
+            started(job)
+            return in_new_process(job, stopped)
 
         with ThreadPoolExecutor(self._workers or _room(jobs)) as pool:
             try:
-                futures: dict[Future[Ending], Job] = {pool.submit(supervise, job): job for job in jobs}
+                futures: dict[Future[Outcome], Job] = {pool.submit(supervise, job): job for job in jobs}
                 for future in as_completed(futures):
                     ended(futures[future], future.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                unwanted.set()  # first, for a cell that is being started is nobody's child yet
-                _end_cells()
+                stopped.set()  # first: a process that is being started is not yet among the children
+                _terminate_cells()
                 raise
 
 
-def _end_cells() -> None:
+def _terminate_cells() -> None:
     for process in multiprocessing.active_children():
         process.terminate()
 

@@ -1,7 +1,4 @@
-"""The options of ``cl-bench grid``, and those that choose its engine, which ``reproduce`` has too.
-
-Torch and Lightning are imported only when the options are run.
-"""
+"""The options of ``cl-bench grid``, and those that choose an engine, which ``cl-bench reproduce`` shares."""
 
 from __future__ import annotations
 
@@ -61,7 +58,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 def engine_of(options: argparse.Namespace) -> Callable[[Path], Engine]:
     """Return a function from the folder of all results to the engine that ``options`` choose.
 
-    The function raises ValueError if the engine has no use for an option, or its extra is not installed.
+    That function raises ValueError if an option has no effect with that engine, or its extra is not
+    installed.
 
     Raises:
         ValueError: If a parameter of sbatch is not written as KEY=VALUE.
@@ -69,7 +67,7 @@ def engine_of(options: argparse.Namespace) -> Callable[[Path], Engine]:
     slurm = None if options.slurm is None else dict(map(_parameter, options.slurm))
 
     def engine(results: Path) -> Engine:
-        _require_use(options)
+        _require_effect(options)
         try:
             if options.engine == "ray":
                 from cl_bench.grid.ray import RayEngine
@@ -99,7 +97,7 @@ def _parameter(word: str) -> tuple[str, str | int]:
     return name, int(value) if value.isdecimal() else value
 
 
-def _require_use(options: argparse.Namespace) -> None:
+def _require_effect(options: argparse.Namespace) -> None:
     if options.workers is not None and options.workers < 1:
         raise ValueError(f"A grid cannot run with {options.workers} workers: give at least one.")
     if options.gpus_per_cell is not None and not 0 <= options.gpus_per_cell:
@@ -111,5 +109,5 @@ def _require_use(options: argparse.Namespace) -> None:
     ):
         if given is not None and options.engine not in engines:
             raise ValueError(
-                f"The engine {options.engine} has no use for {option}: add --engine {engines[0]}."
+                f"{option} has no effect with the engine {options.engine}: add --engine {engines[0]}."
             )

@@ -1,4 +1,4 @@
-"""The engine on Ray: cells on every machine of a cluster that is running already."""
+"""The engine on Ray: cells on every machine of a running cluster."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cl_bench.errors import sentence
-from cl_bench.grid.engine import Answer, Engine
-from cl_bench.grid.work import Ending, Job, in_new_process
+from cl_bench.grid.engine import Engine, Value
+from cl_bench.grid.work import Job, Outcome, in_new_process
 
 _ATTEMPTS_AFTER_A_LOSS = 3
 _CONNECT_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
-_PASSED_ON = ("WANDB_", "HF_")  # what a cell reads from the environment of whoever started the grid
+_PASSED_ON = ("WANDB_", "HF_")  # variables of the grid's environment that cells use
 
 
 class RayEngine(Engine):
-    """Cells on a Ray cluster. Where a machine is lost, those that it ran run again on another.
+    """Cells on a Ray cluster. If a machine fails, its cells run again on another.
 
     Args:
         address: HOST:PORT of the cluster; None is RAY_ADDRESS, or the cluster that this machine is part of.
-        workers: Cells at a time; None leaves it to Ray.
-        gpus_per_cell: GPUs of a cell; None is one where the cluster has any.
+        workers: Cells at a time; None lets Ray decide.
+        gpus_per_cell: GPUs of a cell; None means one if the cluster has any.
     """
 
     def __init__(self, address: str | None, workers: int | None, gpus_per_cell: float | None) -> None:
@@ -39,13 +39,13 @@ class RayEngine(Engine):
         self._gpus = gpus_per_cell
 
     def __enter__(self) -> Self:
-        """Connect.
+        """Connect to the cluster.
 
         Raises:
-            ValueError: If there is no such cluster.
+            ValueError: If no cluster runs at the address.
         """
         _require_listener(self._address)
-        before = signal.getsignal(signal.SIGTERM)  # Ray puts its own in place
+        before = signal.getsignal(signal.SIGTERM)  # Ray replaces it
         try:
             ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -58,25 +58,25 @@ class RayEngine(Engine):
         return self
 
     def close(self) -> None:
-        """Disconnect; Ray ends the workers of this grid, and each ends its cell."""
+        """Disconnect; Ray terminates the workers of this grid, and each terminates its cell."""
         ray.shutdown()
 
-    def ask(self, question: Callable[[], Answer]) -> list[Answer]:
-        """Return what ``question`` answers on each machine of the cluster."""
-        remote: Any = ray.remote(num_cpus=0)(_answer)
+    def call(self, function: Callable[[], Value]) -> list[Value]:
+        """Return what ``function`` returns on each machine of the cluster."""
+        remote: Any = ray.remote(num_cpus=0)(_called)
         pinned = (NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in _nodes())
-        answers: list[Answer] = ray.get(
-            [remote.options(scheduling_strategy=where).remote(question) for where in pinned]
+        values: list[Value] = ray.get(
+            [remote.options(scheduling_strategy=where).remote(function) for where in pinned]
         )
-        return answers
+        return values
 
     def run(
         self,
         jobs: Sequence[Job],
-        began: Callable[[Job], None],
-        ended: Callable[[Job, Ending], None],
+        started: Callable[[Job], None],
+        ended: Callable[[Job, Outcome], None],
     ) -> None:
-        """Run ``jobs`` wherever there is room.
+        """Run ``jobs`` on any machine with room for them.
 
         Raises:
             ValueError: If no machine of the cluster has room for one of them.
@@ -96,9 +96,9 @@ class RayEngine(Engine):
             done, _ = ray.wait(list(running), timeout=_LOOK_SECONDS)
             for job in [job for job in running.values() if job in logs and _written(job) != logs[job]]:
                 del logs[job]
-                began(job)
+                started(job)
             for reference in done:
-                ended(running.pop(reference), _ending(reference))
+                ended(running.pop(reference), _outcome(reference))
 
     def _gpus_of_a_cell(self) -> float:
         if self._gpus is not None:
@@ -106,12 +106,12 @@ class RayEngine(Engine):
         return 1.0 if any(node["Resources"].get("GPU") for node in _nodes()) else 0.0
 
 
-def _run(job: Job, folder: Path, environment: Mapping[str, str]) -> Ending:
-    """Run ``job`` on this machine, as if the grid had been started here in ``folder``."""
+def _run(job: Job, folder: Path, environment: Mapping[str, str]) -> Outcome:
+    """Run ``job`` on this machine as if the grid had been started here, in ``folder``."""
     try:
         os.chdir(folder)
     except OSError as error:
-        return Ending(
+        return Outcome(
             f"{platform.node()} cannot enter {folder} ({error.strerror}): start the grid in a folder that "
             "every machine has."
         )
@@ -119,12 +119,12 @@ def _run(job: Job, folder: Path, environment: Mapping[str, str]) -> Ending:
     return in_new_process(job)
 
 
-def _answer(question: Callable[[], Answer]) -> Answer:
-    return question()
+def _called(function: Callable[[], Value]) -> Value:
+    return function()
 
 
 def _require_listener(address: str) -> None:
-    """Find out in seconds that nobody listens at an address; Ray would try for minutes."""
+    """Check in seconds that a server listens at the address; Ray would try for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -144,28 +144,28 @@ def _nodes() -> list[dict[str, Any]]:
 
 
 def _require_room(cpus: int, gpus: float) -> None:
-    """Refuse what Ray would wait for without end."""
+    """Refuse cells for which Ray would wait forever."""
     for node in _nodes():
         resources = node["Resources"]
         if resources.get("CPU", 0) >= cpus and resources.get("GPU", 0) >= gpus:
             return
     raise ValueError(
-        f"No machine of the Ray cluster has {cpus} CPUs and {gpus:g} GPUs, which a cell takes: add one with "
+        f"No machine of the Ray cluster has the CPUs ({cpus}) and GPUs ({gpus:g}) of a cell: add one with "
         "ray start --address, or choose fewer --threads or --gpus-per-cell."
     )
 
 
 def _written(job: Job) -> int | None:
-    """Return when the log of a job was last opened or written, in nanoseconds; None if there is none."""
+    """Return when the log of a job was last written, in nanoseconds; None if it does not exist."""
     try:
         return job.log.stat().st_mtime_ns
     except OSError:
         return None
 
 
-def _ending(reference: Any) -> Ending:
+def _outcome(reference: Any) -> Outcome:
     try:
-        ending: Ending = ray.get(reference)
+        outcome: Outcome = ray.get(reference)
     except ray.exceptions.RayError as error:
-        return Ending(f"Ray could not run the cell: {sentence(error)}")
-    return ending
+        return Outcome(f"Ray could not run the cell: {sentence(error)}")
+    return outcome

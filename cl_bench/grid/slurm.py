@@ -1,4 +1,4 @@
-"""The engine on SLURM: every cell is a job, submitted through submitit."""
+"""The engine on SLURM: submitit submits every cell as a job."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, Uncomplet
 from submitit.helpers import Checkpointable
 
 from cl_bench.errors import sentence
-from cl_bench.grid.engine import Answer, Engine
-from cl_bench.grid.work import Ending, Job, in_this_process
+from cl_bench.grid.engine import Engine, Value
+from cl_bench.grid.work import Job, Outcome, in_this_process
 
 _LOOK_SECONDS = 1.0
 _MINUTES = 24 * 60
-_MINUTES_OF_A_QUESTION = 5
+_MINUTES_OF_A_CALL = 5
 _REQUEUES = 100
 
 
 class SlurmEngine(Engine):
-    """Cells as SLURM jobs; one that runs out of time, or is preempted, is queued again.
+    """Cells as SLURM jobs; a job that runs out of time or is preempted is requeued.
 
     Args:
-        results: Folder of all results; what submitit keeps of its jobs goes into ``.slurm`` below it.
-        workers: Cells at a time; None leaves it to SLURM.
-        gpus_per_cell: Whole GPUs of a cell; None is none.
-        parameters: Parameters of sbatch, such as partition and time (in minutes, a day unless given).
-        cluster: ``local`` has submitit start the jobs as processes of this machine, as its own tests do.
+        results: Folder of all results; submitit keeps the files of its jobs in its subfolder ``.slurm``.
+        workers: Cells at a time; None lets SLURM decide.
+        gpus_per_cell: GPUs of a cell, a whole number; None means 0.
+        parameters: Parameters of sbatch, such as partition and time, in minutes and by default a day.
+        cluster: With ``local``, submitit starts the jobs as processes of this machine, as its own tests do.
 
     Raises:
-        ValueError: If there is no SLURM here, or a parameter cannot be used.
+        ValueError: If SLURM is not installed here, or a parameter cannot be used.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class SlurmEngine(Engine):
             )
         except RuntimeError as error:
             raise ValueError(
-                "There is no SLURM on this machine (no srun): log in to one that has it, or choose another "
-                "--engine."
+                "SLURM is not installed on this machine (srun was not found): log in to one that has it, or "
+                "choose another --engine."
             ) from error
         parallel = {} if workers is None else {"slurm_array_parallelism": workers}
         named = {f"slurm_{name}": value for name, value in parameters.items() if name != "time"}
@@ -71,20 +71,20 @@ class SlurmEngine(Engine):
         try:
             self._executor.update_parameters(**always | parallel | named)
         except (NameError, ValueError, TypeError, AssertionError) as error:
-            raise ValueError(f"--slurm cannot be used as it is: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"--slurm cannot be used: {str(error).splitlines()[0]}") from error
 
     def close(self) -> None:
-        """Cancel the jobs that are not done."""
+        """Cancel unfinished jobs."""
         for submitted in self._submitted:
             if not submitted.done():
                 submitted.cancel(check=False)
 
-    def ask(self, question: Callable[[], Answer]) -> list[Answer]:
-        """Return what ``question`` answers in a short job; it waits in the queue as any other."""
-        minutes = min(_MINUTES_OF_A_QUESTION, self._minutes)
+    def call(self, function: Callable[[], Value]) -> list[Value]:
+        """Return what ``function`` returns in a short job, which waits in the queue like any other."""
+        minutes = min(_MINUTES_OF_A_CALL, self._minutes)
         self._executor.update_parameters(timeout_min=minutes, cpus_per_task=1)
         with _refusing():
-            job = self._executor.submit(question)
+            job = self._executor.submit(function)
         self._submitted.append(job)
         self._executor.update_parameters(timeout_min=self._minutes)
         try:
@@ -95,12 +95,12 @@ class SlurmEngine(Engine):
     def run(
         self,
         jobs: Sequence[Job],
-        began: Callable[[Job], None],
-        ended: Callable[[Job, Ending], None],
+        started: Callable[[Job], None],
+        ended: Callable[[Job, Outcome], None],
     ) -> None:
-        """Run ``jobs`` as job arrays, one for each number of threads."""
+        """Run ``jobs`` as job arrays, one array for each number of threads."""
         threads = attrgetter("threads")
-        running: list[tuple[submitit.Job[Ending], Job]] = []
+        running: list[tuple[submitit.Job[Outcome], Job]] = []
         for cpus, group in itertools.groupby(sorted(jobs, key=threads), key=threads):
             alike = list(group)
             self._executor.update_parameters(cpus_per_task=cpus)
@@ -114,19 +114,19 @@ class SlurmEngine(Engine):
                 done = submitted.done()
                 if job in queued and (done or submitted.state == "RUNNING"):
                     queued.remove(job)
-                    began(job)
+                    started(job)
                 if done:
                     running.remove((submitted, job))
-                    ended(job, _ending(submitted))
+                    ended(job, _outcome(submitted))
             time.sleep(_LOOK_SECONDS)
 
 
 class _InJob(Checkpointable):
-    """Runs a cell in the process of its job; submitit queues it again when SLURM stops it early."""
+    """Runs a cell in the process of its job; submitit requeues the job if SLURM stops it early."""
 
-    def __call__(self, job: Job) -> Ending:
-        """Return how it ended."""
-        # The signal by which submitit queues the job again is another; SLURM may send this one before it.
+    def __call__(self, job: Job) -> Outcome:
+        """Return how the cell ended."""
+        # SLURM may send SIGTERM before the other signal on which submitit requeues the job.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return in_this_process(job)
 
@@ -136,16 +136,16 @@ def _refusing() -> Iterator[None]:
     try:
         yield
     except (FailedJobError, FailedSubmissionError) as error:
-        raise ValueError(f"SLURM did not take the jobs: {sentence(error)}") from error
+        raise ValueError(f"SLURM refused the jobs: {sentence(error)}") from error
 
 
-def _ending(submitted: submitit.Job[Ending]) -> Ending:
+def _outcome(submitted: submitit.Job[Outcome]) -> Outcome:
     try:
         return submitted.result()
     except FailedJobError as error:
-        return Ending(f"The job of the cell failed: {_last_line(error)}")
+        return Outcome(f"The job of the cell failed: {_last_line(error)}")
     except UncompletedJobError:
-        return Ending(f"The job of the cell ended without a word; see {submitted.paths.stderr}.")
+        return Outcome(f"The job of the cell ended without an outcome; see {submitted.paths.stderr}.")
 
 
 def _last_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What every engine does with one cell, wherever it runs."""
+"""What every engine does with a single cell, on any machine."""
 
 from __future__ import annotations
 
@@ -22,129 +22,130 @@ from cl_bench.run.claim import Held
 
 LOG_NAME = "log.txt"
 
-# Importing the stack takes seconds; a cell forked from a process that has done so starts in milliseconds.
+# Importing these takes seconds; a cell that is forked from a process with the imports starts in milliseconds.
 _PRELOAD = ["cl_bench.run.run", "cl_bench.grid.work", "avalanche.benchmarks", "sklearn.datasets", "timm"]
-_FAREWELL_SECONDS = 30.0
-_BURIAL_SECONDS = 1.0  # a forkserver that is killed is replaced once it is gone from the process table
+_TERMINATION_SECONDS = 30.0
+_REAPING_SECONDS = 1.0  # a killed forkserver is replaced after it has left the process table
 
 
 @dataclass(frozen=True)
 class Job:
-    """One cell to run.
+    """A cell to run.
 
     Attributes:
         cell: The words of its command.
-        folder: Its folder, where its output goes to ``log.txt``.
-        threads: CPU threads that it computes with.
-        patient: Whether it waits for another process that runs the same cell.
+        folder: Its folder; its output is appended to ``log.txt`` there.
+        threads: Number of CPU threads that it uses.
+        waits: Whether it waits if another process runs the same cell.
     """
 
     cell: Cell
     folder: Path
     threads: int
-    patient: bool = False
+    waits: bool = False
 
     @property
     def log(self) -> Path:
-        """Where its output goes."""
+        """File of its output."""
         return self.folder / LOG_NAME
 
 
 @dataclass(frozen=True)
-class Ending:
+class Outcome:
     """How a job ended.
 
     Attributes:
         error: What went wrong, in one sentence; None if nothing did.
-        held: Whether nothing was run because another process runs the cell.
+        held: Whether the cell was not run because another process runs it.
     """
 
     error: str | None = None
     held: bool = False
 
 
-# Starting or joining a process reads the exit status of every child that has ended, and it can be read once:
-# of two threads that do so at the same time one finds nothing, and takes that for a status of its own.
+# Starting or joining a process reads the exit status of every child that has ended, and a status can be read
+# only once: if two threads do so at the same time, one finds nothing and reports a wrong status.
 _children = threading.Lock()
 
 
-def in_new_process(job: Job, unwanted: threading.Event | None = None) -> Ending:
-    """Run ``job`` in a process of its own, with the environment of this one, and return how it ended.
+def in_new_process(job: Job, stopped: threading.Event | None = None) -> Outcome:
+    """Run ``job`` in a new process with the environment of this one, and return how it ended.
 
-    The process ends when this one does, so that a worker that is killed leaves no cell behind.
+    The process ends when this one ends, so a killed worker leaves no cell behind.
 
     Args:
         job: The cell.
-        unwanted: Ends the cell as soon as it has started, if set by then; starting may take seconds.
+        stopped: Terminates the cell if it is set while the process starts, which may take seconds.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(job, dict(os.environ), sender), daemon=False)
+    process = context.Process(target=_send_outcome, args=(job, dict(os.environ), sender), daemon=False)
     with receiver:
         try:
             with sender, _children:
                 process.start()
-        except (EOFError, OSError) as error:  # what it is forked from was killed
-            time.sleep(_BURIAL_SECONDS)
-            return Ending(
-                f"The process of the cell could not be started ({sentence(error)}), perhaps for want of "
-                "memory: run the grid again, with fewer --workers if need be."
+        except (EOFError, OSError) as error:  # the forkserver was killed
+            time.sleep(_REAPING_SECONDS)
+            return Outcome(
+                f"The process of the cell could not be started ({sentence(error)}), perhaps because "
+                "memory ran out: run the grid again, with fewer --workers if necessary."
             )
-        if unwanted is not None and unwanted.is_set():
+        if stopped is not None and stopped.is_set():
             process.terminate()
         try:
-            ending: Ending = receiver.recv()
-        except EOFError:  # the process died without a word
+            outcome: Outcome = receiver.recv()
+        except EOFError:  # the process was killed
             with _children:
                 process.join()
-            return Ending(f"The process of the cell ended with exit code {process.exitcode}; see {job.log}.")
+            return Outcome(f"The process of the cell ended with exit code {process.exitcode}; see {job.log}.")
     with _children:
         process.join()
-    return ending
+    return outcome
 
 
-def in_this_process(job: Job) -> Ending:
-    """Run ``job`` here, its output at the end of its log, and return how it ended.
+def in_this_process(job: Job) -> Outcome:
+    """Run ``job`` here, append its output to its log, and return how it ended.
 
-    Nothing is raised but SystemExit, by which submitit ends a job that it has queued again.
+    Raises:
+        SystemExit: If submitit ends the job because it has requeued it.
     """
-    from cl_bench.run.run import RunFailed, quiet, run  # seconds, in a process that only hands cells on
+    from cl_bench.run.run import RunFailed, quiet, run  # slow; processes that only pass cells on do without
 
     job.folder.mkdir(parents=True, exist_ok=True)
-    # Another process may be running the cell, and writing there.
+    # Appended, since another process may be running the cell and writing there.
     with job.log.open("a", encoding="utf-8", buffering=1) as log:
         log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} process {os.getpid()} on {platform.node()}\n")
         outputs = sys.stdout, sys.stderr
         sys.stdout = sys.stderr = log
         try:
             with quiet():
-                run(job.cell.configuration(), wait=print if job.patient else None)
-            return Ending()
+                run(job.cell.configuration(), wait=print if job.waits else None)
+            return Outcome()
         except Held as error:
-            return Ending(str(error), held=True)
-        except (Exception, KeyboardInterrupt) as error:  # whatever it is, the grid goes on and says it
+            return Outcome(str(error), held=True)
+        except (Exception, KeyboardInterrupt) as error:  # the grid prints any error and continues
             traceback.print_exception(error)
-            words = str(error) if isinstance(error, RunFailed) else sentence(error)
-            return Ending(f"{words} The traceback is in {job.log}")
+            message = str(error) if isinstance(error, RunFailed) else sentence(error)
+            return Outcome(f"{message} The traceback is in {job.log}")
         finally:
             sys.stdout, sys.stderr = outputs
 
 
-def _answer(job: Job, environment: Mapping[str, str], sender: Connection) -> None:
+def _send_outcome(job: Job, environment: Mapping[str, str], sender: Connection) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    # Ctrl-C in a terminal reaches every process; whoever supervises this one hears it, and asks it to end.
+    # Ctrl-C in a terminal signals every process; the parent handles it and terminates this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sender.send(in_this_process(job))
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the parent process, then ask this one to end, and insist."""
+    """Wait for the end of the parent process, then terminate this one, and kill it if that takes too long."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_FAREWELL_SECONDS)
+    time.sleep(_TERMINATION_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -15,19 +15,17 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from cl_bench.loop.course import Phase
 from cl_bench.results.files import replaced
 
 SCHEMA = 1
 FOLDER_NAME = "checkpoints"
 EVERY = 60.0
 """Seconds after a checkpoint from which on the end of an epoch writes another."""
-
-Phase = Literal["expanded", "training", "merging", "testing"]
-"""What comes next: the pass before training, the steps, the pass after them, or the evaluation."""
 
 _KEPT = 2
 

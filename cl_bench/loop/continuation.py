@@ -13,9 +13,8 @@ from lightning.pytorch import Trainer
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.loop import progress
-from cl_bench.loop.callbacks import Diverged
-from cl_bench.loop.checkpoint import Checkpoint, Checkpoints, Owner, Phase
-from cl_bench.loop.course import Course
+from cl_bench.loop.checkpoint import Checkpoint, Checkpoints, Owner
+from cl_bench.loop.course import Course, Diverged, Phase
 from cl_bench.loop.provenance import circumstances
 from cl_bench.loop.snapshot import (
     Pretrained,
@@ -39,10 +38,10 @@ class Continuation:
         trainer: The trainer of the run.
         strategy: The method, freshly built.
         result: The result of the run, still blank.
-        checkpoints: Where checkpoints are kept; None neither writes nor resumes.
+        checkpoints: Where checkpoints are kept. Without them or a result, nothing is written or resumed.
 
     Attributes:
-        resumed: The checkpoint to resume from, until the run has reached its place.
+        resumed: The checkpoint to resume from, until everything in it is restored.
 
     Raises:
         Refused: If the last checkpoint belongs to another run, or cannot be read without running code.
@@ -52,7 +51,7 @@ class Continuation:
         self,
         trainer: Trainer,
         strategy: Strategy,
-        result: Result,
+        result: Result | None = None,
         checkpoints: Checkpoints | None = None,
     ) -> None:
         self.resumed: Checkpoint | None = None
@@ -60,7 +59,7 @@ class Continuation:
         self._strategy = strategy
         self._result = result
         self._checkpoints = checkpoints
-        if checkpoints is None:
+        if checkpoints is None or result is None:
             return
         class_ = type(strategy)
         self._owner = Owner(
@@ -69,7 +68,7 @@ class Continuation:
         self._circumstances = circumstances(result.provenance)
         self._pretrained = Pretrained(strategy)
         self.resumed, damaged = of_first(lambda: checkpoints.latest(self._owner))
-        self._recall(self.resumed, damaged)
+        _recall(result, self.resumed, self._circumstances, damaged)
 
     def due(self, course: Course) -> bool:
         """Whether the end of an epoch should write a checkpoint, on all processes."""
@@ -108,14 +107,14 @@ class Continuation:
             Diverged: If a trained parameter is not finite: the checkpoint before stays the last good one.
             OSError: If the checkpoint cannot be written; the one before is still there.
         """
-        if self._checkpoints is None:
+        trainer, result = self._trainer, self._result
+        if self._checkpoints is None or result is None:
             return
         self._require_finite()
         random = of_all(random_states(course.device))
         shares = of_all(own_share(self._strategy))
         if not is_first():
             return
-        trainer, result = self._trainer, self._result
         checkpoint = Checkpoint(
             owner=self._owner,
             phase=course.phase,
@@ -145,7 +144,9 @@ class Continuation:
         self._checkpoints.write(checkpoint)
 
     def restore(self, course: Course, experiences: Sequence[Experience]) -> None:
-        """Restore strategy, counters, callbacks and ``course`` from the checkpoint, before a fit.
+        """Restore strategy, counters, callbacks and ``course`` from the checkpoint, outside of a fit.
+
+        Optimizers and random states wait for :meth:`restore_states`.
 
         Args:
             course: Where the run stands; afterwards, where the earlier attempt stood.
@@ -155,13 +156,11 @@ class Continuation:
         assert resumed is not None
         for experience in experiences:
             strategy.expand(experience)
-            # The fit of the last experience extends the optimizer of the stream, unless it has done so.
-            if experience is not experiences[-1] or resumed.phase in ("merging", "testing"):
-                if strategy.optimizer_scope == "stream":
-                    strategy.configure_optimizers()
+            # Each fit extended the optimizer of the stream; the last one is yet to come, unless it is done.
+            done = experience is not experiences[-1] or resumed.phase == "testing"
+            if done and strategy.optimizer_scope == "stream":
+                strategy.configure_optimizers()
         restore(strategy, resumed.strategy)
-        if strategy.kept_optimizer is not None and _KEPT in resumed.training:
-            strategy.kept_optimizer.load_state_dict(resumed.training[_KEPT])
         take_share(strategy, resumed.shares)
         progress.restore_loops(self._trainer, resumed.loops, inside=bool(resumed.batches))
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
@@ -171,19 +170,21 @@ class Continuation:
         course.phase, course.epoch, course.batches = resumed.phase, resumed.epoch, resumed.batches
         course.seconds, course.trainable = dict(resumed.seconds), resumed.trainable
 
-    def restore_training(self) -> None:
-        """Restore optimizers and random states; training continues from here."""
-        if self.resumed is not None:
-            progress.restore_training(self._trainer, self.resumed.training, self.resumed.batches)
-        self.restore_random()
+    def restore_states(self) -> None:
+        """Restore optimizers and random states; the run continues from here.
 
-    def restore_random(self) -> None:
-        """Restore random states; the run continues from here."""
-        if self.resumed is None:
+        Steps, and the pass after them, continue inside a fit, which has built the optimizers.
+        """
+        resumed, kept = self.resumed, self._strategy.kept_optimizer
+        if resumed is None:
             return
+        if resumed.phase == "training":
+            progress.restore_training(self._trainer, resumed.training, resumed.batches)
+        elif kept is not None and resumed.training:
+            kept.load_state_dict(resumed.training[_KEPT])
         rank, _ = place()
-        states = self.resumed.random
-        set_random_states(states[rank % len(states)], self._trainer.strategy.root_device)
+        state = resumed.random[rank % len(resumed.random)]
+        set_random_states(state, self._trainer.strategy.root_device)
         self.resumed = None
 
     def clear(self) -> None:
@@ -196,22 +197,6 @@ class Continuation:
         """Where the last checkpoint is, as the end of a sentence; empty if there is none."""
         last = None if self._checkpoints is None else self._checkpoints.last
         return f" The last good checkpoint is {last}." if last else ""
-
-    def _recall(self, resumed: Checkpoint | None, damaged: list[str]) -> None:
-        """Take over what the earlier attempt found, and record what differs from it."""
-        result = self._result
-        if resumed is None:
-            if damaged:
-                result.provenance["resumed"] = [_resumption("the start", {}, damaged)]
-            return
-        saved = resumed.result
-        result.rows = [None if row is None else Row(**row) for row in saved["rows"]]
-        result.costs = [Cost(**cost) for cost in saved["costs"]]
-        result.diagnostics = saved["diagnostics"]
-        result.provenance["resumed"] = [
-            *saved["resumed"],
-            _resumption(resumed.place, resumed.differences(self._circumstances), damaged),
-        ]
 
     def _training(self, course: Course) -> dict[str, Any]:
         if course.phase == "training":
@@ -226,6 +211,22 @@ class Continuation:
                 f"A trained parameter is not finite in experience {self._strategy.experience.index + 1}, at "
                 f"step {self._trainer.global_step}"
             )
+
+
+def _recall(
+    result: Result, resumed: Checkpoint | None, circumstances: dict[str, Any], damaged: list[str]
+) -> None:
+    """Put into ``result`` what the earlier attempt found, and what differs from it."""
+    if resumed is None:
+        if damaged:
+            result.provenance["resumed"] = [_resumption("the start", {}, damaged)]
+        return
+    saved = resumed.result
+    result.rows = [None if row is None else Row(**row) for row in saved["rows"]]
+    result.costs = [Cost(**cost) for cost in saved["costs"]]
+    result.diagnostics = saved["diagnostics"]
+    now = _resumption(resumed.place, resumed.differences(circumstances), damaged)
+    result.provenance["resumed"] = [*saved["resumed"], now]
 
 
 def _resumption(place: str, differs: dict[str, list[Any]], damaged: list[str]) -> dict[str, Any]:

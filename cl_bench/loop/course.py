@@ -1,16 +1,21 @@
-"""Where a run stands in its stream: what trainer, lifecycle and continuation share."""
+"""Where a run stands in its stream, and what may end it early: a signal, or a number that is not finite."""
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType, TracebackType
+from typing import Any, Literal
 
 import torch
 
 from cl_bench.data.experience import Experience
-from cl_bench.loop.checkpoint import Phase
-from cl_bench.loop.interruption import Interruption
+
+Phase = Literal["expanded", "training", "merging", "testing"]
+"""What comes next: the pass before training, the steps, the pass after them, or the evaluation."""
 
 
 class Course:
@@ -66,3 +71,66 @@ class Course:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+class Interruption:
+    """While open, Ctrl-C and SIGTERM raise :class:`Interrupted`: at once, or in :meth:`raise_if_requested`.
+
+    Outside the main thread, signals keep their handlers.
+
+    Attributes:
+        deferred: Whether a signal waits for :meth:`raise_if_requested`; a second signal never waits.
+        requested: Whether a signal is waiting.
+    """
+
+    def __init__(self) -> None:
+        self.deferred = False
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        """Install the handlers."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Restore the earlier handlers."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def raise_if_requested(self) -> None:
+        """Raise if a signal is waiting.
+
+        Raises:
+            Interrupted: If so.
+        """
+        if self.requested:
+            raise Interrupted
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.deferred and not self.requested:
+            self.requested = True
+            return
+        raise Interrupted
+
+
+class Interrupted(BaseException):
+    """The run was asked to end.
+
+    Lightning ends the process at a KeyboardInterrupt; it passes this exception on.
+    """
+
+
+class Diverged(RuntimeError):
+    """A number that has to be finite is not."""
+
+    @classmethod
+    def at(cls, what: str) -> Diverged:
+        """Return an error about ``what`` is not finite and where, with a remedy."""
+        remedy = "lower the learning rate, or clip gradients with --trainer.gradient_clip_val."
+        return cls(f"{what}: {remedy}")

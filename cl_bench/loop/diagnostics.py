@@ -36,7 +36,7 @@ from torch import Tensor
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.low_rank import memory_of
 from cl_bench.contracts.strategy import Strategy
-from cl_bench.loop.lifecycle import at_rest, on_device, strategy_of
+from cl_bench.loop.callbacks import at_rest, on_device, strategy_of
 from cl_bench.loop.progress import stream_of
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.maths.losses import cosine_similarities, danger_score
@@ -77,8 +77,8 @@ class Diagnostics(Callback):
             return
         if not stream.experience.is_first:
             raise ValueError(
-                "Diagnostics look at every experience from the first, and the attempt that is gone on with "
-                "had none: leave them out, or start anew with --resume=false."
+                "This run was started without diagnostics, so it cannot be resumed with them. Drop "
+                "--diagnostics, or restart with --resume=false."
             )
         with _diagnosing(trainer, strategy):
             self._known = _Known(

@@ -8,18 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.processes.fingerprints import fingerprint, fingerprints
 from cl_bench.processes.ranks import OfThisRank, place
+from cl_bench.processes.state import NoPlace, put
 
 Snapshot = dict[str, Any]
 """Tensors, and plain numbers, words, lists and dicts: what ``torch.load(weights_only=True)`` reads."""
-
-
-class NoPlace(ValueError):
-    """A checkpoint holds what the strategy does not make when it is expanded."""
 
 
 class Pretrained:
@@ -66,21 +63,24 @@ def snapshot(strategy: Strategy, pretrained: Pretrained) -> Snapshot:
 
 @torch.no_grad()
 def restore(strategy: Strategy, saved: Snapshot) -> None:
-    """Put a snapshot into a freshly built ``strategy`` that has been expanded as the one it was taken of.
+    """Put a snapshot into a freshly built ``strategy`` that has been expanded as the saved one was.
 
     Raises:
         NoPlace: If the strategy has no place for something that was saved.
     """
-    names, tensors = set(saved["names"]), saved["tensors"]
-    modules = dict(strategy.named_modules())
-    for name in saved["names"]:
-        if name in tensors:
-            _put(modules, name, tensors[name])
-    for name in strategy.state_dict().keys() - names - saved["extra"].keys():
-        module, leaf = _place(modules, name)
-        module._buffers[leaf] = None
+    state, modules = strategy.state_dict(), dict(strategy.named_modules())
+    for name, value in saved["tensors"].items():
+        if isinstance(value, Tensor):
+            put(strategy, name, value)
+        else:
+            rows, values = (part.to(state[name].device) for part in value)
+            state[name][rows] = values  # in place: a state dict shares its memory with the module
+    for name in state.keys() - set(saved["names"]) - saved["extra"].keys():
+        put(strategy, name, None)
     for name, value in saved["extra"].items():
-        _place(modules, name)[0].set_extra_state(value)
+        if (owner := modules.get(name.rpartition(".")[0])) is None:
+            raise NoPlace(name)
+        owner.set_extra_state(value)
     trained = set(saved["trained"])
     for name, parameter in strategy.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -136,36 +136,6 @@ def set_random_states(saved: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(saved["torch"])
     if saved["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(saved["cuda"], device)
-
-
-def _put(modules: Mapping[str, nn.Module], name: str, value: Tensor | tuple[Tensor, Tensor]) -> None:
-    """Write into a parameter or buffer, in place where it has the size; a buffer may have grown."""
-    module, leaf = _place(modules, name)
-    parameter, buffer = module._parameters.get(leaf), module._buffers.get(leaf)
-    present = buffer if parameter is None else parameter
-    if isinstance(value, tuple):
-        rows, values = value
-        assert present is not None
-        present[rows.to(present.device)] = values.to(present.device)
-    elif present is not None and present.shape == value.shape and present.dtype == value.dtype:
-        present.copy_(value)
-    elif leaf in module._buffers:
-        module._buffers[leaf] = value.to(next(iter(modules[""].parameters())).device)
-    else:
-        raise NoPlace(
-            f"A checkpoint holds {name} with shape {tuple(value.shape)}, for which the strategy has no place "
-            "after it was expanded: let expand make every parameter and register every buffer."
-        )
-
-
-def _place(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    if path not in modules:
-        raise NoPlace(
-            f"A checkpoint holds {name}, for which the strategy has no place after it was expanded: let "
-            "expand make every module."
-        )
-    return modules[path], leaf
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -23,12 +23,10 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.errors import is_of_memory, sentence
 from cl_bench.loop import progress
-from cl_bench.loop.callbacks import Diverged, DivergenceGuard, StreamMetrics
+from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, StreamMetrics
 from cl_bench.loop.checkpoint import Checkpoints
 from cl_bench.loop.continuation import Continuation
-from cl_bench.loop.course import Course
-from cl_bench.loop.interruption import Interrupted
-from cl_bench.loop.lifecycle import Lifecycle
+from cl_bench.loop.course import Course, Diverged, Interrupted
 from cl_bench.loop.provenance import provenance
 from cl_bench.processes.distributed import Agreement, distribution, launch, require_one_command
 from cl_bench.processes.ranks import failed_first, is_first
@@ -293,8 +291,7 @@ class StreamTrainer(Trainer):
             experience: The next one.
         """
         course = self.course = Course(self.strategy.root_device)
-        blank = self._blank_result(strategy, datamodule, "sequential", {}, None)
-        continuation = Continuation(self, strategy, blank)
+        continuation = Continuation(self, strategy)
         with self._watched(course, continuation):
             self._begin(course, strategy, datamodule, experience)
             self._learn(course, continuation, strategy, datamodule)
@@ -328,8 +325,8 @@ class StreamTrainer(Trainer):
         self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
         if course.phase == "merging":
             progress.skip_epochs(self)
-        elif course.phase != "training":  # optimizers and random states of training wait for the fit
-            continuation.restore_random()
+        elif course.phase != "training":
+            continuation.restore_states()
 
     def _learn(
         self,

@@ -106,8 +106,7 @@ def augmented_triplet(features: Tensor, labels: Tensor, prototypes: Tensor, marg
         [ d(f, positive) - d(f, negative) + margin ]₊,    d the Euclidean distance.
 
     A feature that has no other of its class is its own positive, at distance 0; without a negative the loss
-    is 0.
-    Prototypes are constants.
+    is 0. Prototypes are constants.
 
     Source: the augmented triplet loss of LoRA-DRS, https://arxiv.org/abs/2503.18985; its margins are 1 on
     CIFAR-100 and 2 on ImageNet-R, where every triplet counts.

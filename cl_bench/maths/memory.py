@@ -49,7 +49,7 @@ def below_first(threshold: float) -> Count:
 
 
 def at_most(most: int, count: Count) -> Count:
-    """Take as many directions as ``count`` says, but no more than ``most``, with a warning."""
+    """Limit what ``count`` takes to ``most`` directions for each basis, and warn if it took more."""
 
     def limited(shares: Tensor, held: Sequence[int]) -> list[int]:
         wanted = count(shares, held)
@@ -132,8 +132,9 @@ class GPM(nn.Module):
         """Bytes of a memory that is as large as it can become."""
         return self.num_bases * self.dim * self._most_stored * (self.dtype or torch.float64).itemsize
 
+    @torch.no_grad()
     def replace(self, projection: int, basis: Tensor) -> None:
-        """Protect the span of ``basis`` (d, k), orthonormal, and nothing else.
+        """Protect the span of ``basis`` (d, k), orthonormal, and nothing else; the memory keeps a copy.
 
         Args:
             projection: Whose basis it is, and that of all projections that share it.
@@ -147,11 +148,11 @@ class GPM(nn.Module):
                 f"A basis of shape {tuple(basis.shape)} does not fit inputs of width {self.dim}: "
                 f"give orthonormal columns ({self.dim}, k)."
             )
-        self._store(self.projections[projection], basis.to(self.dtype or basis.dtype))
+        self._store(self.projections[projection], basis.to(self.dtype or basis.dtype, copy=True))
 
     @torch.no_grad()
     def update(self, moments: Tensor, count: Count) -> None:
-        """Protect, in each basis, as many of the strongest free directions as ``count`` says.
+        """Protect, in each basis, the strongest free directions, as many as ``count`` returns.
 
         What is protected already stays as it is, and counts with what it holds of these moments. The new
         directions are the strongest eigenvectors of ``P M P``, where ``P`` projects onto what is free and
@@ -160,7 +161,7 @@ class GPM(nn.Module):
         Source: GPM, https://arxiv.org/abs/2103.09762, equations 5, 8 and 9.
 
         Args:
-            moments: Second moments (L, d, d) of the inputs of the experience just learnt, one a basis.
+            moments: Second moments (L, d, d) of the inputs of the experience just learnt, one for each basis.
             count: How many new directions each basis takes.
 
         Raises:
@@ -169,9 +170,9 @@ class GPM(nn.Module):
         self._require_width(moments)
         held = self._held()
         shares, directions = self._free_spectrum(of_unit_energy(moments, self.energy))
-        for number, new in enumerate(count(shares, held)):
+        for number, (old, new) in enumerate(zip(held, count(shares, held), strict=True)):
             if new > 0:
-                free = directions[number, :, : self.dim - held[number]].to(self.dtype or moments.dtype)
+                free = directions[number, :, : self.dim - old].to(self.dtype or moments.dtype)
                 self._protect(number, free[:, :new], rest=free[:, new:])
 
     @torch.no_grad()

@@ -46,12 +46,12 @@ class QuarterCosine(LambdaLR):
         """Check that training has as many epochs as the schedule.
 
         Raises:
-            ValueError: If it has not: the rate would stay high, or be near zero for long.
+            ValueError: If it does not: the rate would stay high, or be near zero for long.
         """
         if epochs != self.epochs:
             raise ValueError(
                 f"The schedule falls over {self.epochs} epochs and an experience is trained for {epochs}: "
-                f"set --model.scheduler.epochs {epochs}, too."
+                f"set --model.scheduler.epochs {epochs} as well."
             )
 
     def _share(self, epoch: int) -> float:

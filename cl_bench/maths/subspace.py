@@ -105,7 +105,7 @@ def generalised_directions(new: Tensor, old: Tensor, rank: int) -> Tensor:
         rank: Number of directions.
 
     Raises:
-        ValueError: If the rank is not between 1 and d, or ``old`` is no second moment of inputs.
+        ValueError: If the rank is not between 1 and d, or ``old`` is not a second moment of inputs.
 
     >>> new, old = torch.diag(torch.tensor([4.0, 3.0, 1.0])), torch.diag(torch.tensor([8.0, 1.0, 1.0]))
     >>> generalised_directions(new, old, rank=1).abs().flatten()
@@ -177,7 +177,8 @@ def principal_subspace(weight: Tensor, threshold: float) -> Tensor:
 
     They are the first right singular vectors, as few as hold that share of the squared singular values.
 
-    Source: KeepLoRA, https://arxiv.org/abs/2601.19659, whose weight is the transpose of PyTorch's.
+    Source: KeepLoRA, https://arxiv.org/abs/2601.19659, whose weight is the transpose of PyTorch's; its
+    released code passes the other side, and so takes output directions.
 
     Args:
         weight: Weight of a linear layer.
@@ -192,19 +193,6 @@ def principal_subspace(weight: Tensor, threshold: float) -> Tensor:
     wide = weight.double()
     shares, directions = spectrum(of_unit_energy(wide.mT @ wide, "features"))
     return directions[:, : int(directions_needed(shares, threshold))].to(weight.dtype, copy=True)
-
-
-def principal_output_subspace(weight: Tensor, threshold: float) -> Tensor:
-    """Return the output directions (m, p) that hold ``threshold`` of the energy of ``weight`` (m, n).
-
-    They are left singular vectors. The released code of KeepLoRA removes these from the inputs of its square
-    weights, where the paper means :func:`principal_subspace`.
-
-    >>> weight = torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])
-    >>> principal_output_subspace(weight, threshold=0.8).abs().flatten()
-    tensor([1., 0.])
-    """
-    return principal_subspace(weight.mT, threshold)
 
 
 def spectrum(symmetric: Tensor) -> tuple[Tensor, Tensor]:

@@ -208,10 +208,10 @@ class AdaptedLinear(Frozen):
         Raises:
             ValueError: If an adapter has a gate.
         """
-        for name, rows in self.rows.items():
-            adapter = self.adapter(name)
-            self.weight[rows] += adapter.delta()
-            adapter.B.zero_()
+        for rows, delta in self._deltas():
+            self.weight[rows] += delta
+        for name in self.rows:
+            self.adapter(name).B.zero_()
         self.follow()
 
     @torch.no_grad()
@@ -221,16 +221,20 @@ class AdaptedLinear(Frozen):
         Factors that were written into a layer whose adapters added nothing then change no output, although
         ``B`` is not zero: a method may start from a product that it has measured.
         """
-        for name, rows in self.rows.items():
-            self.weight[rows] -= self.adapter(name).delta()
+        for rows, delta in self._deltas():
+            self.weight[rows] -= delta
         self.follow()
 
     def effective_weight(self) -> Tensor:
         """Return the weight with every adapter in it, W + sum of s B A, (m, n), in full precision."""
         whole = self.weight.clone()
-        for name, rows in self.rows.items():
-            whole[rows] += self.adapter(name).delta()
+        for rows, delta in self._deltas():
+            whole[rows] += delta
         return whole
+
+    def _deltas(self) -> list[tuple[slice, Tensor]]:
+        """Return the rows and the product of every adapter; a gate is refused before anything is written."""
+        return [(rows, self.adapter(name).delta()) for name, rows in self.rows.items()]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs (…, n) to outputs (…, m).

@@ -48,7 +48,7 @@ class Backbone(nn.Module):
 
     Args:
         model: A timm vision transformer with its weight tag, such as vit_base_patch16_224.augreg_in21k;
-            vision_transformer, built from the options alone; or embedded, which is shipped with the suite.
+            vision_transformer, built only from the options; or embedded, which is shipped with the suite.
         weights: pretrained: downloaded by timm, or shipped; random: drawn from the seed; otherwise the path
             of a checkpoint, a .safetensors file or a torch file that holds nothing but tensors.
         options: Arguments of the timm model, such as img_size, patch_size, embed_dim, depth and num_heads.
@@ -172,19 +172,19 @@ class Backbone(nn.Module):
         """Map images (B, 3, H, W) in [0, 1] to features (B, d); ``prompts`` are left out of the pooling.
 
         Raises:
-            ValueError: If the images have another size, or a prefix does not fit.
+            ValueError: If the images have another size, or the model cannot take the prompts.
         """
         return self._in_precision(images, prompts, pool=True)
 
     def tokens(self, images: Tensor, prompts: Prompts | None = None) -> Tensor:
         """Map images (B, 3, H, W) in [0, 1] to all tokens (B, N, d) after the final norm, prompts included.
 
-        The class token comes first, then prompt tokens, then patches.
+        Class token and registers come first, then prompt tokens, then patches.
 
         Raises:
-            ValueError: If the images have another size, or a prefix does not fit.
+            ValueError: If the images have another size, or the model cannot take the prompts.
         """
-        return self._in_precision(images, prompts or Prompts(), pool=False)
+        return self._in_precision(images, prompts, pool=False)
 
     def _in_precision(self, images: Tensor, prompts: Prompts | None, *, pool: bool) -> Tensor:
         expected = (3, self.image_size, self.image_size)
@@ -221,8 +221,9 @@ class Backbone(nn.Module):
 
     def _run(self, images: Tensor, prompts: Prompts | None, pool: bool) -> Tensor:
         if prompts is None:
-            features: Tensor = self.vit(images)
-            return features
+            model: Any = self.vit
+            found: Tensor = model(images) if pool else model.forward_features(images)
+            return found
         tokens = prompted_tokens(self.vit, images, prompts)
         return pooled_tokens(self.vit, tokens, prompts) if pool else tokens
 

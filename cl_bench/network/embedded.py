@@ -1,6 +1,6 @@
 """A small vision transformer of our own, pre-trained on images that formulas draw.
 
-``cl_bench/prepare/pretraining/README.md`` describes how.
+``notebooks/pretraining/README.md`` describes how.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers.attention import Attention
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 
@@ -19,8 +20,8 @@ class Prompts(NamedTuple):
     """What a method adds to the tokens of an image. Each part is the same for all images, or one per image.
 
     Attributes:
-        tokens: Prompt tokens (P, d) or (B, P, d). They follow the class token and get no position: a method
-            that wants one adds ``backbone.vit.pos_embed`` itself.
+        tokens: Prompt tokens (P, d) or (B, P, d). They follow the class token, and registers if the model has
+            them, and get no position: a method that wants one adds ``backbone.vit.pos_embed`` itself.
         prefixes: Keys and values (L, d) or (B, L, d) that the attention of a block sees before its own, by
             the index of the block. Queries stay as they are, and so does the number of tokens.
     """
@@ -33,17 +34,23 @@ def prompted_tokens(vit: nn.Module, images: Tensor, prompts: Prompts) -> Tensor:
     """Return the tokens (B, N + P, d) of images (B, 3, H, W) after the final norm of a timm transformer.
 
     Raises:
-        ValueError: If a prefix is meant for a block that does not exist or computes attention in another way.
+        ValueError: If the model is not a plain vision transformer, or a prefix is meant for a block that does
+            not exist or computes attention in another way.
     """
     model: Any = vit
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(
+            f"Prompts need a plain vision transformer, and this backbone is a {type(vit).__name__}: "
+            "choose another model."
+        )
     prefixes = prompts.prefixes or {}
     blocks = list(model.blocks)
     _require_blocks(blocks, prefixes)
-    x = model._pos_embed(model.patch_embed(images))
+    x = model.patch_drop(model._pos_embed(model.patch_embed(images)))
     if prompts.tokens is not None:
         first, rest = x.split([model.num_prefix_tokens, x.shape[1] - model.num_prefix_tokens], dim=1)
         x = torch.cat([first, _for_each(prompts.tokens, x), rest], dim=1)
-    x = model.norm_pre(model.patch_drop(x))
+    x = model.norm_pre(x)
     for index, block in enumerate(blocks):
         x = _with_prefix(block, x, *prefixes[index]) if index in prefixes else block(x)
     tokens: Tensor = model.norm(x)
@@ -96,13 +103,13 @@ def _require_blocks(blocks: list[Any], prefixes: Mapping[int, object]) -> None:
     for index in prefixes:
         if not 0 <= index < len(blocks):
             raise ValueError(
-                f"There is no block {index} in a backbone of {len(blocks)} blocks to take a prefix: "
+                f"There is no block {index} for a prefix in a backbone of {len(blocks)} blocks: "
                 f"choose from 0 to {len(blocks) - 1}."
             )
         attention = getattr(blocks[index], "attn", None)
         plain = isinstance(attention, Attention) and getattr(attention, "gate", None) is None
         if not (plain and hasattr(blocks[index], "ls2")):
             raise ValueError(
-                f"Block {index} of this backbone does not attend as a plain vision transformer does, and a "
-                "prefix needs that: use prompt tokens, or another model."
+                f"Block {index} of this backbone does not compute attention as a plain vision transformer "
+                "does, which a prefix needs: use prompt tokens, or choose another model."
             )

@@ -14,7 +14,7 @@ class ShieldedLinear(AdaptedLinear):
     """An adapted layer whose backward pass gives every ``B`` a projected gradient instead of its own.
 
     Until :meth:`shield` is called it is an ordinary adapted layer. Afterwards ``B.grad`` is *not* the
-    gradient of the loss. Gates and learnt scales are not supported.
+    gradient of the loss. A shielded layer supports neither gates nor learnt scales.
 
     Args:
         linear: The layer to adapt; its weight and bias are frozen and shared, not copied.
@@ -46,7 +46,7 @@ class ShieldedLinear(AdaptedLinear):
             basis: Orthonormal columns; None, or no column, for the true gradient.
 
         Raises:
-            ValueError: If the basis is one of another space.
+            ValueError: If the basis has another width than the inputs.
 
         >>> layer = ShieldedLinear(nn.Linear(2, 1), {"v": slice(0, 1)}, rank=1)
         >>> _ = layer.adapter("v").A.data.copy_(torch.tensor([[1.0, 1.0]]))
@@ -67,12 +67,17 @@ class ShieldedLinear(AdaptedLinear):
         """Map inputs (…, n) to outputs (…, m), as the layer would without a shield.
 
         Raises:
-            ValueError: If the inputs have another type than the layer, and autocast is off.
+            ValueError: If the inputs have another type than the layer, and autocast is off; or if a shielded
+                layer has a gate or a learnt scale.
         """
         adapters = [self.adapter(name) for name in self.rows]
         needed = torch.is_grad_enabled() and any(adapter.B.requires_grad for adapter in adapters)
         if self.shielded is None or not needed:
             return super().forward(x)
+        if not all(adapter.is_plain for adapter in adapters):
+            raise ValueError(
+                "A shielded layer cannot have a gate or a learnt scale: use an AdaptedLinear, or remove them."
+            )
         return self._product(x, adapters, _outside([adapter.A for adapter in adapters], self.shielded))
 
 

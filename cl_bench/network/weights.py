@@ -48,7 +48,8 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
 
 def _content(file: Path) -> Any:
     if file.suffix not in _SUFFIXES:
-        raise ValueError(f"{file} does not end like a checkpoint: give a file in {', '.join(_SUFFIXES)}.")
+        suffixes = f"{', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+        raise ValueError(f"{file} is not named like a checkpoint: give a file that ends in {suffixes}.")
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)

@@ -24,8 +24,8 @@ from cl_bench.prepare.recipes import (
     RECIPES,
     Images,
     Recipe,
+    imagenet100_complete,
     imagenet100_images,
-    imagenet100_there,
     imagenet100_variants,
 )
 from cl_bench.prepare.scanning import scan
@@ -100,10 +100,7 @@ def _known(root: Path, dataset: str, classes: Sequence[Classes]) -> list[Variant
     recipe, images = RECIPES.get(dataset), {image.path: image for image in found.images}
     try:
         made = imagenet100_variants(root, images, names) if recipe is None else recipe.variants(root, images)
-    except (
-        FileNotFoundError,
-        ValueError,
-    ):  # a file that the manifest does not list has changed
+    except (FileNotFoundError, ValueError):  # a list or a pickle has changed
         return None
     return made if made == found.variants else None
 
@@ -171,11 +168,11 @@ def _build_imagenet100(
 ) -> list[Variant]:
     try:
         imagenet.build(source, root, _wnids(classes), begin)
-    except imagenet.NotThere:
+    except imagenet.Missing:
         console.print(imagenet.INSTRUCTIONS, markup=False)
         raise
-    there = imagenet100_there(root)
-    names = [name for name in imagenet100.VARIANTS if name in classes or name in there]
+    complete = imagenet100_complete(root)
+    names = [name for name in imagenet100.VARIANTS if name in classes or name in complete]
     files = imagenet100_images(root, _wnids(names))
     return _finish(
         "imagenet100", root, files, lambda root, images: imagenet100_variants(root, images, names), begin
@@ -207,8 +204,8 @@ def _bars(console: Console) -> Iterator[imagenet.Progress]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
-        def begin(what: str, total: int) -> Advance:
-            task = progress.add_task(what, total=total)
+        def begin(step: str, total: int) -> Advance:
+            task = progress.add_task(step, total=total)
             return lambda done: progress.advance(task, done)
 
         yield begin

@@ -88,7 +88,7 @@ def _complete(archive: Archive, part: Path, patience: Patience, advance: Advance
     assert archive.size is not None
     if _size(part) > archive.size:
         part.unlink()
-    farthest, in_vain, problem = _size(part), 0, ""
+    farthest, failures, problem = _size(part), 0, ""
     with httpx.Client(timeout=patience.seconds, follow_redirects=True) as client:
         while _size(part) < archive.size:
             try:
@@ -96,12 +96,12 @@ def _complete(archive: Archive, part: Path, patience: Patience, advance: Advance
                 problem = "the connection ended early"
             except httpx.HTTPError as error:
                 problem = str(error) or type(error).__name__
-            in_vain = 0 if _size(part) > farthest else in_vain + 1
+            failures = 0 if _size(part) > farthest else failures + 1
             farthest = max(farthest, _size(part))
-            if in_vain == patience.attempts:
-                raise ConnectionError(_gave_up(archive, part, patience, problem))
-            if in_vain:
-                time.sleep(patience.pause * 2 ** (in_vain - 1))
+            if failures == patience.attempts:
+                raise ConnectionError(_stalled(archive, part, patience, problem))
+            if failures:
+                time.sleep(patience.pause * 2 ** (failures - 1))
 
 
 def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advance) -> None:
@@ -114,26 +114,25 @@ def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advanc
     """
     have, size = _size(part), archive.size
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with client.stream("GET", archive.url, headers=headers) as answer:
-        if answer.status_code == _RANGE_NOT_SATISFIABLE:
+    with client.stream("GET", archive.url, headers=headers) as response:
+        if response.status_code == _RANGE_NOT_SATISFIABLE:
             advance(-have)
             part.unlink()
             raise ValueError(
                 f"{archive.url} has fewer than the published {size:,} bytes: {_elsewhere(archive)}"
             )
-        if answer.is_error and answer.status_code not in _WORTH_RETRYING:
-            raise ConnectionError(
-                f"{archive.url} answers {answer.status_code} {answer.reason_phrase}: {_elsewhere(archive)}"
-            )
-        answer.raise_for_status()
-        start = _start(answer)
+        if response.is_error and response.status_code not in _WORTH_RETRYING:
+            status = f"{response.status_code} {response.reason_phrase}"
+            raise ConnectionError(f"{archive.url} returned {status}: {_elsewhere(archive)}")
+        response.raise_for_status()
+        start = _start(response)
         if start not in (0, have):
             raise httpx.RemoteProtocolError(f"the server sent bytes from {start}, not from {have}")
         if start < have:  # the server ignores ranges: this response starts from the beginning
             advance(-have)
         with part.open("r+b" if start else "wb") as stream:
             stream.seek(start)
-            for block in answer.iter_raw():
+            for block in response.iter_raw():
                 stream.write(block)
                 advance(len(block))
                 assert size is not None
@@ -144,11 +143,11 @@ def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advanc
         raise ValueError(f"{archive.url} sends more than the published {size:,} bytes: {_elsewhere(archive)}")
 
 
-def _start(answer: httpx.Response) -> int:
+def _start(response: httpx.Response) -> int:
     """Return the offset in the file at which the response begins."""
-    if answer.status_code != httpx.codes.PARTIAL_CONTENT:
+    if response.status_code != httpx.codes.PARTIAL_CONTENT:
         return 0
-    match = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
+    match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if match is None:
         raise httpx.RemoteProtocolError("the server sent a part without its range")
     return int(match[1])
@@ -162,9 +161,9 @@ def _elsewhere(archive: Archive) -> str:
     return f"fetch {archive.name} from elsewhere and put it into the root."
 
 
-def _gave_up(archive: Archive, part: Path, patience: Patience, problem: str) -> str:
+def _stalled(archive: Archive, part: Path, patience: Patience, problem: str) -> str:
     assert archive.size is not None
     return (
-        f"{archive.url} sent nothing new in {patience.attempts} attempts ({problem}): "
-        f"{human(_size(part))} of {human(archive.size)} are kept, run the same command to resume."
+        f"{archive.url} sent nothing new in {patience.attempts} attempts ({problem}), and "
+        f"{human(_size(part))} of {human(archive.size)} are kept: run the same command to resume."
     )

@@ -44,7 +44,7 @@ Progress = Callable[[str, int], Advance]
 Unpack = Callable[[Path, Path, Sequence[str], Progress], None]
 
 
-class NotThere(FileNotFoundError):
+class Missing(FileNotFoundError):
     """ImageNet-1k, or a part of it, is missing; a person must fetch it."""
 
 
@@ -60,7 +60,7 @@ def build(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> No
         begin: Shows progress.
 
     Raises:
-        NotThere: If a class is in neither folders nor tars.
+        Missing: If a class is in neither folders nor tars.
         ValueError: If a tar is not the published one, or a class folder is incomplete.
         OSError: If the disk has too little space.
     """
@@ -82,7 +82,7 @@ def build(source: Path, root: Path, wnids: Sequence[str], begin: Progress) -> No
 
 def _require_there(source: Path, archive: Archive, split: str, absent: Sequence[str]) -> None:
     if not (source / archive.name).is_file():
-        raise NotThere(
+        raise Missing(
             f"{source} holds neither {archive.name} nor a folder {split}/{absent[0]}, "
             f"and {len(absent)} classes are missing: name the folder of ImageNet-1k with --source."
         )
@@ -172,7 +172,7 @@ def _validation_classes(source: Path) -> list[str]:
 
     kit = source / IMAGENET_DEVKIT.name
     if not kit.is_file():
-        raise NotThere(
+        raise Missing(
             f"{kit.name}, with the classes of the validation images, is missing from {source}: "
             "fetch it from the same place as the tars."
         )

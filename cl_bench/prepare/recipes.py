@@ -105,16 +105,16 @@ def imagenet100_variants(root: Path, images: Images, names: Sequence[Classes]) -
     return variants
 
 
-def imagenet100_there(root: Path) -> list[Classes]:
+def imagenet100_complete(root: Path) -> list[Classes]:
     """Return the names of the variants whose classes are all complete below ``root``."""
-    there = []
+    complete = []
     for name in imagenet100.VARIANTS:
         try:
             imagenet100_images(root, imagenet100.wnids(name))
         except (FileNotFoundError, ValueError):
             continue
-        there.append(name)
-    return there
+        complete.append(name)
+    return complete
 
 
 def _variant(

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from cl_bench.processes.fingerprints import fingerprint
+from cl_bench.processes.state import put
 
 _FAILURE = "cl-bench/failure"
 _ABANDONED = "by peer"  # how gloo says that a process is gone
@@ -181,15 +182,13 @@ def agree(module: nn.Module) -> None:
     if not differing:
         return
     state, device = module.state_dict(), next(module.parameters()).device
-    gone = [name for name in differing if name not in first]
-    received = {name: tensor for name, tensor in state.items() if name not in gone}
     for name in differing:
+        value = None
         if name in first:
             shape, dtype, _ = first[name]
-            mine = state[name] if rank == 0 else torch.empty(shape, dtype=dtype)
-            received[name] = from_first(mine, device)
-    if rank:
-        module.load_state_dict(received, strict=False)
+            value = from_first(state[name] if rank == 0 else torch.empty(shape, dtype=dtype), device)
+        if rank:
+            put(module, name, value)
 
 
 def require_agreement(module: nn.Module) -> None:

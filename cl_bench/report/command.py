@@ -1,7 +1,4 @@
-"""From result files to tables, pictures and one page.
-
-Neither torch nor Lightning is imported, so that any old run can be re-read quickly, anywhere.
-"""
+"""The verb ``report``: read result files, and write tables, pictures or one page."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cl_bench.errors import suggestion
-from cl_bench.report.comparison import Comparison, comparisons
+from cl_bench.report.comparison import comparisons
 from cl_bench.report.page import page
 from cl_bench.report.pictures import pictures
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
@@ -23,16 +20,16 @@ from cl_bench.results.result import FILE_NAME, Result, read_all
 Format = Literal["md", "latex", "csv", "json", "html"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
-"""What a report can be written as."""
+"""Formats of a report."""
 
 METRICS = ("acc/sample", "maa/sample", "bwt/gem", "forgetting/chaudhry")
-"""Metrics shown unless others are asked for."""
+"""Metrics shown by default."""
 
 FOLDER = "report"
-"""Where the files of a report go, inside the results folder."""
+"""Name of the folder of reports, inside the results folder."""
 
 PAGE = "page.html"
-"""The page, in that folder."""
+"""Name of the page, in that folder."""
 
 _PICTURES = ("curves_*.png", "matrix_*.png")
 
@@ -47,10 +44,10 @@ _OURS: dict[Format, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a report leaves.
+    """What a report has written.
 
     Attributes:
-        text: The tables, to be printed; of a page, where it is.
+        text: The tables as text; for a page, one sentence about it.
         files: Paths written: tables first, then pictures.
     """
 
@@ -61,20 +58,20 @@ class Report:
 def report(results_folder: Path, format: Format, metrics: Sequence[str] | None = None) -> Report:  # noqa: A002
     """Read every result below ``results_folder`` and write tables and pictures into its folder ``report``.
 
-    Only finished runs enter a mean; the others are listed. Results of unequal protocols never share a table.
-    What an earlier report left there in the same format is replaced; other formats stay beside it.
+    Means are over finished runs; the other runs are listed. Results of unequal protocols never share a table.
+    An earlier report in the same format is replaced; reports in other formats stay.
 
     Args:
         results_folder: Folder that holds result files, at any depth.
-        format: ``md`` for Markdown to read, ``latex`` for a paper, ``csv`` for one statistic a line, ``json``
-            for one tree of everything, ``html`` for one page that opens from disk. Pictures come with the
-            first two.
+        format: ``md`` for Markdown, ``latex`` for a paper, ``csv`` for one statistic a line, ``json`` for one
+            tree of everything, ``html`` for one page that opens from disk. ``md`` and ``latex`` also write
+            pictures.
         metrics: Names of the metrics shown, as in :data:`cl_bench.results.metrics.DEFINITIONS`; None for
             ``METRICS``.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no result in it.
-        ValueError: If a metric has no definition, or a file is no result file.
+        FileNotFoundError: If the folder does not exist, or has no result that can be read.
+        ValueError: If a metric has no definition.
     """
     shown = defined(METRICS if metrics is None else metrics)
     results, unreadable = results_below(results_folder)
@@ -82,38 +79,36 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     laid_out = tables(compared, shown)
     folder = results_folder / FOLDER
     folder.mkdir(exist_ok=True)
-    _remove_earlier(folder, format)
-    if format == "html":
-        path = _written(folder / PAGE, page(laid_out, results_folder.resolve().name, unreadable))
-        return Report(f"One page, to be opened in a browser.\n{_unread(unreadable)}".rstrip(), [path])
-    texts = _texts(laid_out, format)
-    files = [_written(folder / name, text) for name, text in texts.items()]
-    files += _drawn(compared, folder) if format in ("md", "latex") else []
-    return Report(next(iter(texts.values())) + _unread(unreadable), files)
-
-
-def _unread(unreadable: Sequence[str]) -> str:
-    return "".join(f"Not read: {line}\n" for line in unreadable)
+    for pattern in _OURS[format]:  # no picture of results that are gone may remain with the new table
+        for path in folder.glob(pattern):
+            path.unlink()
+    texts = _texts(laid_out, format, results_folder.resolve().name, unreadable)
+    files = [folder / name for name in texts]
+    for path, text in zip(files, texts.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
+    if format in ("md", "latex"):
+        files += [path for comparison in compared for path in pictures(comparison, folder)]
+    text = f"Open {files[0]} in a browser.\n" if format == "html" else next(iter(texts.values()))
+    return Report(text + "".join(f"Not read: {line}\n" for line in unreadable), files)
 
 
 def results_below(folder: Path) -> tuple[list[Result], list[str]]:
     """Return every result below ``folder``, and a sentence for each file that cannot be read.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or no result in it.
+        FileNotFoundError: If the folder does not exist, or has no result that can be read.
     """
     results, unreadable = read_all(folder)
     if not results:
-        said = "".join(f" {line}" for line in unreadable)
+        reasons = "".join(f" {line}" for line in unreadable)
         raise FileNotFoundError(
-            f"There is no {FILE_NAME} below {folder} that can be read: run a cell first, or name another "
-            f"folder.{said}"
+            f"No {FILE_NAME} below {folder} can be read: run a cell first, or name another folder.{reasons}"
         )
     return results, unreadable
 
 
 def defined(metrics: Sequence[str]) -> list[str]:
-    """Return ``metrics`` without repetition.
+    """Return ``metrics`` without duplicates.
 
     Raises:
         ValueError: If one of them has no definition.
@@ -124,8 +119,15 @@ def defined(metrics: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(metrics))
 
 
-def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa: A002
-    """The table by its file name; as CSV, differences and runs that enter no mean have files of their own."""
+def _texts(
+    laid_out: Sequence[Table],
+    format: Format,  # noqa: A002
+    title: str,
+    unreadable: Sequence[str],
+) -> dict[str, str]:
+    """Return the report by file name; CSV has separate files for differences and for runs in no mean."""
+    if format == "html":
+        return {PAGE: page(laid_out, title, unreadable)}
     if format == "md":
         return {"table.md": markdown(laid_out)}
     if format == "latex":
@@ -134,19 +136,3 @@ def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa
         return {"table.json": tree(laid_out)}
     further = {"differences.csv": tidy_differences(laid_out), "absent.csv": tidy_absences(laid_out)}
     return {"table.csv": tidy(laid_out)} | {name: text for name, text in further.items() if text}
-
-
-def _remove_earlier(folder: Path, format: Format) -> None:  # noqa: A002
-    """A picture of results that are no longer there must not stand beside the new table."""
-    for pattern in _OURS[format]:
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def _written(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def _drawn(compared: Sequence[Comparison], folder: Path) -> list[Path]:
-    return [path for comparison in compared for path in pictures(comparison, folder)]

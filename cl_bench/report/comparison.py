@@ -1,4 +1,4 @@
-"""What may stand side by side: the runs of one benchmark under one protocol, gathered into entries."""
+"""Runs of one benchmark under one protocol, gathered into entries that may be compared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -31,36 +31,36 @@ OF_THE_DATA = (
     "backbone.options.img_size",
     "backbone.normalisation",
 )
-"""Parts of an identity that follow dataset and length, in which benchmarks of one table may differ."""
+"""Parts of an identity that dataset and length decide: benchmarks of one table may differ in them."""
 
 Block = tuple[int, str]
 """Seed and class order of a run."""
 
 DISAGREEING = "disagreeing"
-"""What became of a cell of which finished result files have unequal counts."""
+"""Status of a cell whose finished result files have unequal counts."""
 
 WIDTH = 40
-"""Most characters that a value may take in a sentence."""
+"""Maximal number of characters of a value in a sentence."""
 
 _CONTEXT = 8
 
-_DIGITS = 9  # decimals of a point of percent that are kept: what differs beyond them differs by rounding
+_DIGITS = 9  # decimals of a difference in percent: digits beyond them are rounding errors
 _OF_A_DEVICE = tuple(name for name in COSTS if name.startswith("seconds") or name == "peak_megabytes")
 
 
 @dataclass
 class Entry:
-    """One row on one benchmark: runs that differ in nothing but seed and class order.
+    """One row on one benchmark: runs that differ only in seed and class order.
 
     Attributes:
-        label: How tables and pictures call it; no other entry of the comparison shares it.
+        label: Its name in tables and pictures, unique in the comparison.
         strategy: Name of the strategy.
         group: Hash of the cell without seed and class order.
         regime: ``sequential`` or ``joint``.
-        runs: Finished runs, one for each block; only these enter a mean.
-        unfinished: Runs that are still going, failed or diverged, in blocks that no finished run covers.
-        disagreeing: Blocks of which finished result files have unequal counts: none of them enters a mean.
-        measured: Every metric and cost of a finished run, by its block.
+        runs: Finished runs, one for each block; means are over them.
+        unfinished: Runs that are running, failed or diverged, in blocks without a finished run.
+        disagreeing: Blocks whose finished result files have unequal counts; means exclude them.
+        measured: Every metric and cost of the finished runs, by block.
     """
 
     label: str
@@ -74,29 +74,29 @@ class Entry:
 
     @property
     def is_joint(self) -> bool:
-        """Whether this is an upper bound: trained on all classes at once."""
+        """Whether this is an upper bound, trained on all classes at once."""
         return self.regime == "joint"
 
     @cached_property
     def devices(self) -> list[str]:
-        """Kinds of device that the runs were on, that of most runs first, then by name."""
+        """Kinds of device of the runs, that of most runs first, then by name."""
         counts = Counter(_device(run) for run in self.runs)
         return sorted(counts, key=lambda device: (-counts[device], device))
 
     @cached_property
     def on_one_device(self) -> list[Result]:
-        """Runs on the device of most of them; of these alone are seconds and memory averaged."""
+        """Runs on the device of most runs: seconds and memory are averaged over these only."""
         return [run for run in self.runs if _device(run) == self.devices[0]]
 
     @property
     def statuses(self) -> list[str]:
-        """What became of the cells that enter no mean."""
+        """Status of the cells that means exclude."""
         return sorted(
             {run.status for run in self.unfinished} | ({DISAGREEING} if self.disagreeing else set())
         )
 
     def statistic(self, name: str) -> Statistic:
-        """Return the statistic of the metric or cost called ``name``, of no values if no run has it."""
+        """Return the statistic of the metric or cost ``name``; it has no values if no run has any."""
         if name not in self._statistics:
             runs = self.on_one_device if name in _OF_A_DEVICE else self.runs
             self._statistics[name] = statistic(self.measured[_block(run)].get(name, math.nan) for run in runs)
@@ -108,7 +108,7 @@ class Entry:
 
     @property
     def blocks(self) -> set[Block]:
-        """Seeds and class orders of which there is a result file, finished or not."""
+        """Seeds and class orders that have a result file, finished or not."""
         return {*(_block(run) for run in (*self.runs, *self.unfinished)), *self.disagreeing}
 
     @property
@@ -125,11 +125,11 @@ class Comparison:
     Attributes:
         benchmark: Dataset and number of experiences.
         fingerprint: Hash of the protocol's identity.
-        only_protocol: Whether the benchmark was run under this protocol alone.
-        results: The runs behind the entries, one for each cell.
+        only_protocol: Whether the benchmark was run under this protocol only.
+        results: The runs of the entries, one for each cell.
         entries: Joint first, then by falling accuracy.
-        unnamed_settings: By name of a strategy, settings in which its entries differ beyond their labels.
-        copies: How many further result files repeat one of these cells.
+        unnamed_settings: By name of a strategy, settings that differ between its entries and are in no label.
+        copies: Number of further result files that repeat one of these cells.
     """
 
     benchmark: str
@@ -142,17 +142,17 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """The benchmark, with the fingerprint where that alone would be ambiguous."""
+        """The benchmark, followed by the fingerprint if it was run under several protocols."""
         return self.benchmark if self.only_protocol else f"{self.benchmark}-{self.fingerprint}"
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What all runs of this comparison have in common."""
+        """The identity that all runs of this comparison share."""
         return self.results[0].protocol.identity
 
     @property
     def beyond_the_data(self) -> dict[str, Any]:
-        """The identity without what follows dataset and length, by dotted keys: equal within a table."""
+        """The identity by dotted keys, without what dataset and length decide: equal within a table."""
         return {
             key: value
             for key, value in flat(self.identity).items()
@@ -171,9 +171,9 @@ class Comparison:
 
 
 def comparisons(results: Iterable[Result]) -> list[Comparison]:
-    """Gather ``results`` by benchmark and protocol; each pair becomes one comparison.
+    """Return one comparison for each benchmark and protocol in ``results``.
 
-    They come by name of the dataset, then from short to long streams.
+    They are sorted by name of the dataset, then from short to long streams.
     """
     gathered: dict[tuple[str, str], dict[str, list[Result]]] = {}
     for result in results:
@@ -187,11 +187,11 @@ def comparisons(results: Iterable[Result]) -> list[Comparison]:
 
 
 def contrasts(comparison: Comparison, metric: str) -> list[Contrast]:
-    """Compare every two finished entries of ``comparison`` in ``metric``, on the blocks they share.
+    """Return the contrasts of every two finished entries of ``comparison`` in ``metric``, on shared blocks.
 
-    Upper bounds are left out: nothing competes with them. Of each pair the entry that ranks higher comes
-    first; pairs are in the order of the ranking. Their p values are not corrected yet: the tests that a
-    reader sees together are those of a table.
+    Upper bounds are excluded. The higher-ranked entry of a pair comes first, and pairs are in the order of
+    the ranking. The p values are not corrected: :func:`corrected` does that over a whole table, because a
+    reader sees its tests together.
     """
     entries = [entry for entry in comparison.finished if not entry.is_joint]
     made = [contrast(first, second, metric) for first, second in itertools.combinations(entries, 2)]
@@ -200,7 +200,7 @@ def contrasts(comparison: Comparison, metric: str) -> list[Contrast]:
 
 
 def contrast(first: Entry, second: Entry, metric: str) -> Contrast:
-    """Return the difference of two entries on the blocks they share, without a test."""
+    """Return the difference of two entries on their shared blocks, without a test."""
     ours, theirs = _by_block(first, metric), _by_block(second, metric)
     shared = sorted(ours.keys() & theirs.keys())
     values = (round(ours[block] - theirs[block], _DIGITS) for block in shared)
@@ -237,7 +237,7 @@ def _comparison(
 
 
 def _one_per_block(found: Sequence[Result]) -> list[Result]:
-    """A copied result file is the same run, not a second sample; of the copies a finished one counts."""
+    """Return one run for each block, a finished one if possible: a copied file is not a second sample."""
     cells: dict[Block, Result] = {}
     for result in found:
         kept = cells.setdefault(_block(result), result)
@@ -247,7 +247,7 @@ def _one_per_block(found: Sequence[Result]) -> list[Result]:
 
 
 def _disagreeing(found: Sequence[Result]) -> list[Block]:
-    """Blocks of which two finished runs have unequal counts: no copies, whatever their cell is called."""
+    """Return the blocks in which two finished runs have unequal counts, and so are not copies."""
     rows: dict[Block, list[Row | None]] = {}
     finished = [run for run in found if run.status == "done"]
     unequal = (_block(run) for run in finished if rows.setdefault(_block(run), run.rows) != run.rows)
@@ -284,7 +284,7 @@ def _by_block(entry: Entry, metric: str) -> Mapping[Block, float]:
 
 
 def _labelled(representatives: Mapping[str, Result]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Name every group, and list by name of strategy the settings that differ without being in a label."""
+    """Return the label of every group, and by strategy the settings that differ but are in no label."""
     families: dict[str, list[str]] = {}
     for group, run in representatives.items():
         families.setdefault(run.strategy, []).append(group)
@@ -302,9 +302,9 @@ def _labelled(representatives: Mapping[str, Result]) -> tuple[dict[str, str], di
 
 
 def _suffixes(runs: Sequence[Result]) -> tuple[list[str], list[str]]:
-    """Tell runs of one name apart by few of the settings in which they differ; list the other such settings.
+    """Return label endings that distinguish runs of one name, and the differing settings not in any of them.
 
-    Where each has a setting name of its own, that is enough.
+    The endings are the names of the settings if these are unique, otherwise the values of a few settings.
     """
     table = differences([_blockless(run.config) for run in runs])
     names = [run.setting for run in runs]
@@ -331,7 +331,7 @@ def _blockless(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return ``nested`` with dotted keys; whatever is no mapping, or an empty one, is a value.
+    """Return ``nested`` with dotted keys; an empty mapping is a value.
 
     >>> flat({"backbone": {"model": "vit", "options": {}}, "epochs": 5})
     {'backbone.model': 'vit', 'backbone.options': {}, 'epochs': 5}
@@ -346,7 +346,7 @@ def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str | None]]:
-    """Return the keys in which ``settings`` differ, with the JSON value in each; None where there is none.
+    """Return the keys in which ``settings`` differ, with the JSON value in each; None if a key is missing.
 
     >>> differences([{"rank": 4, "epochs": 5}, {"rank": 8, "epochs": 5}])
     {'rank': ['4', '8']}
@@ -361,9 +361,9 @@ def differences(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[str | N
 
 
 def distinguishing(table: Mapping[str, Sequence[str | None]]) -> list[str]:
-    """Return few keys of ``table`` whose values together tell all of its columns apart.
+    """Return a few keys of ``table`` whose values together distinguish all of its columns.
 
-    Greedy: the key that separates most comes first, and among equals the one with the shortest name.
+    The search is greedy: the key that separates most columns first, among equals the shortest name.
 
     >>> distinguishing({"optimizer.lr": ["1", "2", "1"], "rank": ["4", "4", "8"], "alpha": ["4", "4", "8"]})
     ['optimizer.lr', 'rank']
@@ -372,7 +372,10 @@ def distinguishing(table: Mapping[str, Sequence[str | None]]) -> list[str]:
     candidates = sorted(table, key=lambda key: (len(key.rpartition(".")[2]), key))
     columns: list[tuple[str | None, ...]] = [()] * max((len(values) for values in table.values()), default=0)
     while candidates:
-        extended = {key: _extended(columns, table[key]) for key in candidates}
+        extended = {
+            key: [(*column, value) for column, value in zip(columns, table[key], strict=True)]
+            for key in candidates
+        }
         best = max(candidates, key=lambda key: len(set(extended[key])))
         if len(set(extended[best])) == len(set(columns)):
             break
@@ -383,18 +386,19 @@ def distinguishing(table: Mapping[str, Sequence[str | None]]) -> list[str]:
 
 
 def short_names(keys: Sequence[str]) -> list[str]:
-    """Return for every dotted key its shortest ending that no other key shares.
+    """Return for every dotted key its shortest ending that no other key has.
 
     >>> short_names(["strategy.rank", "head.lr", "adapter.lr"])
     ['rank', 'head.lr', 'adapter.lr']
     """
-    endings = [list(_endings(key)) for key in keys]
+    parts = [key.split(".") for key in keys]
+    endings = [[".".join(own[start:]) for start in reversed(range(len(own)))] for own in parts]
     taken = [ending for own in endings for ending in own]
     return [next((ending for ending in own if taken.count(ending) == 1), own[-1]) for own in endings]
 
 
 def shortened(texts: Sequence[str], width: int = WIDTH) -> list[str]:
-    """Return ``texts`` cut to about ``width`` characters so that what tells them apart remains.
+    """Return ``texts`` cut to about ``width`` characters, keeping the part in which they differ.
 
     >>> shortened(["Resize(32), CenterCrop(32)", "Resize(32), CenterCrop(28)"], width=16)
     ['…terCrop(32)', '…terCrop(28)']
@@ -407,7 +411,7 @@ def shortened(texts: Sequence[str], width: int = WIDTH) -> list[str]:
 
 
 def plain(value: str) -> str:
-    r"""Return a JSON value as a reader would write it: a text on one line, without quotation marks.
+    r"""Return a JSON value for a reader: a text on one line without quotation marks.
 
     >>> plain(json.dumps("Compose(\n  Resize\n)")), plain("0.5")
     ('Compose( Resize )', '0.5')
@@ -419,15 +423,3 @@ def plain(value: str) -> str:
 def _first_difference(texts: Sequence[str]) -> int:
     alike = (len(set(characters)) == 1 for characters in zip(*texts, strict=False))
     return next((place for place, same in enumerate(alike) if not same), min(map(len, texts)))
-
-
-def _extended(
-    columns: Sequence[tuple[str | None, ...]], values: Sequence[str | None]
-) -> list[tuple[str | None, ...]]:
-    return [(*column, value) for column, value in zip(columns, values, strict=True)]
-
-
-def _endings(key: str) -> Iterator[str]:
-    parts = key.split(".")
-    for start in range(len(parts) - 1, -1, -1):
-        yield ".".join(parts[start:])

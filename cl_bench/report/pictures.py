@@ -1,7 +1,7 @@
-"""Comparisons as pictures: incremental accuracy against the experience, and accuracy matrices side by side.
+"""Comparisons as pictures: incremental accuracy over the experiences, and accuracy matrices side by side.
 
 Figures are made without pyplot, so drawing leaves no global state and needs no display. They are laid out in
-inches, with titles and labels outside: to be saved with a tight bounding box.
+inches, with titles and labels outside the axes: save them with a tight bounding box.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from cl_bench.report.tables import backbone, counted
 from cl_bench.results.metrics import accuracy_matrix, incremental_accuracy
 
 MOST_DRAWN = 16
-"""Entries in one picture: more cannot be told apart."""
+"""Entries in one picture: readers cannot distinguish more."""
 
-_MOST_NUMBERED = 12  # experiences, in whose matrix a number still fits each cell
+_MOST_NUMBERED = 12  # experiences up to which a number fits into each cell of a matrix
 _WIDTH = 7.2  # inches: both columns of a paper
 
 Array = npt.NDArray[np.float64]
 
-# Okabe and Ito's palette, https://jfly.uni-koeln.de/color/, without black and yellow: grey is kept for the
-# upper bound, and yellow does not show on white.
+# Okabe and Ito's palette, https://jfly.uni-koeln.de/color/, without black, because the upper bound is grey,
+# and without yellow, which is invisible on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("solid", (0, (1, 1.2)), (0, (5, 1, 1, 1)))
@@ -60,7 +60,7 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class _Pen:
-    """How one entry is drawn."""
+    """Colour, marker and dashes of one entry."""
 
     colour: str
     marker: str
@@ -71,15 +71,12 @@ _JOINT = _Pen(_FAINT, "None", (0, (5, 3)))
 
 
 def pictures(comparison: Comparison, folder: Path) -> list[Path]:
-    """Draw ``comparison`` into PNG files in ``folder`` and return their paths.
-
-    Without a finished run there is nothing to draw.
-    """
+    """Draw ``comparison`` as PNG files in ``folder`` and return their paths; none without a finished run."""
     if not comparison.finished:
         return []
     figures = {"curves": curves(comparison), "matrix": matrices(comparison)}
     paths = {name: folder / f"{name}_{comparison.title}.png" for name in figures}
-    with rc_context(_STYLE):  # some ticks are made while drawing
+    with rc_context(_STYLE):  # some ticks are created while drawing
         for name, figure in figures.items():
             figure.savefig(paths[name], dpi=200, bbox_inches="tight", pad_inches=0.08)
     return list(paths.values())
@@ -88,8 +85,8 @@ def pictures(comparison: Comparison, folder: Path) -> list[Path]:
 def curves(comparison: Comparison) -> Figure:
     """Draw accuracy over all test images of the classes seen against the number of experiences learned.
 
-    A line is a mean over runs and the band around it one sample standard deviation. Of the upper bound only
-    the end is known: a dashed horizontal line.
+    A line is a mean over runs, and the band around it one sample standard deviation. The upper bound is a
+    dashed horizontal line, because only its end is known.
     """
     drawn = comparison.finished[:MOST_DRAWN]
     height = max(2.9, 0.19 * len(drawn))
@@ -106,7 +103,7 @@ def curves(comparison: Comparison) -> Figure:
 
 
 def matrices(comparison: Comparison) -> Figure:
-    """Draw the accuracy matrix of every entry, the mean over its runs, all on one colour scale.
+    """Draw the accuracy matrix of every entry, a mean over its runs, on one colour scale.
 
     Row i is the evaluation after experience i, column j the test images of experience j.
     """
@@ -130,10 +127,10 @@ def matrices(comparison: Comparison) -> Figure:
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move ``positions`` apart to at least ``gap``, within ``low`` and ``high``, and keep their order.
+    """Return ``positions`` moved to distances of at least ``gap``, between ``low`` and ``high``, in order.
 
-    They move as little as possible, in least squares (by pooling adjacent violators); too many for the room
-    stand at equal distances.
+    They move as little as possible in least squares, by pooling adjacent violators. If there are too many for
+    the space, their distances are equal.
 
     >>> spread([5.0, 5.0, 9.0], gap=2.0, low=0.0, high=10.0)
     [4.0, 6.0, 9.0]
@@ -155,7 +152,7 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
 
 
 def _pens(drawn: Sequence[Entry]) -> list[_Pen]:
-    # By name, not by rank: the pictures of two benchmarks then show one strategy in one colour.
+    # By name, not by rank, so that a strategy has one colour in the pictures of all benchmarks.
     labels = sorted(entry.label for entry in drawn if not entry.is_joint)
     places = {label: place for place, label in enumerate(labels)}
     return [_JOINT if entry.is_joint else _pen(places[entry.label]) for entry in drawn]
@@ -167,7 +164,7 @@ def _pen(place: int) -> _Pen:
 
 
 def _curve(axes: Axes, entry: Entry, pen: _Pen) -> float:
-    """Draw one entry and return the height at which it ends."""
+    """Draw one entry and return its final accuracy."""
     runs = np.array([incremental_accuracy(run.counts("correct"), run.totals) for run in entry.runs])
     mean = runs.mean(axis=0)
     if entry.is_joint:
@@ -209,18 +206,18 @@ def _finish_curves(axes: Axes, comparison: Comparison) -> None:
 def _label_ends(
     axes: Axes, drawn: Sequence[Entry], pens: Sequence[_Pen], ends: Sequence[float], height: float
 ) -> None:
-    """Write each label beside the end of its line, moved apart where lines end together."""
+    """Write each label at the end of its line, moved up or down if lines end together."""
     low, high = axes.get_ylim()
     line_height = (high - low) * 0.17 / height
     heights = spread(ends, line_height, low, high)
     left, right = axes.get_xlim()
     length = drawn[0].runs[0].num_experiences
-    beside = axes.get_yaxis_transform()
+    right_of_axes = axes.get_yaxis_transform()
     for entry, pen, end, at in zip(drawn, pens, ends, heights, strict=True):
         axes.plot(
             [1.0 if entry.is_joint else (length - left) / (right - left) + 0.02, 1.03, 1.08],
             [end, at, at],
-            transform=beside,
+            transform=right_of_axes,
             color=pen.colour,
             linestyle=pen.dashes,
             linewidth=0.7,
@@ -229,7 +226,7 @@ def _label_ends(
             markersize=3.6,
             clip_on=False,
         )
-        axes.text(1.1, at, entry.label, transform=beside, va="center", fontsize=7.5)
+        axes.text(1.1, at, entry.label, transform=right_of_axes, va="center", fontsize=7.5)
 
 
 def _mean_matrix(entry: Entry) -> Array:
@@ -238,7 +235,7 @@ def _mean_matrix(entry: Entry) -> Array:
 
 
 def _scale(means: Sequence[Array]) -> Normalize:
-    """From the tens below the lowest accuracy to the tens above the highest."""
+    """Return the scale from the tens below the lowest accuracy to the tens above the highest."""
     lowest = min(float(np.nanmin(mean)) for mean in means)
     highest = max(float(np.nanmax(mean)) for mean in means)
     low = min(10 * math.floor(lowest / 10), 90)
@@ -246,7 +243,7 @@ def _scale(means: Sequence[Array]) -> Normalize:
 
 
 def _panels(number: int, length: int, size: float, lines: int) -> tuple[Figure, list[Axes], Axes]:
-    """Lay out ``number`` square panels of ``size`` inches under titles of ``lines``, with a colour bar."""
+    """Return ``number`` square panels of ``size`` inches under ``lines`` lines of title, and a colour bar."""
     across, down = size + 0.3, size + 0.25 + 0.13 * lines
     rows = math.ceil(number / int(_WIDTH / across))
     columns = math.ceil(number / rows)
@@ -298,7 +295,7 @@ def _matrix(panel: Axes, mean: Array, scale: Normalize) -> None:
 
 
 def _headline(axes: Axes, comparison: Comparison, above: float, remark: str = "") -> None:
-    """Write what is shown ``above`` points over the top left corner of ``axes``."""
+    """Write what the picture shows, ``above`` points over the top left corner of ``axes``."""
     run = comparison.results[0]
     protocol = "" if comparison.only_protocol else f", protocol {comparison.fingerprint}"
     numbers = [len(entry.runs) for entry in comparison.finished[:MOST_DRAWN]]

@@ -1,11 +1,11 @@
-"""What a handful of runs allows to be said: intervals, paired differences, tests, and where to stay silent.
+"""What a handful of runs can show: intervals, paired differences, tests, and the limits of each.
 
-A *block* is a seed with a class order. Runs of two strategies in one block share both, so their difference is
-free of what the block does to either; that is why strategies are compared on the blocks they share. SciPy and
-statsmodels do the mathematics; here stand the limits below which they are not asked.
+A *block* is a seed with a class order. Two strategies are compared on the blocks that they share: the effect
+of the block cancels in their difference. SciPy and statsmodels do the mathematics; this file sets the
+smallest numbers of blocks for intervals and tests.
 
-Below ``PERMUTATION_BLOCKS`` a sign-flip test cannot reach 0.05 however large the difference is: of ``n``
-differences, all of one sign, the two-sided p value is ``2 / 2**n``, and that is 0.0625 for five.
+Below ``PERMUTATION_BLOCKS`` a sign-flip test cannot reach 0.05, however large the difference: if ``n``
+differences all have one sign, the two-sided p value is ``2 / 2**n``, which is 0.0625 for five.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,31 +21,31 @@ import numpy.typing as npt
 from cl_bench.results.metrics import HIGHER_IS_BETTER
 
 CONFIDENCE = 0.95
-"""Of every interval."""
+"""Confidence of every interval."""
 
 LEVEL = 0.05
-"""Of every test, after Holm's correction."""
+"""Significance level of every test, after Holm's correction."""
 
 PERMUTATION_BLOCKS = 6
-"""Shared blocks from which a permutation test is made."""
+"""Smallest number of shared blocks for a permutation test."""
 
 BOOTSTRAP_BLOCKS = 10
-"""Values from which a bootstrap interval is made."""
+"""Smallest number of values for a bootstrap interval."""
 
 EXACT_BLOCKS = 13
-"""Shared blocks up to which every sign pattern is taken."""
+"""Largest number of shared blocks for which a test uses every sign pattern."""
 
 PERMUTATIONS = 49_999
-"""Sign patterns drawn beyond: enough for Holm's correction to pass some 1,200 tests at ``LEVEL``."""
+"""Random sign patterns for more blocks: enough to pass about 1,200 tests at ``LEVEL`` after Holm."""
 
 RESAMPLES = 1_999
-"""Resamples of a bootstrap."""
+"""Number of resamples of a bootstrap."""
 
 TOO_SMALL = "n too small"
-"""What a cell says where there are too few blocks for what it should hold."""
+"""Text of a cell with too few blocks for its interval or test."""
 
 NOISE = "possibly noise"
-"""Verdict on a difference whose interval holds zero."""
+"""Verdict on a difference whose interval contains zero."""
 
 Array = npt.NDArray[np.float64]
 
@@ -55,30 +54,30 @@ _PATTERNS_AT_ONCE = 10_000
 
 @dataclass(frozen=True)
 class Interval:
-    """From ``low`` to ``high``; NaN where there is none."""
+    """From ``low`` to ``high``; NaN if there are too few values for an interval."""
 
     low: float = math.nan
     high: float = math.nan
 
     @property
     def exists(self) -> bool:
-        """Whether there were values enough for it."""
+        """Whether there are enough values for it."""
         return not math.isnan(self.low)
 
     def __contains__(self, value: float) -> bool:
-        """Whether ``value`` lies within, the ends included."""
+        """Return whether ``value`` lies in it, ends included."""
         return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """Mean and sample standard deviation of ``n`` values; NaN where there are too few of them.
+    """Mean and sample standard deviation of ``n`` values; NaN if there are too few.
 
     Attributes:
-        mean: Their mean.
-        std: Their sample standard deviation, from two values on.
-        n: How many there are.
-        values: The values themselves.
+        mean: Mean of the values.
+        std: Sample standard deviation of two or more values.
+        n: Number of values.
+        values: The values.
     """
 
     mean: float
@@ -88,21 +87,21 @@ class Statistic:
 
     @cached_property
     def interval(self) -> Interval:
-        """Student's t interval of the mean, from two values on."""
+        """Student's t interval of the mean of two or more values."""
         return t_interval(self.mean, self.std, self.n)
 
     @cached_property
     def bootstrap(self) -> Interval:
-        """Bootstrap interval of the mean, from ``BOOTSTRAP_BLOCKS`` values on."""
+        """Bootstrap interval of the mean of ``BOOTSTRAP_BLOCKS`` or more values."""
         return bootstrap_interval(np.array(self.values))
 
 
 NO_VALUES = Statistic(math.nan, math.nan, 0)
-"""What there is to say of a metric that no run has."""
+"""Statistic of a metric that no run has."""
 
 
 def statistic(values: Iterable[float]) -> Statistic:
-    """Summarise ``values``, leaving out those that are NaN.
+    """Return the statistic of ``values`` that are not NaN.
 
     >>> statistic([1.0, 2.0, math.nan, 3.0])
     Statistic(mean=2.0, std=1.0, n=3)
@@ -117,7 +116,7 @@ def statistic(values: Iterable[float]) -> Statistic:
 
 
 def t_interval(mean: float, std: float, n: int) -> Interval:
-    """Return Student's interval of a mean of ``n`` values with sample deviation ``std``.
+    """Return Student's interval of a mean of ``n`` values with sample standard deviation ``std``.
 
     ``mean ± t(0.975, n - 1) std / √n``.
 
@@ -126,21 +125,23 @@ def t_interval(mean: float, std: float, n: int) -> Interval:
     """
     if n < 2:
         return Interval()
-    half = float(_t_quantile(n - 1)) * std / math.sqrt(n)
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * std / math.sqrt(n)
     return Interval(mean - half, mean + half)
 
 
 def bootstrap_interval(values: Array) -> Interval:
     """Return the bias-corrected and accelerated bootstrap interval of the mean of ``values`` (n,).
 
-    There is none below ``BOOTSTRAP_BLOCKS``. The resamples are drawn from a fixed seed: a report of the same
-    results says the same.
+    It is NaN below ``BOOTSTRAP_BLOCKS`` values. The resamples have a fixed seed, so a report of the same
+    results stays the same.
 
     Source: Efron, 1987, https://doi.org/10.1080/01621459.1987.10478410.
     """
     if len(values) < BOOTSTRAP_BLOCKS:
         return Interval()
-    if np.ptp(values) == 0.0:  # its acceleration is 0/0; every resample has this mean
+    if np.ptp(values) == 0.0:  # every resample has this mean, and the acceleration is 0/0
         return Interval(float(values[0]), float(values[0]))
     from scipy.stats import bootstrap
 
@@ -153,10 +154,10 @@ def bootstrap_interval(values: Array) -> Interval:
 def permutation_p(differences: Array) -> Array:
     """Return the two-sided p value (pairs,) that the mean of each row of ``differences`` (pairs, n) is zero.
 
-    Under the hypothesis that two strategies are exchangeable within a block, the sign of its difference is a
-    coin; the p value is the share of sign patterns whose mean is at least as far from zero. All ``2**n``
-    patterns are taken up to ``EXACT_BLOCKS``, ``PERMUTATIONS`` random ones from a fixed seed beyond. NaN
-    below ``PERMUTATION_BLOCKS``.
+    If two strategies are exchangeable within a block, both signs of its difference are equally likely. The p
+    value is the share of sign patterns whose mean is at least as far from zero as the observed one. All
+    ``2**n`` patterns are used up to ``EXACT_BLOCKS``, beyond that ``PERMUTATIONS`` random ones from a fixed
+    seed. NaN below ``PERMUTATION_BLOCKS``.
 
     Source: Fisher, The Design of Experiments, 1935, §21.
 
@@ -170,15 +171,16 @@ def permutation_p(differences: Array) -> Array:
         return _drawn_p(differences)
     from scipy.stats import permutation_test
 
-    # Of one sample, `samples` flips the signs; as many resamples as patterns makes SciPy take them all.
+    # For one sample, `samples` flips signs; with as many resamples as patterns, SciPy uses every pattern
+    # once.
     found = permutation_test(
-        (differences,), _mean, permutation_type="samples", vectorized=True, axis=-1, n_resamples=2**n
+        (differences,), np.mean, permutation_type="samples", vectorized=True, axis=-1, n_resamples=2**n
     )
     return np.atleast_1d(np.asarray(found.pvalue, dtype=np.float64))
 
 
 def _drawn_p(differences: Array) -> Array:
-    """Return SciPy's p value for random patterns, as matrix products: many times faster for many pairs."""
+    """Return SciPy's p values for random patterns by matrix products, many times faster for many pairs."""
     rng = np.random.default_rng(0)
     observed = differences.sum(axis=1)
     slack = 1e-12 * np.abs(differences).sum(axis=1)  # equal sums may differ by rounding
@@ -195,7 +197,7 @@ def _drawn_p(differences: Array) -> Array:
 
 
 def smallest_p(n: int) -> float:
-    """Return the smallest p value that `permutation_p` can give for ``n`` blocks, however large a difference.
+    """Return the smallest p value of `permutation_p` for ``n`` blocks, however large the difference.
 
     >>> smallest_p(6)
     0.03125
@@ -204,7 +206,7 @@ def smallest_p(n: int) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return the p values after Holm's correction for as many tests as are not NaN.
+    """Return the p values after Holm's correction over those that are not NaN.
 
     Source: Holm, 1979, https://www.jstor.org/stable/4615733.
 
@@ -225,14 +227,14 @@ class Contrast:
     """The difference of two entries in one metric, block by block.
 
     Attributes:
-        first: Label of the entry that is counted positively.
-        second: Label of the entry that is taken away.
+        first: Label of the first entry.
+        second: Label of the second entry, which is subtracted.
         metric: Name of the metric.
         difference: ``first - second`` over the shared blocks.
-        p: Two-sided p value of a sign-flip permutation test; NaN where there are too few shared blocks.
-        p_holm: The same after Holm's correction over all tests of the table: every pair, metric and
-            benchmark of it. See :func:`corrected`.
-        tests: How many tests that correction covers.
+        p: Two-sided p value of a sign-flip permutation test; NaN if there are too few shared blocks.
+        p_holm: The p value after Holm's correction over every pair, metric and benchmark of the table. See
+            :func:`corrected`.
+        tests: Number of tests in that correction.
     """
 
     first: str
@@ -245,23 +247,23 @@ class Contrast:
 
     @property
     def wins(self) -> int:
-        """Shared blocks in which ``first`` is the better one."""
+        """Number of shared blocks in which ``first`` is better."""
         sign = 1 if HIGHER_IS_BETTER[self.metric] else -1
         return sum(sign * value > 0 for value in self.difference.values)
 
     @property
     def ties(self) -> int:
-        """Shared blocks in which both are equal."""
+        """Number of shared blocks in which both are equal."""
         return sum(value == 0 for value in self.difference.values)
 
     @property
     def losses(self) -> int:
-        """Shared blocks in which ``second`` is the better one."""
+        """Number of shared blocks in which ``second`` is better."""
         return self.difference.n - self.wins - self.ties
 
     @property
     def verdict(self) -> str:
-        """What may be said of the difference, in a few words."""
+        """What the difference shows, in a few words."""
         if self.difference.n == 0:
             return "no shared block"
         if not self.difference.interval.exists:
@@ -281,7 +283,7 @@ def corrected(families: Sequence[Mapping[str, Sequence[Contrast]]]) -> list[dict
     """Return the contrasts of a table after Holm's correction over all of them.
 
     Args:
-        families: For every benchmark of the table, by name of metric, its contrasts.
+        families: For every benchmark of the table, its contrasts by name of the metric.
     """
     every = [pair.p for by_metric in families for pairs in by_metric.values() for pair in pairs]
     tests = sum(not math.isnan(p) for p in every)
@@ -296,12 +298,12 @@ def corrected(families: Sequence[Mapping[str, Sequence[Contrast]]]) -> list[dict
 
 
 def against(contrasts: Iterable[Contrast], label: str) -> list[Contrast]:
-    """Return the contrasts in which ``label`` is one of the two."""
+    """Return the contrasts that have ``label`` as their first or second entry."""
     return [contrast for contrast in contrasts if label in (contrast.first, contrast.second)]
 
 
 def tested(differences: Sequence[Statistic]) -> list[float]:
-    """The p value of each, those of equally many blocks in one call: the sign patterns are the same."""
+    """Return the p value of each difference; those with equally many blocks share one call."""
     p = [math.nan] * len(differences)
     by_n: dict[int, list[int]] = {}
     for place, difference in enumerate(differences):
@@ -312,13 +314,3 @@ def tested(differences: Sequence[Statistic]) -> list[float]:
             for place, value in zip(places, found, strict=True):
                 p[place] = float(value)
     return p
-
-
-def _t_quantile(freedom: int) -> Any:
-    from scipy.special import stdtrit
-
-    return stdtrit(freedom, 0.5 + CONFIDENCE / 2)
-
-
-def _mean(values: Array, axis: int = -1) -> Array:
-    return np.asarray(values.mean(axis=axis))

@@ -1,4 +1,4 @@
-"""Comparisons laid out as tables: which line, which column, which value is best, in no format yet."""
+"""Comparisons laid out as tables, in no format yet: rows, columns, ranks, and the sentences around them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,31 @@ from cl_bench.report.comparison import (
     plain,
     shortened,
 )
-from cl_bench.report.statistics import NO_VALUES, Contrast, Statistic, against, corrected
+from cl_bench.report.statistics import NO_VALUES, PERMUTATION_BLOCKS, Contrast, Statistic, against, corrected
 from cl_bench.results.metrics import DEFINITIONS, HIGHER_IS_BETTER
 from cl_bench.results.result import COSTS, PHASES, Result, digest
 
 UNDEFINED = "–"
-"""What a cell says of a metric that does not exist, or a cost that was not measured."""
+"""Text of a cell whose metric is undefined, or whose cost was not measured."""
 
 UPPER_BOUND = "†"
-"""Mark of a line that was trained on all classes at once."""
+"""Mark of a row that was trained on all classes at once."""
 
-INCOMPLETE = "What lacks seeds or class orders that another line finished is not ranked."
-"""What a table says where such a line has no mark."""
+INCOMPLETE = "Rows that lack seeds or class orders which another row finished are not ranked."
+"""Sentence for a table with such rows."""
+
+HOW_TO_READ_DIFFERENCES = (
+    "Differences are taken on the seeds and class orders that both finished, with Student's 95 % interval; "
+    "if the interval contains zero, the difference is possibly noise. p: sign-flip permutation test after "
+    "Holm's correction over every pair, metric and benchmark of the table, from "
+    f"{PERMUTATION_BLOCKS} shared blocks up: with fewer, no difference can reach 0.05. Blocks are taken as "
+    "independent: with one class order, intervals describe the variation over seeds only; with several seeds "
+    "for each order, they may be too narrow."
+)
+"""Sentences for every table of differences."""
 
 NOT_RUN = "not run"
-"""What a cell says where a line has no result file at all."""
+"""Text of a cell whose row has no result file."""
 
 COST_HEADINGS = dict(
     zip(
@@ -49,7 +59,7 @@ COST_HEADINGS = dict(
         strict=True,
     )
 )
-"""What tables call a cost."""
+"""Headings of costs."""
 
 SHORT_NAMES = {
     "acc/sample": "ACC",
@@ -59,23 +69,23 @@ SHORT_NAMES = {
     "bwt/gem": "BWT",
     "forgetting/chaudhry": "Forgetting",
 }
-"""What narrow columns call a metric; its definition stands below."""
+"""Headings of metrics in narrow columns; tables also give the definitions."""
 
 PROVENANCE = ("python", "versions", "commit", "device", "threads", "images_sha256")
-"""Parts of the provenance that are footnoted when mixed; times are always mixed."""
+"""Parts of the provenance that a table reports if they are mixed; times always are."""
 
-_MOST_PAIRS = 15  # pairs in a table to be read; of more entries, those against the best
+_MOST_PAIRS = 15  # pairs in a table for reading; if there are more, only those with the best entry
 _LISTED = 8  # values in a sentence
 _OPTIONS = 80  # characters of a backbone's options
 
 
 @dataclass
 class Row:
-    """One line of a table: the entries of one label, None on a benchmark where it was not run.
+    """One row of a table: the entries of one label.
 
     Attributes:
-        label: What the line is called.
-        entries: One for each comparison of the table.
+        label: Name of the row.
+        entries: An entry for each comparison of the table; None if the label was not run there.
     """
 
     label: str
@@ -83,18 +93,18 @@ class Row:
 
     @property
     def is_joint(self) -> bool:
-        """Whether the line is an upper bound."""
+        """Whether the row is an upper bound."""
         return any(entry is not None and entry.is_joint for entry in self.entries)
 
     def was_run(self, index: int) -> bool:
-        """Whether there is a finished run on benchmark ``index``."""
+        """Return whether there is a finished run on benchmark ``index``."""
         entry = self.entries[index]
         return entry is not None and bool(entry.runs)
 
     def status(self, index: int) -> str:
-        """Say why there is no finished run on benchmark ``index``; empty if there is one.
+        """Return the statuses of the runs on benchmark ``index`` if none has finished, otherwise nothing.
 
-        What became of the runs that there are: ``failed``, ``diverged``, ``running``, ``disagreeing``.
+        They are ``failed``, ``diverged``, ``running`` and ``disagreeing``, or ``NOT_RUN``.
         """
         entry = self.entries[index]
         if entry is None:
@@ -104,7 +114,7 @@ class Row:
         return ", ".join(entry.statuses)
 
     def statistic(self, index: int, name: str) -> Statistic:
-        """Return the statistic called ``name`` on benchmark ``index``."""
+        """Return the statistic of the metric or cost ``name`` on benchmark ``index``."""
         entry = self.entries[index]
         return NO_VALUES if entry is None else entry.statistic(name)
 
@@ -123,7 +133,7 @@ class Table:
         comparisons: Benchmarks side by side, each under one protocol.
         metrics: Metrics shown, by name.
         rows: Joint first, then by falling accuracy.
-        contrasts: For each comparison, by name of metric, every two lines on their shared blocks.
+        contrasts: For each comparison, by name of the metric, the contrasts of every two rows.
     """
 
     comparisons: list[Comparison]
@@ -132,11 +142,10 @@ class Table:
     contrasts: list[dict[str, list[Contrast]]] = field(default_factory=list)
 
     def places(self, index: int, name: str) -> list[int | None]:
-        """Return for every row its place, 1 or 2, in metric ``name`` on benchmark ``index``; None beyond.
+        """Return for every row its place, 1 or 2, in metric ``name`` on benchmark ``index``; None for others.
 
-        Upper bounds have none, nor have lines that lack a block where another line lacks none: seeds and
-        orders that one was spared make no record. What is equal as printed, to two decimals, is equal: a
-        mark may not hang on a digit that nobody sees.
+        Rows that are not ranked have no place. Means that are equal to two decimals, as they are printed,
+        share a place.
         """
         ranked_lines = self.ranked(index)
         means = [
@@ -147,7 +156,7 @@ class Table:
         return [ranked.index(mean) + 1 if mean in ranked[:2] else None for mean in means]
 
     def leaves_out_incomplete(self) -> bool:
-        """Whether on any benchmark a line is not ranked because it lacks blocks that another has."""
+        """Return whether some row with finished runs is not ranked because it lacks blocks of another row."""
         return any(
             row.was_run(index) and not row.is_joint and not ranks
             for index in range(len(self.comparisons))
@@ -157,7 +166,8 @@ class Table:
     def ranked(self, index: int) -> list[bool]:
         """Return for every row whether it is ranked on benchmark ``index``.
 
-        Upper bounds are not, nor is a row that lacks a block if another row has them all.
+        Upper bounds are not ranked. If a row has every block, rows that lack one are not ranked either: the
+        seeds and orders they were spared would count for them.
         """
         complete = [not row.is_joint and self._is_complete(row, index) for row in self.rows]
         return complete if any(complete) else [not row.is_joint for row in self.rows]
@@ -167,16 +177,16 @@ class Table:
         return entry is not None and len(entry.runs) == len(self.comparisons[index].blocks)
 
     def count(self, row: Row, index: int, name: str) -> str:
-        """Return how many runs are behind a value, and of how many blocks where some are absent."""
+        """Return the number of runs of a value, and of how many blocks if some are missing."""
         n = row.statistic(index, name).n
         if row.entries[index] is None or self._is_complete(row, index):
             return str(n)
         return f"{n} of {len(self.comparisons[index].blocks)}"
 
     def pairs(self, index: int) -> list[Contrast]:
-        """Return the contrasts to be read on benchmark ``index``, in the first metric shown.
+        """Return the contrasts on benchmark ``index`` that a table shows, in its first metric.
 
-        All of them, or those against the best line where there are too many.
+        They are all contrasts, or those with the best row if there are too many.
         """
         made = self.contrasts[index][self.metrics[0]]
         if len(made) <= _MOST_PAIRS:
@@ -185,17 +195,17 @@ class Table:
 
 
 def tables(comparisons: Sequence[Comparison], metrics: Sequence[str]) -> list[Table]:
-    """Lay out ``comparisons``: benchmarks of one protocol side by side, others in tables of their own.
+    """Return ``comparisons`` as tables, with benchmarks of one protocol in the columns of one table.
 
-    Of one protocol are benchmarks whose identities are equal beyond what follows dataset and length, so that
-    other weights or another precision never stand in the columns beside.
+    Benchmarks have one protocol if their identities differ only in what dataset and length decide. Different
+    weights or precisions therefore never share a table.
     """
     together: dict[str, list[Comparison]] = {}
     for comparison in comparisons:
         if comparison.only_protocol:
             together.setdefault(digest(comparison.beyond_the_data), []).append(comparison)
-    apart = [[comparison] for comparison in comparisons if not comparison.only_protocol]
-    return [_table(shown, metrics) for shown in [*together.values(), *apart]]
+    separate = [[comparison] for comparison in comparisons if not comparison.only_protocol]
+    return [_table(shown, metrics) for shown in [*together.values(), *separate]]
 
 
 def _table(comparisons: list[Comparison], metrics: Sequence[str]) -> Table:
@@ -208,15 +218,15 @@ def _table(comparisons: list[Comparison], metrics: Sequence[str]) -> Table:
 
 @dataclass(frozen=True)
 class Absence:
-    """A run that enters no mean.
+    """A run that is in no mean.
 
     Attributes:
         label: Its entry.
         seed: Its seed.
         order: Its class order.
-        status: ``running``, ``failed``, ``diverged``, ``disagreeing``; ``missing`` if only other entries have
-            this block.
-        error: What happened, or how far it is; empty if there is nothing to say.
+        status: ``running``, ``failed``, ``diverged`` or ``disagreeing``; ``missing`` if only other entries
+            have this block.
+        error: The error or the progress, in one sentence; may be empty.
     """
 
     label: str
@@ -227,7 +237,7 @@ class Absence:
 
 
 def compared(comparison: Comparison) -> str:
-    """Say in words what the entries of ``comparison`` have in common."""
+    """Return a sentence about what the entries of ``comparison`` have in common."""
     run = comparison.results[0]
     seeds = [str(seed) for seed in sorted({seed for seed, _ in comparison.blocks})]
     orders = sorted({order for _, order in comparison.blocks})
@@ -241,13 +251,13 @@ def compared(comparison: Comparison) -> str:
 
 
 def _variants(identity: Mapping[str, Any]) -> str:
-    """Say which of its published meanings the dataset has, in brackets; nothing where it has one."""
+    """Return in brackets which published variant of the dataset was used; empty if there is only one."""
     chosen = [f"{name.replace('_', ' ')} {value}" for name, value in identity.get("variants", {}).items()]
     return f" ({', '.join(chosen)})" if chosen else ""
 
 
 def counted(number: int, noun: str) -> str:
-    """Return ``number`` and ``noun``, in the plural where it needs one.
+    """Return ``number`` and ``noun``, in the plural unless the number is 1.
 
     >>> counted(1, "run"), counted(2, "run")
     ('1 run', '2 runs')
@@ -256,7 +266,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def backbone(identity: Mapping[str, Any]) -> str:
-    """Say which backbone with which weights a protocol's identity names.
+    """Return the backbone and the weights that a protocol's identity names.
 
     >>> backbone({"backbone": {"model": "vision_transformer", "options": {"depth": 2}, "weights": "random"}})
     'vision_transformer (depth=2), seeded random weights: no pre-training'
@@ -270,10 +280,10 @@ def backbone(identity: Mapping[str, Any]) -> str:
 
 
 def protocol_differences(compared: Sequence[Comparison]) -> list[str]:
-    """Say in which fields and values protocols differ that share no table.
+    """Return sentences about the fields and values in which protocols differ, so that they share no table.
 
-    One sentence for every benchmark that was run under several, and one for benchmarks that differ in more
-    than follows their data.
+    There is one for every benchmark that was run under several protocols, and one for benchmarks that differ
+    in more than their data decide.
     """
     benchmarks: dict[str, list[Comparison]] = {}
     for comparison in compared:
@@ -293,7 +303,7 @@ def protocol_differences(compared: Sequence[Comparison]) -> list[str]:
 
 
 def absences(comparison: Comparison) -> list[Absence]:
-    """List the runs of ``comparison`` that enter no mean."""
+    """Return the runs of ``comparison`` that are in no mean."""
     listed: list[Absence] = []
     blocks = comparison.blocks
     for entry in comparison.entries:
@@ -317,7 +327,7 @@ def absences(comparison: Comparison) -> list[Absence]:
 
 
 def absent(comparison: Comparison) -> list[str]:
-    """Say what enters no mean, a line for each run that did not finish and for each gap that rows share."""
+    """Return a line for each run that did not finish, and for each block that rows lack."""
     lines: list[str] = []
     gaps: dict[Block, list[str]] = {}
     for absence in absences(comparison):
@@ -338,16 +348,16 @@ def absent(comparison: Comparison) -> list[str]:
 
 
 def unnamed_differences(comparison: Comparison) -> list[str]:
-    """Say in which settings rows of one name differ beyond what their labels show."""
+    """Return a line for each strategy whose rows differ in settings that no label shows."""
     return [
         f"{name}: {', '.join(_abridged(settings))}" for name, settings in comparison.unnamed_settings.items()
     ]
 
 
 def mixed_provenance(comparison: Comparison) -> list[str]:
-    """Say which parts of the provenance of finished runs are mixed, each value with its number of runs.
+    """Return a line for each mixed part of the provenance of finished runs, with the number of runs by value.
 
-    Of an entry whose runs were on several devices, say which of them its seconds and memory are of.
+    Entries whose runs were on several devices have a line with the device of their seconds and memory.
     """
     found: dict[str, Counter[str]] = {}
     for run in (run for entry in comparison.finished for run in entry.runs):
@@ -361,7 +371,7 @@ def mixed_provenance(comparison: Comparison) -> list[str]:
     ]
     return mixed + [
         f"{entry.label}: seconds and memory are those of {counted(len(entry.on_one_device), 'run')} on "
-        f"{entry.devices[0]} alone"
+        f"{entry.devices[0]} only"
         for entry in comparison.finished
         if len(entry.devices) > 1
     ]
@@ -373,7 +383,7 @@ def definitions(names: Iterable[str]) -> list[str]:
 
 
 def _differing(named: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Name every field in which protocols differ, with each value and whose it is; empty if in none."""
+    """Return every field in which protocols differ, with each value and whose it is; empty if none."""
     fields = []
     for key, values in differences([identity for _, identity in named]).items():
         held: dict[str, list[str]] = {}

@@ -1,14 +1,17 @@
-"""Tables as Markdown, to be read in a terminal or on a page: every number with what qualifies it."""
+r"""Tables as Markdown, for a terminal or a page, and as LaTeX, for a paper.
+
+The LaTeX has booktabs rules; it compiles in a document with ``\usepackage{booktabs}`` and UTF-8 input.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from cl_bench.report.comparison import RANKING, Comparison
 from cl_bench.report.statistics import (
     BOOTSTRAP_BLOCKS,
-    PERMUTATION_BLOCKS,
     TOO_SMALL,
     Contrast,
     Interval,
@@ -16,6 +19,7 @@ from cl_bench.report.statistics import (
 )
 from cl_bench.report.tables import (
     COST_HEADINGS,
+    HOW_TO_READ_DIFFERENCES,
     INCOMPLETE,
     SHORT_NAMES,
     UNDEFINED,
@@ -31,15 +35,7 @@ from cl_bench.report.tables import (
 )
 from cl_bench.results.result import COSTS
 
-HOW_TO_READ_DIFFERENCES = (
-    "Δ is the first line minus the second on the seeds and class orders that both finished, with Student's "
-    "95 % interval; one that holds zero is possibly noise. p: sign-flip permutation test after Holm's "
-    "correction over every pair, metric and benchmark of the table, made from "
-    f"{PERMUTATION_BLOCKS} shared blocks on: below, no difference can reach 0.05. Blocks count as "
-    "independent: under one class order, intervals speak of seeds alone; with several seeds an order, they "
-    "may be too narrow."
-)
-"""What a table of differences needs said beside it, in any format."""
+_HOW_TO_READ_DIFFERENCES = f"Δ is the first row minus the second. {HOW_TO_READ_DIFFERENCES}"
 
 _DAGGER = r"$^\dagger$"
 
@@ -65,7 +61,7 @@ _SPECIAL = {
 
 
 def markdown(tables: Sequence[Table]) -> str:
-    """Return ``tables`` as one Markdown page, each with what was compared above and its footnotes below."""
+    """Return ``tables`` as one Markdown page, each with a description above and footnotes below."""
     paragraphs = protocol_differences([comparison for table in tables for comparison in table.comparisons])
     for table in tables:
         paragraphs += _section(table)
@@ -85,7 +81,7 @@ def _section(table: Table) -> list[str]:
     paragraphs += _bullets("Metrics, in percent:", definitions(table.metrics))
     paragraphs += _intervals(table) + _differences(table) + _costs(table)
     for comparison in table.comparisons:
-        heading = f"Mixed provenance in {comparison.title} (number of runs); seconds may not compare:"
+        heading = f"Mixed provenance in {comparison.title} (number of runs); seconds may not be comparable:"
         paragraphs += _bullets(heading, mixed_provenance(comparison))
     return paragraphs
 
@@ -95,17 +91,15 @@ def _how_to_read(table: Table) -> str:
     sentences = [f"Mean ± sample standard deviation (number of runs); rows by falling {RANKING}{first}."]
     if any(row.is_joint for row in table.rows):
         sentences.append(
-            f"{UPPER_BOUND} Upper bound: trained on all classes at once, so that what happens on the way is "
-            f"undefined ({UNDEFINED}). Bold: the best below it."
+            f"{UPPER_BOUND} Upper bound: trained on all classes at once, so metrics over the stream are "
+            f"undefined ({UNDEFINED}). Bold: the best of the other rows."
         )
     else:
         sentences.append("Bold: the best of a column.")
     if table.leaves_out_incomplete():
         sentences.append(INCOMPLETE)
     if len(table.comparisons) > 1:
-        sentences.append(
-            "A row holds what has one name on every benchmark; other settings may differ by recipe."
-        )
+        sentences.append("A row has one name on every benchmark; its settings may differ by recipe.")
     if not all(row.was_run(index) for row in table.rows for index in range(len(table.comparisons))):
         sentences.append("A cell in words has no finished run.")
     return " ".join(sentences)
@@ -117,29 +111,37 @@ def _bullets(heading: str, lines: Iterable[str]) -> list[str]:
 
 
 def _metrics(table: Table) -> str:
-    columns = [_labels(table.rows)]
-    for index, prefix in _prefixes(table):
-        columns += [[prefix + name, *_metric_cells(table, index, name)] for name in table.metrics]
+    return _grid(table, {name: name for name in table.metrics}, partial(_metric_cells, table))
+
+
+def _grid(table: Table, headings: Mapping[str, str], cells: Callable[[int, str], Iterable[str]]) -> str:
+    """Return a Markdown table with the columns ``headings`` on each benchmark, below the title of several."""
+    labels = [f"{row.label} {UPPER_BOUND}" if row.is_joint else row.label for row in table.rows]
+    columns = [["strategy", *map(_barred, labels)]]
+    for index, comparison in enumerate(table.comparisons):
+        prefix = f"{comparison.title} " if len(table.comparisons) > 1 else ""
+        columns += [[prefix + heading, *cells(index, name)] for name, heading in headings.items()]
     return aligned(columns)
 
 
 def _intervals(table: Table) -> list[str]:
-    """The interval of every mean; where no line has two runs there is nothing to show."""
+    """Return the intervals of all means, or one sentence if no row has two runs."""
     if not any(
         row.statistic(index, name).interval.exists
         for row in table.rows
         for index in range(len(table.comparisons))
         for name in table.metrics
     ):
-        return [f"Intervals of the means: {TOO_SMALL}, a strategy needs two runs or more."]
-    columns = [_labels(table.rows)]
-    for index, prefix in _prefixes(table):
-        columns += [
-            [prefix + name, *(_interval_cell(row, index, name) for row in table.rows)]
-            for name in table.metrics
-        ]
-    remark = f"Student's 95 % interval of each mean; the bootstrap's too from {BOOTSTRAP_BLOCKS} runs on."
-    return [remark, aligned(columns)]
+        return [f"Intervals of the means: {TOO_SMALL}, because no strategy has two runs."]
+    grid = _grid(
+        table,
+        {name: name for name in table.metrics},
+        lambda index, name: (_interval_cell(row, index, name) for row in table.rows),
+    )
+    remark = (
+        f"Student's 95 % interval of each mean; from {BOOTSTRAP_BLOCKS} runs up, the bootstrap's as well."
+    )
+    return [remark, grid]
 
 
 def _interval_cell(row: Row, index: int, name: str) -> str:
@@ -161,7 +163,7 @@ def _differences(table: Table) -> list[str]:
         if not pairs:
             continue
         left_out = len(table.contrasts[index][table.metrics[0]]) - len(pairs)
-        others = f", against the best; {left_out} more pairs in the CSV, JSON and HTML" if left_out else ""
+        others = f", with the best row; {left_out} more pairs in the CSV, JSON and HTML" if left_out else ""
         paragraphs.append(f"Paired differences in {table.metrics[0]} on {comparison.title}{others}:")
         columns = [
             ["first − second", *(_barred(f"{pair.first} − {pair.second}") for pair in pairs)],
@@ -172,47 +174,33 @@ def _differences(table: Table) -> list[str]:
             ["verdict", *(pair.verdict for pair in pairs)],
         ]
         paragraphs.append(aligned(columns).replace("+nan (0)", f"{UNDEFINED} (0)"))
-    return [*paragraphs, HOW_TO_READ_DIFFERENCES] if paragraphs else []
+    return [*paragraphs, _HOW_TO_READ_DIFFERENCES] if paragraphs else []
 
 
 def difference_interval(pair: Contrast) -> str:
-    """Return the interval of a difference in signed points, or why there is none."""
+    """Return the interval of a difference in signed points, or ``TOO_SMALL``."""
     interval = pair.difference.interval
     return f"[{interval.low:+.2f}, {interval.high:+.2f}]" if interval.exists else TOO_SMALL
 
 
 def p_value(pair: Contrast) -> str:
-    """Return the corrected p value of a difference, or why there is none."""
+    """Return the corrected p value of a difference, or ``TOO_SMALL``."""
     return TOO_SMALL if math.isnan(pair.p_holm) else f"{pair.p_holm:.2g}"
 
 
 def _costs(table: Table) -> list[str]:
-    columns = [_labels(table.rows)]
-    for index, prefix in _prefixes(table):
-        columns += [
-            [prefix + COST_HEADINGS[name], *(_cost_cell(row, index, name) for row in table.rows)]
-            for name in COSTS
-        ]
     remark = (
         "Costs, means over runs: seconds of a whole run and of its phases, peak memory of the accelerator "
         "(on a CPU, resident memory of the process), parameters trained at once, MB kept at the end."
     )
-    return [remark, aligned(columns)]
+    grid = _grid(
+        table, COST_HEADINGS, lambda index, name: (_cost_cell(row, index, name) for row in table.rows)
+    )
+    return [remark, grid]
 
 
 def _cost_cell(row: Row, index: int, name: str) -> str:
     return quantity(row.statistic(index, name).mean) if row.was_run(index) else row.status(index)
-
-
-def _prefixes(table: Table) -> list[tuple[int, str]]:
-    if len(table.comparisons) == 1:
-        return [(0, "")]
-    return [(index, f"{comparison.title} ") for index, comparison in enumerate(table.comparisons)]
-
-
-def _labels(rows: Sequence[Row]) -> list[str]:
-    labels = [f"{row.label} {UPPER_BOUND}" if row.is_joint else row.label for row in rows]
-    return ["strategy", *map(_barred, labels)]
 
 
 def _barred(label: str) -> str:
@@ -242,7 +230,7 @@ def _range(interval: Interval) -> str:
 
 
 def quantity(value: float) -> str:
-    """Return a cost as a reader would write it.
+    """Return a cost with as many digits as a reader needs.
 
     >>> quantity(1234.5), quantity(0.01234), quantity(math.nan)
     ('1,234', '0.0123', '–')
@@ -253,7 +241,7 @@ def quantity(value: float) -> str:
 
 
 def aligned(columns: Sequence[Sequence[str]]) -> str:
-    """Lay out columns as a Markdown table whose source is aligned too: it is printed as it is."""
+    """Return columns as a Markdown table with aligned source, because it is printed as it is."""
     widths = [max(map(len, column)) for column in columns]
     justify: list[Callable[[str, int], str]] = [str.ljust, *[str.rjust] * (len(columns) - 1)]
     lines = [
@@ -265,7 +253,7 @@ def aligned(columns: Sequence[Sequence[str]]) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""Return ``text`` so that LaTeX prints it as it is.
+    r"""Return ``text`` escaped for LaTeX.
 
     >>> escaped("LoRA_r=4 & 5 %")
     'LoRA\\_r=4 \\& 5 \\%'
@@ -275,14 +263,10 @@ def escaped(text: str) -> str:
 
 def latex(tables: Sequence[Table]) -> str:
     """Return ``tables`` as LaTeX floats: accuracies, differences and costs, each with its caption."""
+    compared_ones = [comparison for table in tables for comparison in table.comparisons]
     lines = [
         r"% Needs \usepackage{booktabs}. Written by cl-bench report --format latex.",
-        *(
-            f"% {sentence}"
-            for sentence in protocol_differences(
-                [comparison for table in tables for comparison in table.comparisons]
-            )
-        ),
+        *(f"% {sentence}" for sentence in protocol_differences(compared_ones)),
     ]
     floats = [
         part
@@ -300,7 +284,7 @@ def _results_float(table: Table) -> str:
             places = table.places(index, name)
             for line, row, place in zip(body, table.rows, places, strict=True):
                 line.append(_float_cell(table, row, index, name, place))
-    return _float(table, table.comparisons, names, body, _caption(table), "results")
+    return _wide_float(table, table.comparisons, names, body, _caption(table), "results")
 
 
 def _float_cell(table: Table, row: Row, index: int, name: str, place: int | None) -> str:
@@ -341,28 +325,11 @@ def _difference_floats(table: Table) -> list[str]:
         if not pairs:
             continue
         name = SHORT_NAMES.get(table.metrics[0], table.metrics[0])
-        body = [[escaped(f"{pair.first} − {pair.second}"), *_difference_cells(pair)] for pair in pairs]
+        caption = f"Paired differences in {name} on {comparison.title}. {_HOW_TO_READ_DIFFERENCES}"
         header = ["", r"$\Delta$", r"95\,\% interval", "blocks", "$p$ (Holm)", "verdict"]
-        caption = f"Paired differences in {name} on {comparison.title}. {HOW_TO_READ_DIFFERENCES}"
-        rows = [" & ".join(line) + r" \\" for line in body]
-        made.append(
-            "\n".join(
-                [
-                    r"\begin{table}",
-                    r"\centering",
-                    rf"\caption{{{escaped(caption)}}}",
-                    rf"\label{{tab:differences-{comparison.title}}}",
-                    r"\begin{tabular}{lrrrrl}",
-                    r"\toprule",
-                    " & ".join(header) + r" \\",
-                    r"\midrule",
-                    *rows,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                    r"\end{table}",
-                ]
-            )
-        )
+        body = [[escaped(f"{pair.first} − {pair.second}"), *_difference_cells(pair)] for pair in pairs]
+        label = f"differences-{comparison.title}"
+        made.append(_float("table", escaped(caption), label, "lrrrrl", [_line(header)], [body]))
     return made
 
 
@@ -374,7 +341,7 @@ def _difference_cells(pair: Contrast) -> list[str]:
 
 
 def _cost_floats(table: Table) -> list[str]:
-    """One float for each benchmark: side by side they fit no page."""
+    """Return one float for each benchmark, because all side by side are too wide for a page."""
     names = [escaped(COST_HEADINGS[name]) for name in COSTS]
     made = []
     for index, comparison in enumerate(table.comparisons):
@@ -385,7 +352,7 @@ def _cost_floats(table: Table) -> list[str]:
             f"Costs on {comparison.title}, means over runs: seconds of a whole run and of its phases, peak "
             "memory, parameters trained at once, megabytes kept at the end."
         )
-        made.append(_float(table, [comparison], names, body, escaped(caption), "costs"))
+        made.append(_wide_float(table, [comparison], names, body, escaped(caption), "costs"))
     return made
 
 
@@ -400,7 +367,7 @@ def _float_label(row: Row) -> str:
     return escaped(row.label) + (_DAGGER if row.is_joint else "")
 
 
-def _float(
+def _wide_float(
     table: Table,
     comparisons: Sequence[Comparison],
     names: Sequence[str],
@@ -408,7 +375,7 @@ def _float(
     caption: str,
     kind: str,
 ) -> str:
-    """Lay out one float: a column for each name under each of ``comparisons``, upper bounds ruled off."""
+    """Return a float with a column for each name under each comparison, and a rule below upper bounds."""
     width = len(names)
     spans = [
         (escaped(comparison.title), 2 + index * width, 1 + (index + 1) * width)
@@ -418,22 +385,37 @@ def _float(
     rules = " ".join(rf"\cmidrule(lr){{{first}-{last}}}" for _, first, last in spans)
     joint = [line for line, row in zip(body, table.rows, strict=True) if row.is_joint]
     others = [line for line, row in zip(body, table.rows, strict=True) if not row.is_joint]
-    parts = ["\n".join(" & ".join(line) + r" \\" for line in lines) for lines in (joint, others) if lines]
+    head = [_line([titles]), rules, _line(["strategy", *(list(names) * len(spans))])]
+    label = f"{kind}-{'-'.join(comparison.title for comparison in comparisons)}"
+    layout = f"l{('r' * width) * len(spans)}"
+    return _float("table*", caption, label, layout, head, [part for part in (joint, others) if part])
+
+
+def _float(
+    environment: str,
+    caption: str,
+    label: str,
+    layout: str,
+    head: Sequence[str],
+    parts: Sequence[Sequence[Sequence[str]]],
+) -> str:
+    """Return a float with the lines ``head`` and a rule above the rows of each part."""
     return "\n".join(
         [
-            r"\begin{table*}",
+            rf"\begin{{{environment}}}",
             r"\centering",
             rf"\caption{{{caption}}}",
-            rf"\label{{tab:{kind}-{'-'.join(comparison.title for comparison in comparisons)}}}",
-            rf"\begin{{tabular}}{{l{('r' * width) * len(spans)}}}",
+            rf"\label{{tab:{label}}}",
+            rf"\begin{{tabular}}{{{layout}}}",
             r"\toprule",
-            titles + r" \\",
-            rules,
-            " & ".join(["strategy", *(list(names) * len(spans))]) + r" \\",
-            r"\midrule",
-            "\n\\midrule\n".join(parts),
+            *head,
+            *(line for rows in parts for line in (r"\midrule", *map(_line, rows))),
             r"\bottomrule",
             r"\end{tabular}",
-            r"\end{table*}",
+            rf"\end{{{environment}}}",
         ]
     )
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"

@@ -1,10 +1,10 @@
 """A comparison on Weights & Biases: runs rebuilt from result files, and a view for each benchmark as code.
 
-A view shows the runs of one benchmark under one protocol and groups them as the tables do, so means and bands
-there are over seeds and class orders too. Tests and intervals stay in the report: W&B has none.
+A view shows the runs of one benchmark under one protocol and groups them as the tables do, so its means and
+bands are over seeds and class orders. Only the report has tests and intervals: W&B offers none.
 
-Without a login, or with ``WANDB_MODE=offline``, the same is written to disk instead: runs as W&B's own
-offline runs, views as JSON.
+Without a login, or with ``WANDB_MODE=offline``, everything is written to disk instead: runs as offline runs
+of W&B, views as JSON.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 FOLDER = "wandb"
-"""Where offline runs and views go, inside the folder of a report."""
+"""Name of the folder of offline runs and views, inside the folder of a report."""
 
 VIEWS = "views.json"
-"""The views, in that folder."""
+"""Name of the file of views, in that folder."""
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """What became of the runs and views.
+    """The runs and views that were sent or written.
 
     Attributes:
         text: What was written or sent, and what to do next.
-        views: The views as W&B understands them.
-        runs: Folders of offline runs; empty when the runs went online.
+        views: The views in W&B's format.
+        runs: Folders of offline runs; empty if the runs were sent.
     """
 
     text: str
@@ -52,17 +52,17 @@ class Uploaded:
 def upload(results: Sequence[Result], project: str, folder: Path, metrics: Sequence[str]) -> Uploaded:
     """Send ``results`` to ``project`` with a view for each benchmark, or write both below ``folder``.
 
-    A run that is there already, sent before or logged while training, keeps its curves; its summary and
-    config are brought up to date.
+    A run that exists already, sent before or logged while training, keeps its curves; its summary and config
+    are updated.
 
     Args:
         results: Runs, finished or not.
-        project: Name of the W&B project; ``ENTITY/PROJECT`` for another entity than one's own.
-        folder: Where the files go.
-        metrics: What the views show, the first one foremost.
+        project: Name of the W&B project; ``ENTITY/PROJECT`` for an entity other than the user's.
+        folder: Folder of the report.
+        metrics: Metrics in the views, the most important first.
 
     Raises:
-        ValueError: If the package wandb-workspaces is not installed, or ``project`` is no name.
+        ValueError: If the package wandb-workspaces is not installed, or ``project`` is not a project.
     """
     entity, name = _project(project)
     compared = comparisons(results)
@@ -75,7 +75,7 @@ def upload(results: Sequence[Result], project: str, folder: Path, metrics: Seque
     for comparison in compared:
         for entry in comparison.entries:
             for result in (*entry.runs, *entry.unfinished):
-                # One cell under two protocols, as when the data changed between two folders, is two runs.
+                # A cell under two protocols, for instance after the data changed, is two runs.
                 suffix = f"-{comparison.fingerprint}" if ids[_id(result)] > 1 else ""
                 offline |= _sent(result, _id(result) + suffix, entry.label, project, home)
     specifications = [view._spec for view in views]
@@ -94,7 +94,7 @@ def upload(results: Sequence[Result], project: str, folder: Path, metrics: Seque
 def _project(project: str) -> tuple[str | None, str]:
     entity, _, name = project.rpartition("/")
     if not name or "/" in entity:
-        raise ValueError(f"{project!r} is no W&B project: give a name, or ENTITY/PROJECT.")
+        raise ValueError(f"{project!r} is not a W&B project: give a name, or ENTITY/PROJECT.")
     return entity or None, name
 
 
@@ -103,7 +103,7 @@ def _id(result: Result) -> str:
 
 
 def _sent(result: Result, id: str, label: str, project: str, folder: Path) -> bool:  # noqa: A002
-    """Rebuild the W&B run of ``result`` and say whether it stayed offline."""
+    """Rebuild the W&B run of ``result`` and return whether it is offline."""
     entity, name = _project(project)
     with dashboard.opened(
         id=id,
@@ -114,7 +114,7 @@ def _sent(result: Result, id: str, label: str, project: str, folder: Path) -> bo
         config=result.config,
         project=name,
         entity=entity,
-        goes_on=True,
+        resume=True,
     ) as run:
         if not run.resumed:
             for values in dashboard.curves(result):
@@ -170,7 +170,7 @@ def _view(comparison: Comparison, entity: str | None, project: str, metrics: Seq
 
 
 def _own_entity() -> str:
-    """The entity of who is logged in; offline there is none, and the view is not sent."""
+    """Return the entity of the logged-in user; it may be empty offline, because the view is not sent."""
     settings = wandb.setup().settings
     if dashboard.mode() == "offline" or settings.mode != "online":
         return settings.entity or ""
@@ -182,6 +182,6 @@ def _how_to_sync(number: int, home: Path, project: str) -> str:
         f"Offline: nothing was sent. {counted(number, 'run')} and their views are in {home}. To send them:\n"
         "  wandb login\n"
         f"  wandb sync {home}/wandb/offline-run-*\n"
-        "and for the views, the same command again once you are logged in: runs that are there already are "
-        f"only brought up to date.\nThey will be at {project}."
+        "Then run this command again to send the views; runs that were sent before are only updated.\n"
+        f"They will be at {project}."
     )

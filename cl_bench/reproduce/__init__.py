@@ -1,1 +1,1 @@
-"""Published numbers as data, our cells beside them, and what may be said of the difference."""
+"""Published numbers as data, compared with the results of our cells."""

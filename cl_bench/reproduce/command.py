@@ -1,10 +1,11 @@
-"""The verb ``reproduce``: the cells behind a published number, found or run, and ours beside it."""
+"""The verb ``reproduce``: find or run the cells of a published number, and compare ours with it."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +27,18 @@ from cl_bench.reproduce.cost import duration, seconds, speed
 from cl_bench.reproduce.numbers import Published, Source
 from cl_bench.reproduce.verdicts import TOLERANCE, Claim, Level, standing
 from cl_bench.results.result import Result, read
-from cl_bench.run.configuration import CONFIGS, config_file, load
+from cl_bench.run.configs import CONFIGS, config_file, load
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for.
+    """A published number, and the cells to compare with it.
 
     Attributes:
         strategy: Config stem of the strategy.
         dataset: Config stem of the dataset, or path of a config of that name.
-        num_experiences: Length of the stream; None where only one was published.
-        against: Strategy that the contrast is taken against; None for none.
+        num_experiences: Length of the stream; None if only one length was published.
+        against: Strategy that the contrast subtracts; None for no contrast.
         seeds: Seeds of the cells.
         orders: Class orders of the cells.
         results: Folder of all results.
@@ -63,7 +64,7 @@ class Wanted:
         """Length of the stream.
 
         Raises:
-            ValueError: If nothing was published, or it is not given and several were.
+            ValueError: If it is not given, and none or several were published.
         """
         if self.num_experiences is not None:
             return self.num_experiences
@@ -80,13 +81,8 @@ class Wanted:
             )
         return lengths.pop()
 
-    @property
-    def strategies(self) -> list[str]:
-        """The strategy, and what it is compared with."""
-        return list(dict.fromkeys(name for name in (self.strategy, self.against) if name))
-
     def cells(self, strategy: str) -> list[Cell]:
-        """The cells of one strategy, a seed and a class order each."""
+        """Return the cells of one strategy, one for each seed and class order."""
         common = (f"--num_experiences={self.length}", f"--results={self.results}", *self.overrides)
         return [
             Cell(strategy, self.dataset, (*common, f"--order={order}", f"--seed={seed}"))
@@ -96,24 +92,23 @@ class Wanted:
 
 
 def reproduce(wanted: Wanted, engine: Callable[[Path], Engine], *, dry_run: bool) -> bool:
-    """Find or run the cells behind a published number, print ours beside it, and return whether all was done.
+    """Find or run the cells of a published number, print it with ours, and return whether all are done.
 
-    Where the data are missing nothing runs: what is missing is said, and what the cells would take.
+    If the data are missing, no cell runs; what is missing and how long the cells would take is printed.
 
     Args:
-        wanted: The number.
-        engine: What runs cells, given the folder of all results.
-        dry_run: Run nothing; compare what there is.
+        wanted: The number and its cells.
+        engine: Function from the folder of all results to the engine that runs cells.
+        dry_run: Run nothing; compare the results that exist.
 
     Raises:
-        ValueError: If there is no such published number, or a cell is not valid.
+        ValueError: If no such number was published, or a cell is not valid.
     """
     console = Console(highlight=False, soft_wrap=True)
-    rows = {
-        name: published.rows(name, wanted.benchmark, wanted.length)
-        for name in wanted.strategies
-        if name == wanted.strategy or _is_published(name, wanted)
-    }
+    rows = {wanted.strategy: published.rows(wanted.strategy, wanted.benchmark, wanted.length)}
+    if wanted.against is not None:
+        with suppress(ValueError):  # no number of the other strategy is known: there is no contrast
+            rows[wanted.against] = published.rows(wanted.against, wanted.benchmark, wanted.length)
     found, missing = _found(wanted, rows)
     complete = dry_run or missing is None
     if missing is not None:
@@ -133,15 +128,8 @@ def reproduce(wanted: Wanted, engine: Callable[[Path], Engine], *, dry_run: bool
     return complete
 
 
-def _is_published(strategy: str, wanted: Wanted) -> bool:
-    try:
-        return bool(published.rows(strategy, wanted.benchmark, wanted.length))
-    except ValueError:
-        return False
-
-
 def _found(wanted: Wanted, strategies: Iterable[str]) -> tuple[dict[str, list[CellEntry]], str | None]:
-    """Return the cells of every strategy with what is known of them, and what is missing to run them."""
+    """Return the cells of every strategy with their state, and what is missing to run them, if anything."""
     try:
         config_file("datamodules", wanted.dataset)
     except (OSError, ValueError) as error:
@@ -164,7 +152,7 @@ def _progress(found: dict[str, list[CellEntry]], wanted: Wanted) -> str:
 
 
 def _cost(wanted: Wanted, found: dict[str, list[CellEntry]], strategies: Iterable[str]) -> str:
-    """Say how long the cells that are not done would take here; empty if all are done."""
+    """Return how long the cells that are not done would take here; empty if all are done."""
     cells = len(wanted.seeds) * len(wanted.orders)
     missing = {
         name: sum(entry.done is None for entry in found[name]) if name in found else cells
@@ -184,13 +172,13 @@ def _cost(wanted: Wanted, found: dict[str, list[CellEntry]], strategies: Iterabl
     return (
         f"{counted(number, 'cell')} not done: about {duration(total)} one after another on this machine "
         f"({measured.device}; measured {1000 * measured.training:.0f} ms an image in training and "
-        f"{1000 * measured.evaluation:.0f} ms in evaluation). Passes that a strategy makes over the data, "
-        "and reading images, come on top."
+        f"{1000 * measured.evaluation:.0f} ms in evaluation), without the data passes of a strategy and the "
+        "reading of images."
     )
 
 
 def _backbone(found: dict[str, list[CellEntry]], wanted: Wanted) -> Backbone:
-    """The backbone of the cells with random weights, which is as fast."""
+    """Return the backbone of the cells with random weights, which are as fast."""
     if not found:
         return Backbone(weights="random")
     settings = found[wanted.strategy][0].configuration.namespace.backbone
@@ -209,7 +197,7 @@ def _recipe(wanted: Wanted, strategy: str) -> Path:
 
 
 def reconstructed(wanted: Wanted, strategy: str) -> list[str]:
-    """Return the parts of ``strategy`` that are reconstructed, the settings of its recipe among them."""
+    """Return the reconstructed parts of ``strategy``, including settings of its recipe."""
     parts = list(published.reconstructed(strategy))
     recipe = _recipe(wanted, strategy)
     if recipe.exists():
@@ -228,7 +216,7 @@ def _page(wanted: Wanted, rows: dict[str, list[Published]], results: dict[str, l
     for comparison in shown:
         entries = {name: _entry(comparison, found) for name, found in results.items()}
         if comparison is not None and not comparison.only_protocol:
-            paragraphs.append(f"Protocol {comparison.fingerprint}, which shares no table with the other:")
+            paragraphs.append(f"Protocol {comparison.fingerprint}, which shares no table with the others:")
         paragraphs += _of_protocol(wanted, rows, comparison, entries)
     return "\n\n".join(paragraphs)
 
@@ -258,11 +246,11 @@ def _of_protocol(
     if claims:
         paragraphs += [f"{wanted.strategy} minus {wanted.against}, on shared blocks:", _contrasts(claims)]
     remarks = "\n".join(f"- {remark}" for remark in dict.fromkeys(_remarks(rows, comparison, entries)))
-    paragraphs.append(f"Differences of protocol that are known:\n\n{remarks}")
+    paragraphs.append(f"Known differences of protocol:\n\n{remarks}")
     paragraphs.append(
-        f"Level: within {TOLERANCE} points, or the printed spread where that is wider. Contrast: met if our "
-        "95 % interval holds the published difference and not zero. Percent and points; ours: mean ± sample "
-        "standard deviation (blocks)."
+        f"Level: met within {TOLERANCE} points, or within the printed spread if that is wider. Contrast: met "
+        "if our 95 % interval contains the published difference but not zero. All numbers are percentages or "
+        "points; ours are means ± sample standard deviations (number of blocks)."
     )
     return paragraphs
 
@@ -284,7 +272,7 @@ def _levels(levels: Sequence[Level]) -> str:
 def _claims(
     wanted: Wanted, rows: dict[str, list[Published]], entries: dict[str, Entry | None]
 ) -> list[Claim]:
-    """Every difference that one source prints for both strategies."""
+    """Return every difference of the two strategies that one source allows."""
     if wanted.against is None or wanted.against not in rows:
         return []
     ours, theirs = entries.get(wanted.strategy), entries.get(wanted.against)
@@ -337,18 +325,18 @@ def _remarks(
 
 
 def _departures(source: Source, comparison: Comparison | None) -> list[str]:
-    """Say how the protocol of ``comparison`` differs from that of ``source``, as far as that is known."""
+    """Return how the protocol of ``comparison`` differs from that of ``source``, as far as it is known."""
     if comparison is None:
         return []
-    unsaid = ["which domains it pools is not said"] if _is_domainnet(comparison) else []
+    unsaid = ["which domains it pools is not stated"] if _is_domainnet(comparison) else []
     return [*_backbones(source, comparison), *_test_images(source, comparison), *unsaid]
 
 
 def _backbones(source: Source, comparison: Comparison) -> Iterable[str]:
     described = comparison.identity.get("backbone", {})
-    # Weights from a file or of a seed are not those of the tag, whatever the model is called.
+    # Weights from a file or a seed are not those of the tag, whatever the name of the model.
     if described.get("weights") != "pretrained" or source.backbone not in (None, described.get("model")):
-        used = source.backbone or "pre-trained weights that it does not name"
+        used = source.backbone or "pretrained weights that it does not name"
         yield f"{source.title} used {used}; ours {backbone(comparison.identity)}"
 
 
@@ -356,7 +344,7 @@ def _test_images(source: Source, comparison: Comparison) -> Iterable[str]:
     run, identity = comparison.results[0], comparison.identity
     evaluated_on = identity.get("evaluated_on", "test")
     if evaluated_on != "test":
-        yield f"ours is evaluated on {evaluated_on} images held out of training, not on test images"
+        yield f"ours are evaluated on {evaluated_on} images held out of training, not on test images"
         return
     if run.dataset == "imagenet_r" and "test_images" in identity:
         if identity["test_images"] != imagenet_r.SHA256[source.imagenet_r_split, "test"]:
@@ -364,11 +352,11 @@ def _test_images(source: Source, comparison: Comparison) -> Iterable[str]:
         return
     expected = None if _is_domainnet(comparison) else published.sizes(run.dataset)
     if expected is not None and sum(run.test_images) != expected[1]:
-        yield f"ours has {sum(run.test_images):,} test images, the usual list {expected[1]:,}"
+        yield f"ours have {sum(run.test_images):,} test images, the usual list {expected[1]:,}"
 
 
 def _is_domainnet(comparison: Comparison) -> bool:
-    """Whether no published row says which variant, and so which images, it used."""
+    """Return whether the dataset is DomainNet, whose published numbers do not state their variant."""
     return comparison.results[0].dataset == "domainnet"
 
 

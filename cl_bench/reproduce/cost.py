@@ -1,4 +1,4 @@
-"""What missing cells would take on this machine, from its measured speed."""
+"""How long missing cells would take on this machine, from its measured speed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from cl_bench.loop.provenance import device_name
 from cl_bench.network.backbones import Backbone
 
-_IMAGES = 4  # in a measured batch: a CPU is no faster with more, and needs little memory
+_IMAGES = 4  # in a measured batch: little memory, and a CPU is not faster with more
 _REPETITIONS = 2
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds an image on this machine.
+    """Seconds per image on this machine.
 
     Attributes:
-        training: Forward and backward through the whole backbone, its weights frozen.
-        evaluation: Forward alone.
-        device: What was measured.
+        training: Forward and backward through the whole backbone with frozen weights.
+        evaluation: Forward only.
+        device: Name of the device, threads and precision.
     """
 
     training: float
@@ -31,9 +31,9 @@ class Speed:
 
 
 def speed(backbone: Backbone) -> Speed:
-    """Measure how long ``backbone`` takes for an image, on the accelerator if there is one.
+    """Return the measured speed of ``backbone``, on the accelerator if there is one.
 
-    Gradients flow to the first block and no weight has one, as with adapters in every block.
+    Gradients flow back to the first block but weights have none, as with adapters in every block.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = backbone.to(device)
@@ -52,7 +52,7 @@ def speed(backbone: Backbone) -> Speed:
 
 
 def _seconds(step: Callable[[], None], device: torch.device) -> float:
-    step()  # the first call allocates
+    step()  # the first call allocates memory
     _wait(device)
     began = time.perf_counter()
     for _ in range(_REPETITIONS):
@@ -67,10 +67,10 @@ def _wait(device: torch.device) -> None:
 
 
 def seconds(speed: Speed, images: tuple[int, int], epochs: int, num_experiences: int) -> float:
-    """Return about how long one run takes: every epoch, and every evaluation over the classes seen.
+    """Return about how many seconds one run takes: every epoch, and every evaluation over the classes seen.
 
-    ``train epochs s_train + test (T + 1) / 2 s_test``; what a strategy measures in passes of its own and the
-    reading of images come on top.
+    ``train epochs s_train + test (T + 1) / 2 s_test``, without the data passes of a strategy and the reading
+    of images.
 
     >>> seconds(Speed(0.1, 0.05, "cpu"), (1000, 200), epochs=2, num_experiences=3)
     220.0
@@ -80,7 +80,7 @@ def seconds(speed: Speed, images: tuple[int, int], epochs: int, num_experiences:
 
 
 def duration(seconds: float) -> str:
-    """Return ``seconds`` in the largest unit that leaves a number to imagine.
+    """Return ``seconds`` as text, in a unit that gives a number from about 1.5 to 100.
 
     >>> duration(42), duration(5400), duration(400000)
     ('42 s', '1.5 h', '4.6 days')

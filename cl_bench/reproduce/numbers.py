@@ -1,4 +1,4 @@
-"""The numbers that papers print, with source, spread and whatever is doubtful about them."""
+"""The numbers that papers print, with source, spread and doubts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from cl_bench.errors import suggestion
 
 @dataclass(frozen=True)
 class Source:
-    """Where numbers come from.
+    """A source of published numbers.
 
     Attributes:
-        name: How rows refer to it.
+        name: Its name in the rows of ``published.csv``.
         title: Paper, table or log.
-        link: Its address; None if there is none to give.
-        runs: Runs behind a mean; None if not said.
-        spread: ``standard deviation``, ``standard error``, or None if not said.
-        backbone: Tag of the pre-trained weights; None if not said.
+        link: Its address; None if it has none.
+        runs: Number of runs of a mean; None if not stated.
+        spread: ``standard deviation``, ``standard error``, or None if not stated.
+        backbone: Tag of the pretrained weights; None if not stated.
         own: Strategies whose own paper, code or baseline this is.
-        remarks: What is doubtful about all of its numbers.
-        imagenet_r_split: Its split of ImageNet-R; the list that most papers share unless it is known better.
+        remarks: Doubts about all of its numbers.
+        imagenet_r_split: Its split of ImageNet-R; by default the list that most papers share.
     """
 
     name: str
@@ -48,16 +48,16 @@ class Published:
     """One printed number, in percent.
 
     Attributes:
-        source: Where it is printed.
-        method: The method by its name there.
+        source: Source that prints it.
+        method: Name of the method there.
         strategy: Our config stem; empty if we have no such strategy.
-        setting: Its setting there, such as an ablation; empty for the method itself.
+        setting: Setting there, such as an ablation; empty for the method itself.
         dataset: Our config stem.
         num_experiences: Length of the stream.
         metric: Our name of the metric.
         mean: The number.
-        std: Its spread, of the kind that the source says; NaN if none is printed.
-        note: What is doubtful about this number.
+        std: Its spread, of the kind that the source states; NaN if none is printed.
+        note: Doubts about this number.
     """
 
     source: Source
@@ -83,7 +83,7 @@ def sources() -> dict[str, Source]:
 
 @cache
 def published() -> tuple[Published, ...]:
-    """Return every number, in the order of their sources."""
+    """Return every number, in the order of ``published.csv``."""
     text = (files("cl_bench.reproduce") / "published.csv").read_text(encoding="utf-8")
     return tuple(
         Published(
@@ -106,7 +106,7 @@ def rows(strategy: str, dataset: str, num_experiences: int) -> list[Published]:
     """Return the numbers of one strategy on one benchmark; those of its own paper, code or baseline first.
 
     Raises:
-        ValueError: If there are none; it says what there is.
+        ValueError: If there are none; the message lists the benchmarks that have some.
     """
     require_known(strategy, dataset)
     found = [
@@ -118,16 +118,16 @@ def rows(strategy: str, dataset: str, num_experiences: int) -> list[Published]:
     if not found:
         raise ValueError(
             f"No published number of {strategy} on {dataset} with {num_experiences} experiences is known "
-            f"here. There are: {_benchmarks(strategy)}."
+            f"here. Known are: {_benchmarks(strategy)}."
         )
     return sorted(found, key=lambda row: strategy not in row.source.own)
 
 
 def require_known(strategy: str, dataset: str) -> None:
-    """Refuse a strategy, or a dataset, of which no number is known here.
+    """Raise an error if no number of the strategy on the dataset is known here.
 
     Raises:
-        ValueError: If there is none; it names the nearest of which there is one.
+        ValueError: If there is none; the message suggests a similar name that has one.
     """
     strategies = sorted({row.strategy for row in _of_methods()})
     if strategy not in strategies:
@@ -150,12 +150,12 @@ def by_source(rows: Iterable[Published]) -> dict[str, list[Published]]:
 
 
 def reconstructed(strategy: str) -> Sequence[str]:
-    """Return the parts of ``strategy`` that are reconstructed; none for one that follows paper or code."""
+    """Return the reconstructed parts of ``strategy``; none if it follows paper or code."""
     return tuple(_yaml("standing.yaml").get(strategy, ()))
 
 
 def sizes(dataset: str) -> tuple[int, int] | None:
-    """Return how many images ``dataset`` has for training and test; None if that is not known here."""
+    """Return the numbers of training and test images of ``dataset``; None if they are not known here."""
     found = _yaml("sizes.yaml").get(dataset)
     return None if found is None else (found[0], found[1])
 

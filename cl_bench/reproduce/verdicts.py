@@ -1,8 +1,8 @@
-"""Ours beside the published number: is the level met, and is the contrast?
+"""Our results compared with published numbers: is the level met, and is the contrast?
 
-The *level* of a strategy moves by points with split, weights and class order, so it says little beyond 1.5
-points. The *contrast*, one strategy minus another under one protocol, is what a paper claims, and it is the
-harder test: ours is taken on shared blocks and comes with an interval.
+The *level* of a strategy varies by some points with split, weights and class order, so 1.5 points are
+tolerated. The *contrast*, one strategy minus another under one protocol, is what a paper claims. It is the
+harder test: ours is taken on shared blocks and has an interval.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from cl_bench.report.statistics import TOO_SMALL, Contrast, Statistic
 from cl_bench.reproduce.numbers import Published
 
 TOLERANCE = 1.5
-"""Points of percent within which a level counts as met, or the paper's own spread where that is wider."""
+"""Points of percent within which a level is met, or within the printed spread if that is wider."""
 
 NOT_RUN = "not run"
-"""Verdict where we have no finished run."""
+"""Verdict without a finished run of ours."""
 
 MET = "met"
 """Verdict on a level within its tolerance."""
@@ -26,11 +26,11 @@ MET = "met"
 
 @dataclass(frozen=True)
 class Level:
-    """One published number with ours.
+    """A published number and ours.
 
     Attributes:
         published: The printed number.
-        ours: What our finished runs say.
+        ours: Statistic of our finished runs.
     """
 
     published: Published
@@ -43,9 +43,9 @@ class Level:
 
     @property
     def tolerance(self) -> float:
-        """Points of percent that count as equal; a printed standard error is taken back to a deviation.
+        """Points of percent that count as equal; a printed standard error is converted to a deviation.
 
-        Where the source does not say over how many runs, that cannot be done and the spread is left out.
+        If the source does not state the number of runs, the standard error is ignored.
         """
         spread, source = self.published.std, self.published.source
         if source.spread == "standard error":
@@ -62,11 +62,11 @@ class Level:
 
 @dataclass(frozen=True)
 class Claim:
-    """A published difference of two strategies with ours on shared blocks.
+    """A published difference of two strategies, and ours on shared blocks.
 
     Attributes:
-        first: The number that is counted positively.
-        second: The number that is taken away, of the same source, benchmark and metric.
+        first: The first number.
+        second: The number that is subtracted, of the same source, benchmark and metric.
         ours: Our paired difference; None if either was not run.
     """
 
@@ -89,9 +89,9 @@ class Claim:
             return TOO_SMALL
         holds_zero, holds_theirs = 0.0 in interval, self.published in interval
         if holds_theirs:
-            return "undecided: the interval holds theirs, and zero" if holds_zero else MET
+            return "undecided: the interval contains theirs and zero" if holds_zero else MET
         if holds_zero:
-            return "not met: the interval holds zero and not theirs"
+            return "not met: the interval contains zero but not theirs"
         if self.ours.difference.mean * self.published > 0:
             return "same sign, another size"
         return "not met: the other sign"
@@ -100,42 +100,36 @@ class Claim:
 def standing(
     strategy: str, parts: Sequence[str], levels: Sequence[Level], departures: Sequence[str] = ()
 ) -> str:
-    """Say in one sentence what the numbers confirm of ``strategy``.
+    """Return one or two sentences on what the numbers confirm about ``strategy``.
 
     Args:
         strategy: Its config stem.
-        parts: What of it is reconstructed; agreement of numbers confirms none of it.
-        levels: Its levels under one source, its own; none if no number of that is known here.
-        departures: How the protocol of our runs differs from that of the source.
+        parts: Its reconstructed parts; agreement of numbers confirms none of them.
+        levels: Its levels for its own source; none if no number of that source is known here.
+        departures: Differences of our protocol from that of the source.
     """
-    said = _standing(strategy, parts, levels, departures)
+    words = _standing(strategy, parts, levels, departures)
     if levels and departures:
-        said += f" Levels are compared under another protocol ({'; '.join(departures)}): not a reproduction."
-    return said
+        words += f" Levels are compared under another protocol ({'; '.join(departures)}): not a reproduction."
+    return words
 
 
 def _standing(strategy: str, parts: Sequence[str], levels: Sequence[Level], departures: Sequence[str]) -> str:
     if parts:
         return (
-            f"{strategy} is a reconstruction in parts: {'; '.join(parts)}. "
+            f"{strategy} is partly a reconstruction: {'; '.join(parts)}. "
             "Agreement of numbers confirms none of these."
             + ("" if levels else " No number of its own paper or code is known here.")
         )
+    follows = f"{strategy} follows its source in all parts"
     if not levels:
-        return (
-            f"{strategy} follows its source in all parts; no number of its own paper or code is known here."
-        )
+        return f"{follows}; no number of its own paper or code is known here."
     if any(level.verdict == NOT_RUN for level in levels):
-        return f"{strategy} follows its source in all parts; not all of it was run."
+        return f"{follows}; not all of it was run."
+    if any(level.verdict != MET for level in levels):
+        return f"{follows}; not every level is met."
     if departures:
-        met = (
-            "every level is met"
-            if all(level.verdict == MET for level in levels)
-            else "not every level is met"
-        )
-        return f"{strategy} follows its source in all parts; {met}."
-    if all(level.verdict == MET and level.ours.n >= (level.published.source.runs or 3) for level in levels):
-        return f"{strategy} follows its source in all parts, and every level is met: reproduced."
-    if all(level.verdict == MET for level in levels):
-        return f"{strategy} follows its source in all parts; levels are met, on fewer runs than published."
-    return f"{strategy} follows its source in all parts; not every level is met."
+        return f"{follows}; every level is met."
+    if any(level.ours.n < (level.published.source.runs or 3) for level in levels):
+        return f"{follows}; levels are met, on fewer runs than published."
+    return f"{follows}, and every level is met: reproduced."

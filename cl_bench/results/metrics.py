@@ -398,7 +398,7 @@ def _changes(R: Matrix) -> Matrix:
 
 
 def _mean_drop(R: Matrix, best_of: Mask) -> float:
-    """Return the best accuracy in ``best_of`` minus the final one, the mean over all but the last experience."""
+    """Return best accuracy in ``best_of`` minus final accuracy, the mean over all but the last experience."""
     row, column = _places(R)
     # A missing zero-shot accuracy is not a candidate. A missing accuracy on or below the diagonal makes the
     # best one unknown: the maximum is NaN.

@@ -1,4 +1,4 @@
-"""A claim on a cell: of all processes that would run it, one does, and the death of that one frees it."""
+"""A lock on a cell: one process runs it, and the lock is released if that process dies."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
-# Every process that claims must agree on the lease. It is longer than the minute for which NFS may show old
-# attributes of a file, with four beats to spare.
+# All processes must use the same lease. It exceeds the 60 seconds for which NFS may cache the attributes of a
+# file by four heartbeats.
 _LEASE_SECONDS = 120.0
 _BEAT_SECONDS = 15.0
 _LOOK_SECONDS = 1.0
 
 
 class Held(RuntimeError):
-    """Another process has claimed the cell and is alive."""
+    """A running process holds the lock on the cell."""
 
 
 @contextmanager
 def claim(path: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the claim that the file ``path`` stands for, which at most one process does at a time.
+    """Hold the lock that the file ``path`` stands for; at most one process holds it at a time.
 
-    The file is created in one step, which shared file systems guarantee too, and its holder touches it every
-    15 seconds. A holder of this machine that is dead loses the claim at once. One of another machine loses
-    it when the file has stayed as it is for two minutes, by the clock of whoever waits; the clocks of two
-    machines are never compared. A holder that sleeps for longer, and then goes on, shares the cell with its
-    successor: both write the same.
+    The file is created atomically, also on shared file systems, and its holder touches it every 15 seconds. A
+    dead holder on this machine loses the lock at once. A holder on another machine loses it when the file has
+    not changed for two minutes, by the clock of the process that waits; clocks of two machines are never
+    compared. A holder that is suspended for longer and then continues runs the cell at the same time as its
+    successor, and both write the same result.
 
     Args:
-        path: The file; its folder is made if there is none.
-        wait: Told in one sentence who holds the claim before waiting for it; None does not wait.
+        path: The file; its folder is created if necessary.
+        wait: Called with a sentence that names the holder, before waiting for it; None raises instead.
 
     Raises:
-        Held: If another process holds the claim and ``wait`` is None.
+        Held: If another process holds the lock and ``wait`` is None.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lease = SoftFileLease(path, lease_duration=_LEASE_SECONDS, heartbeat_interval=_BEAT_SECONDS)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: one bar, and one line for every finished experience."""
+"""What the terminal shows during a run: a progress bar, and a line for every finished experience."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RunConsole(Callback):
     """Show the progress of a run on a terminal.
 
     Args:
-        console: Where to write.
+        console: Where to print.
     """
 
     def __init__(self, console: Console) -> None:
@@ -35,25 +35,25 @@ class RunConsole(Callback):
         )
         self._task = self._progress.add_task("", total=None)
         self._began = 0.0
-        self._said = False
+        self._announced = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say once that the run goes on where another was cut off."""
+        """Print once from where an interrupted run is resumed."""
         assert isinstance(trainer, StreamTrainer)
-        if not self._said:
-            self._said = True
+        if not self._announced:
+            self._announced = True
             if (line := resumption(trainer.result)) is not None:
                 self.console.print(line, markup=False)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the experience that begins."""
+        """Show which experience starts."""
         self._began = time.perf_counter()
-        if self.console.is_terminal:  # elsewhere a bar would only leave blank lines
+        if self.console.is_terminal:  # in a file, a bar would only leave blank lines
             self._progress.start()
         self._progress.reset(self._task, description=f"experience {_place(_experience(trainer))}", total=None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the epoch that begins."""
+        """Show which epoch starts."""
         epochs, place = trainer.max_epochs or 1, _place(_experience(trainer))
         self._progress.update(
             self._task,
@@ -64,11 +64,11 @@ class RunConsole(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar."""
+        """Advance the bar by one step."""
         self._progress.advance(self._task)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the line of the finished experience."""
+        """Print the line of the finished experience."""
         if self.console.is_terminal:
             self._progress.stop()
         experience = _experience(trainer)
@@ -93,7 +93,7 @@ def _place(experience: Experience) -> str:
 
 
 def opening_lines(configuration: Configuration) -> str:
-    """Return what is about to run, in two lines."""
+    """Return two lines that describe the run, and a third if its dataset has several variants."""
     values = configuration.namespace
     weights = (
         f"seeded random weights ({values.backbone.seed})"
@@ -110,16 +110,16 @@ def opening_lines(configuration: Configuration) -> str:
 
 
 def _variants(configuration: Configuration) -> str:
-    """Return which of its published meanings the dataset has, as a line of its own if there are several."""
+    """Return the chosen variants of the dataset and its validation split as a line of their own, if any."""
     data = configuration.datamodule
     chosen = [f"{name.replace('_', ' ')} {value}" for name, value in data.variants.items()]
     if data.evaluated_on == "validation":
-        chosen.append(f"evaluated on {data.val_fraction:.0%} of the training images, to choose settings by")
+        chosen.append(f"evaluated on {data.val_fraction:.0%} of the training images, to choose settings")
     return f"\n{', '.join(chosen)}" if chosen else ""
 
 
 def closing_lines(result: Result, folder: Path) -> str:
-    """Return what came out, and where it is."""
+    """Return the metrics of a finished run, its times, and the path of its result file."""
     named = {"ACC": "acc/sample", "MAA": "maa/sample", "BWT": "bwt/gem", "forgetting": "forgetting/chaudhry"}
     values = result.metrics()
     numbers = "  ".join(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from cl_bench.processes.launcher import launched, rank, with_launcher
+from cl_bench.run.configs import stems_of
 
 if TYPE_CHECKING:
     from cl_bench.run.configuration import Configuration
@@ -21,7 +22,7 @@ _USAGE = "cl-bench run STRATEGY DATASET [--seed 1] [--order numpy:1993] [--KEY V
 
 
 def run(words: list[str]) -> int:
-    """Run the cell that the ``words`` of a command describe, or print what they ask for.
+    """Run the cell that ``words`` describe, or print its help, config or protocol.
 
     Return the exit status: 0 if the cell is done, 1 if it failed.
 
@@ -54,8 +55,6 @@ def run(words: list[str]) -> int:
 
 
 def _print_help() -> int:
-    from cl_bench.run.configuration import stems_of
-
     _console().print(
         f"usage: {_USAGE}\n"
         "       cl-bench run CONFIG.yaml [--KEY VALUE ...]\n\n"

@@ -1,4 +1,4 @@
-"""The protocol of a run in words: everything that must be equal, before anything is trained."""
+"""The protocol of a run in words, without training: everything that comparable runs have in common."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDTH = 20  # of the first column
 
 
 def in_words(configuration: Configuration) -> str:
-    """Return the protocol of a run; data and weights are read, and nothing is trained.
+    """Return the protocol of a run; data and weights are read, but nothing is trained.
 
     Raises:
         ValueError: If data, backbone or settings cannot be used.
@@ -24,7 +24,7 @@ def in_words(configuration: Configuration) -> str:
     """
     with refusing():
         data = configuration.datamodule
-        data.setup("fit")  # before weights are fetched for data that are not there
+        data.setup("fit")  # first: if the data are missing, no weights are downloaded
         strategy, trainer = configuration.build([], [])
         trainer.require_fit(strategy, data)
         protocol = trainer.protocol(strategy, data)
@@ -33,8 +33,8 @@ def in_words(configuration: Configuration) -> str:
         ("protocol", protocol.fingerprint),
         *_identity(protocol.identity, sum(data.test_images)),
         ("experiences", f"{len(sizes)}, of {_counted(sizes)} classes"),
-        ("class order", f"{data.order_name}; a factor, results of several orders are averaged"),
-        ("seed", f"{data.seed}; a factor, likewise"),
+        ("class order", f"{data.order_name}; a factor: results of several orders are averaged"),
+        ("seed", f"{data.seed}; a factor: results of several seeds are averaged"),
         *_provenance(data),
     ]
     text = [f"{name:<{_WIDTH}}{value}" for name, value in lines]
@@ -45,7 +45,7 @@ def _identity(identity: Mapping[str, Any], evaluated: int) -> list[tuple[str, st
     backbone = identity["backbone"]
     held_out = (
         f"{evaluated:,} images held out of training, {identity['val_fraction']:.0%} of each class; "
-        "the test images stay closed"
+        "the test images are not used"
         if identity["evaluated_on"] == "validation"
         else f"the {evaluated:,} test images, once after each experience"
     )
@@ -58,23 +58,23 @@ def _identity(identity: Mapping[str, Any], evaluated: int) -> list[tuple[str, st
         ("image size", f"{identity['image_size']} pixels"),
         ("training view", _one_line(identity["train_transform"])),
         ("test view", _one_line(identity["test_transform"])),
-        ("normalisation", f"{backbone['normalisation']}, by the backbone"),
+        ("normalisation", f"{backbone['normalisation']}, in the backbone"),
         ("backbone", f"{backbone['model']}, {backbone['weights']} weights {backbone['weights_sha256'][:16]}"),
         ("precision", identity["precision"]),
     ]
 
 
 def _provenance(data: StreamDataModule) -> list[tuple[str, str]]:
-    """Return what is shown beside a result of files, whose lists alone are in the protocol."""
+    """Return the checksum of the image files; the protocol holds only their list."""
     if not isinstance(data, PhotographFiles):
         return []
     found = data.images_sha256
-    told = "their bytes were never scanned by cl-bench prepare" if found is None else f"bytes {found[:16]}"
-    return [("image files", f"{told}; shown with a result, no part of the protocol")]
+    bytes_ = "cl-bench prepare has not scanned their bytes" if found is None else f"bytes {found[:16]}"
+    return [("image files", f"{bytes_}; shown with a result, not part of the protocol")]
 
 
 def _remarks(configuration: Configuration, protocol: Protocol) -> list[str]:
-    """Return what a reader of the numbers must know beyond the settings."""
+    """Return what readers of the results must know in addition to the settings."""
     remarks = []
     data = configuration.datamodule
     used = protocol.identity["backbone"]["normalisation"]

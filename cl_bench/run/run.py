@@ -1,4 +1,4 @@
-"""One run: from a configuration to a finished result file."""
+"""A run, from its configuration to a finished result file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ERROR_NAME = "error.txt"
 
 
 class RunFailed(RuntimeError):
-    """A run did not finish; its result file says why, and ``error.txt`` beside it holds the traceback."""
+    """A run failed; its result file holds the reason, and ``error.txt`` in the same folder the traceback."""
 
 
 def run(
@@ -33,38 +33,39 @@ def run(
     callbacks: Sequence[Callback] = (),
     wait: Callable[[str], None] | None = None,
 ) -> Result:
-    """Run one cell to its end, unless it is done, and return its result.
+    """Return the result of a cell, and run the cell first if it is not done.
 
-    At most one process runs a cell. Of those that wait for it, none runs it again once it is done.
+    At most one process runs a cell. Those that wait for it read its result.
 
     Args:
         configuration: The cell.
-        callbacks: Watchers of this run, such as a progress display.
-        wait: Told in one sentence which process runs the cell before waiting for it; None does not wait.
+        callbacks: Callbacks of this run, such as a progress bar.
+        wait: Called with a sentence that names the process that runs the cell, before waiting for it; None
+            raises instead.
 
     Raises:
-        ValueError: If configuration, data, backbone or device cannot be used; nothing has been trained then.
+        ValueError: If configuration, data, backbone or device cannot be used. Nothing has been trained then.
         OSError: If data or weights are missing.
         Held: If another process runs the cell and ``wait`` is None.
-        RunFailed: If training or evaluation failed; with no word where another process says why.
+        RunFailed: If training or evaluation failed; without a message if another process prints it.
     """
     with refusing():
         configuration.datamodule.setup("fit")
         if is_first():
             _require_writable(configuration.folder)
-    # Of the processes of one run, the first speaks for all.
+    # Only the first of several processes holds the lock.
     with claim(_claim_path(configuration), wait) if is_first() else nullcontext():
         done = finished(configuration)
         return _run(configuration, callbacks) if done is None else read(done)
 
 
 def _claim_path(configuration: Configuration) -> Path:
-    """Return the file of the claim; the name of a setting does not make another cell."""
+    """Return the lock file of a cell, which is the same for every name of its setting."""
     return configuration.results / configuration.benchmark / ".claims" / configuration.hash
 
 
 def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
-    """Run one cell that this process has claimed."""
+    """Run a cell that this process has locked."""
     folder, values = configuration.folder, configuration.namespace
     if is_first():
         (folder / ERROR_NAME).unlink(missing_ok=True)
@@ -73,9 +74,9 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
     checkpoints = configuration.checkpoints
     if is_first() and not values.resume:
         checkpoints.clear()
-    with refusing(RunFailed), loggers(configuration) as (opened, watching):
-        watchers = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
-        strategy, trainer = configuration.build([*watching, *watchers], opened)
+    with refusing(RunFailed), loggers(configuration) as (opened, resuming):
+        watching = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
+        strategy, trainer = configuration.build([*resuming, *watching], opened)
         trainer.require_fit(strategy, configuration.datamodule)
         try:
             result = trainer.run(
@@ -90,27 +91,27 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
         except Refused:
             raise
         except Exception as error:
-            said = trainer.result.error or sentence(error)
-            raise RunFailed(_reported(error, said, folder)) from error
+            message = trainer.result.error or sentence(error)
+            raise RunFailed(_reported(error, message, folder)) from error
         record(result, opened)
         return result
 
 
 def finished(configuration: Configuration) -> Path | None:
-    """Return the result file of this cell if it is done, whatever the name of its setting."""
+    """Return the result file of this cell, under any name of its setting, or None if the cell is not done."""
     benchmark = configuration.results / configuration.benchmark
     for path in benchmark.glob(f"*/*-{configuration.hash}/{FILE_NAME}"):
         try:
             if read(path).status == "done":
                 return path
-        except ValueError:  # what cannot be read is not done: the cell runs again and writes it anew
+        except ValueError:  # a damaged file: the cell runs again and replaces it
             continue
     return None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' notices to themselves; errors still come through."""
+    """Hide warnings and log messages of the libraries, but not errors."""
     lightning = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in lightning]
     with warnings.catch_warnings():
@@ -124,13 +125,17 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _reported(error: Exception, said: str, folder: Path) -> str:
-    """Leave the traceback where the failure began, and return what of ``said`` this process has to say."""
+def _reported(error: Exception, message: str, folder: Path) -> str:
+    """Write the traceback, and return ``message`` if this process is the one to print it, otherwise nothing.
+
+    The process that failed first writes its traceback. The first process prints the message, unless it cannot
+    detect the failure of another.
+    """
     before, file = failed_first(sentence(error)), folder / ERROR_NAME
     if before is None or (is_first() and not file.exists()):
         with suppress(OSError):  # on a full disk, the error itself matters more
             file.write_text(traceback.format_exc(), encoding="utf-8")
-    return said if is_first() or not (before or first_hears()) else ""
+    return message if is_first() or not (before or first_hears()) else ""
 
 
 def _require_writable(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Where curves go: a CSV file always, Weights & Biases where it is asked for."""
+"""Where curves are logged: always to a CSV file, and to Weights & Biases with ``--wandb``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ CURVES_NAME = "curves"
 
 @contextmanager
 def loggers(configuration: Configuration) -> Iterator[tuple[list[Logger], list[Callback]]]:
-    """Open the loggers of a cell in its folder, and close them when the run ends, however it ends.
+    """Open the loggers of a cell in its folder, and close them when the run ends, even with an error.
 
-    Beside them comes the callback that lets the CSV file go on where an earlier attempt was cut off. Of
-    several processes the first alone has any.
+    The callback that they come with resumes the CSV file of an interrupted run. Only the first of several
+    processes has loggers and callback.
     """
     if not is_first():
         yield [], []
@@ -41,17 +41,17 @@ def loggers(configuration: Configuration) -> Iterator[tuple[list[Logger], list[C
 
 
 class Curves(Callback):
-    """The CSV file of a run, of which a checkpoint knows how far it had come.
+    """The CSV file of a run, and its length at every checkpoint.
 
-    With every checkpoint a copy is left beside it, whole or not at all, since the file itself is rewritten in
-    place. Of an earlier attempt, what the checkpoint knows of is written again, and the rest is dropped.
+    The logger rewrites the file in place, so every checkpoint atomically stores a copy in its folder. When a
+    run is resumed, the lines that its checkpoint counts are written again, and later lines are dropped.
 
     Args:
-        folder: Of the cell.
+        folder: Folder of the cell.
         checkpoints: Folder of its checkpoints.
 
     Attributes:
-        logger: Who writes the file.
+        logger: Writes the file.
     """
 
     def __init__(self, folder: Path, checkpoints: Path) -> None:
@@ -61,17 +61,17 @@ class Curves(Callback):
         self.logger = CSVLogger(folder, name=CURVES_NAME, version="")
 
     def state_dict(self) -> dict[str, Any]:
-        """Write what is still in memory, and return how many lines there are."""
+        """Write what is still in memory, and return the number of lines."""
         self.logger.save()
         if not self._file.exists():  # nothing has been logged yet
             return {"lines": 0}
         written = self._file.read_bytes()
         with replaced(self._copy) as copy:
             copy.write(written)
-        return {"lines": written.count(b"\n") - 1}  # under their header
+        return {"lines": written.count(b"\n") - 1}  # without the header
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Write again what the earlier attempt had written by then."""
+        """Write the lines again that the interrupted run had written when the checkpoint was made."""
         self.logger.experiment.metrics[:0] = _lines(self._copy)[: state_dict["lines"]]
         self.logger.save()
 
@@ -86,10 +86,10 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 def wandb_run(configuration: Configuration) -> wandb.Run:
     """Start the W&B run of a cell: its group is the benchmark, its job type the strategy.
 
-    What is logged once an experience, such as ``stream/*``, has the experience as its step. Mode and project
-    are W&B's own ``WANDB_MODE`` and ``WANDB_PROJECT`` where they are set; otherwise the run is online for who
-    is logged in and offline for everyone else, in the project ``cl-bench``. A cell that was cut off goes on
-    in the run it began.
+    Values that are logged once per experience, such as ``stream/*``, have the experience as their step.
+    ``WANDB_MODE`` and ``WANDB_PROJECT`` set mode and project. By default the project is ``cl-bench``, and the
+    run is online for users who are logged in and offline for others. An interrupted cell continues its W&B
+    run.
     """
     folder = configuration.folder
     return dashboard.opened(
@@ -104,7 +104,7 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
 
 
 def record(result: Result, loggers: Iterable[Logger]) -> None:
-    """Leave the outcome of a finished run where comparisons look for it."""
+    """Write the result of a finished run to the summary of its W&B run, where comparisons read it."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             dashboard.record(logger.experiment, result)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cl_bench.bench.subject import Subject
+from cl_bench.run.configs import Config
 from cl_bench.run.run import quiet
-from cl_bench.run.schema import Config
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 from cl_bench.bench.turn import Turn, turn
 from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.results.result import FILE_NAME
+from cl_bench.run.configs import Config
 from cl_bench.run.run import quiet
-from cl_bench.run.schema import Config
 from strategies.lora import LoRA
 
 

@@ -5,7 +5,7 @@ import pytest
 from cl_bench.check.claims import CLAIMS, verdicts
 from cl_bench.check.command import layer
 from cl_bench.check.subject import Subject, Verdict
-from cl_bench.run.configuration import CONFIGS
+from cl_bench.run.configs import CONFIGS
 from cl_bench.run.run import quiet
 
 WRONG = Path(__file__).with_name("wrong_strategies.py")

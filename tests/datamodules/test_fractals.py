@@ -4,14 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from pretraining import scenes
+from pretraining.scenes import random_scenes
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cl_bench.data.attractors import Systems, random_systems
-from cl_bench.prepare.pretraining import scenes
-from cl_bench.prepare.pretraining.scenes import random_scenes
 from datamodules import fractals
-from datamodules.fractals import Fractals, Pictures
+from datamodules.fractals import Fractals, Pictures, Systems, random_systems
 
 
 def images(number: int | None = None, *, train: bool = True, **arguments: Any) -> Tensor:

@@ -14,13 +14,13 @@ from cl_bench.results.result import FILE_NAME
             ["--engine", "ray", "--gpus-per-cell=-1"],
             "A cell cannot have -1 GPUs: give 0 or more, such as 0.5.",
         ),
-        (["--address", "auto"], "The engine local has no use for --address: add --engine ray."),
-        (["--gpus-per-cell", "1"], "The engine local has no use for --gpus-per-cell: add --engine ray."),
-        (["--slurm", "partition=gpu"], "The engine local has no use for --slurm: add --engine slurm."),
+        (["--address", "auto"], "--address has no effect with the engine local: add --engine ray."),
+        (["--gpus-per-cell", "1"], "--gpus-per-cell has no effect with the engine local: add --engine ray."),
+        (["--slurm", "partition=gpu"], "--slurm has no effect with the engine local: add --engine slurm."),
         (["--engine", "slurm", "--slurm", "gpu"], "'gpu' is not a parameter of sbatch: write KEY=VALUE"),
     ],
 )
-def test_what_an_engine_has_no_use_for_is_one_sentence_before_anything_runs(
+def test_an_option_without_effect_is_refused_before_any_cell_runs(
     tmp_path: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "grid.yaml"

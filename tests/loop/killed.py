@@ -1,8 +1,8 @@
 """Runs cells in processes that are killed, and keeps their last checkpoint. A script, so that it may fork.
 
-python tests/killed.py FOLDER, and on standard input a list of [strategy, name of the run, where to kill it]:
-null for a run to its end, a number of seconds, or one of the places below with the experience, from 0, and
-how often it is passed by there, from 1. Prints the exit status of each.
+python tests/loop/killed.py FOLDER reads a list of [strategy, name of the run, where to kill it] from standard
+input: null to let it finish, a number of seconds, or a key of KILLERS with the index of the experience and
+the number of the call, from 1. It prints the exit status of each run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
 from cl_bench.contracts.strategy import Strategy
+from cl_bench.data.experience import Experience
+from cl_bench.loop import callbacks, continuation
 from cl_bench.loop.callbacks import StreamMetrics
 from cl_bench.loop.checkpoint import Checkpoint, Checkpoints
-from cl_bench.loop.continuation import Continuation
-from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.adapters import AdaptedLinear
-from cl_bench.run.configuration import CONFIGS, Configuration, resolve
+from cl_bench.run.configs import CONFIGS
+from cl_bench.run.configuration import Configuration, resolve
 from cl_bench.run.run import quiet, run
 
 Place = list[Any] | float | None
@@ -56,23 +58,22 @@ def die(*_: object) -> None:
 
 
 class Counter:
-    """Counts the calls of something within one experience, and dies at one of them."""
+    """Counts the calls of a function within one experience, and kills the process at one of them."""
 
     def __init__(self, experience: int, number: int) -> None:
-        self.experience, self.number, self.calls = experience, number, 0
-        self.trainer: StreamTrainer | None = None
-        learn = StreamTrainer.learn
+        self.experience, self.number, self.calls, self.now = experience, number, 0, -1
+        expand = Strategy.expand
 
-        def watched(trainer: StreamTrainer, *args: Any) -> None:
-            self.trainer, self.now = trainer, args[-1].index
-            learn(trainer, *args)
+        def watched(strategy: Strategy, experience: Experience) -> None:
+            self.now = experience.index
+            expand(strategy, experience)
 
-        StreamTrainer.learn = watched  # type: ignore[method-assign, assignment]
+        Strategy.expand = watched  # type: ignore[method-assign, assignment]
 
     @property
     def is_time(self) -> bool:
-        """Count a call, and say whether it is the one to die at."""
-        if self.trainer is None or self.now != self.experience:
+        """Count a call, and return whether it is the last one."""
+        if self.now != self.experience:
             return False
         self.calls += 1
         return self.calls == self.number
@@ -88,15 +89,15 @@ class Counter:
         setattr(owner, name, counted)
 
     def pass_over_data(self, after: bool) -> None:
-        on_device = StreamTrainer.on_device
+        on_device = callbacks.on_device
 
-        def watched(trainer: StreamTrainer, loader: Any) -> Any:
+        def watched(trainer: Trainer, loader: Any) -> Any:
             for batch in on_device(trainer, loader):
                 if after == bool(trainer.current_epoch) and self.is_time:
                     die()
                 yield batch
 
-        StreamTrainer.on_device = watched  # type: ignore[method-assign, assignment]
+        callbacks.on_device = watched
 
     def half_a_checkpoint(self) -> None:
         save = torch.save
@@ -111,7 +112,7 @@ class Counter:
         torch.save = cut  # type: ignore[assignment]
 
     def no_room_for_checkpoints(self) -> None:
-        """From then on the system refuses to let a file grow beyond what a result needs."""
+        """Let no file grow beyond what a result needs."""
         write = Checkpoints.write
 
         def limited(checkpoints: Checkpoints, checkpoint: Checkpoint) -> Path:
@@ -132,9 +133,9 @@ class Counter:
         os.replace = cut  # type: ignore[assignment]
 
 
-PLACES: dict[str, Callable[[Counter], None]] = {
+KILLERS: dict[str, Callable[[Counter], None]] = {
     "pass before training": lambda counter: counter.pass_over_data(after=False),
-    "taking up": lambda counter: counter.patch(Continuation, "take_up"),
+    "restoration": lambda counter: counter.patch(continuation, "restore"),
     "step": lambda counter: counter.patch(Strategy, "on_before_optimizer_step"),
     "pass after training": lambda counter: counter.pass_over_data(after=True),
     "merge": lambda counter: counter.patch(AdaptedLinear, "merge"),
@@ -146,7 +147,7 @@ PLACES: dict[str, Callable[[Counter], None]] = {
 }
 
 
-def keep_the_last_checkpoint(folder: Path) -> None:
+def keep_last_checkpoint(folder: Path) -> None:
     def kept(self: Checkpoints) -> None:
         assert self.last is not None
         shutil.copy(self.last, folder / "last.ckpt")
@@ -156,18 +157,18 @@ def keep_the_last_checkpoint(folder: Path) -> None:
 
 def work(strategy: str, folder: Path, place: Place) -> None:
     if isinstance(place, list):
-        PLACES[place[0]](Counter(*place[1:]))
+        KILLERS[place[0]](Counter(*place[1:]))
     elif place is not None:
         threading.Timer(place, die).start()
-    keep_the_last_checkpoint(folder)
+    keep_last_checkpoint(folder)
     with quiet():
         run(configuration(strategy, folder))
 
 
 def forked(strategy: str, folder: Path, place: Place) -> int:
-    """Return the exit status of a run, or the number of the signal that ended it, negative.
+    """Return the exit status of a run, or the negative number of the signal that ended it.
 
-    Where the run has come to its end before, another begins beside it.
+    If the run has finished before, another one starts in a folder of its own.
     """
     while (folder / "last.ckpt").exists():
         folder = folder.with_name(f"{folder.name}+")

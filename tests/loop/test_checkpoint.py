@@ -31,7 +31,7 @@ def kept(folder: Path) -> Checkpoints:
     return Checkpoints(folder, OWNER.cell)
 
 
-def test_a_checkpoint_names_its_place_and_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_checkpoint_names_its_place_and_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = kept(tmp_path).write(checkpoint())
     assert path.name == "000001-experience3-training.ckpt"
     found, damaged = kept(tmp_path).latest(OWNER)
@@ -42,12 +42,12 @@ def test_a_checkpoint_names_its_place_and_comes_back_as_it_was(tmp_path: Path) -
     assert torch.equal(found.strategy["tensors"]["head.weight"], torch.arange(3.0))
 
 
-def test_where_nothing_was_written_there_is_nothing_to_go_on_with(tmp_path: Path) -> None:
+def test_an_empty_folder_has_nothing_to_resume_from(tmp_path: Path) -> None:
     assert kept(tmp_path / "none").latest(OWNER) == (None, [])
     kept(tmp_path / "none").clear()
 
 
-def test_the_last_two_are_kept_and_clearing_leaves_no_folder(tmp_path: Path) -> None:
+def test_the_last_two_are_kept_and_clearing_removes_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for experience in range(11):
         kept(folder).write(checkpoint(experience=experience))
@@ -56,7 +56,7 @@ def test_the_last_two_are_kept_and_clearing_leaves_no_folder(tmp_path: Path) -> 
     assert not folder.exists()
 
 
-def test_epochs_write_one_only_when_it_is_time(tmp_path: Path) -> None:
+def test_the_end_of_an_epoch_writes_one_only_after_a_while(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, "", every=0).due
     assert not Checkpoints(tmp_path, "", every=60).due
     with pytest.raises(ValueError, match="every -1 seconds cannot be: give 0 or more"):
@@ -77,7 +77,7 @@ def another_number(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut_off, another_start, another_number])
-def test_a_damaged_file_is_passed_over_and_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_a_damaged_file_is_skipped_and_named(damage: Callable[[bytes], bytes], tmp_path: Path) -> None:
     kept(tmp_path).write(checkpoint(experience=0))
     newest = kept(tmp_path).write(checkpoint(experience=1))
     newest.write_bytes(damage(newest.read_bytes()))
@@ -87,7 +87,7 @@ def test_a_damaged_file_is_passed_over_and_named(damage: Callable[[bytes], bytes
     assert damaged == [newest.name]
 
 
-def test_what_a_killed_process_has_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".000001-experience1-testing.ckpt.123").touch()
     kept(tmp_path).write(checkpoint())
     assert [path.name for path in tmp_path.iterdir()] == ["000001-experience3-training.ckpt"]
@@ -98,7 +98,7 @@ class Evil:
         return os.mkdir, ("/nonexistent/made by a checkpoint",)
 
 
-def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path: Path) -> None:
+def test_a_file_that_would_run_code_is_refused_without_running_it(tmp_path: Path) -> None:
     kept(tmp_path).write(checkpoint(circumstances={"threads": Evil()}))
     with pytest.raises(Refused, match=r"reading it could run code: remove its folder, and the cell starts"):
         kept(tmp_path).latest(OWNER)
@@ -125,6 +125,6 @@ def test_a_checkpoint_of_another_run_is_refused(change: dict[str, Any], words: s
         kept(tmp_path).latest(OWNER)
 
 
-def test_what_differs_of_the_circumstances_is_named() -> None:
+def test_differing_circumstances_are_named() -> None:
     now = {"threads": 2, "torch": "2.14", "processes": 2}
     assert checkpoint().differences(now) == {"threads": [1, 2], "processes": [None, 2]}

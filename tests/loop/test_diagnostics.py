@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,10 +25,7 @@ from strategies.lora import LoRA
 from strategies.lora_gpm import LoRAGPM
 from strategies.ncm import NearestClassMean
 
-
-def backbone() -> Backbone:
-    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    return Backbone("vision_transformer", "random", options, "half")
+Making = Callable[..., Backbone]
 
 
 def toy(**changes: Any) -> Toy:
@@ -64,14 +62,16 @@ def plain(stream: Toy, index: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "method",
     (
-        lambda: JanusLoRA(backbone(), rank=2, optimizer=optimizer),
-        lambda: LoRA(backbone(), variant="shared", rank=2, optimizer=optimizer),
+        lambda backbone: JanusLoRA(backbone, rank=2, optimizer=optimizer),
+        lambda backbone: LoRA(backbone, variant="shared", rank=2, optimizer=optimizer),
     ),
 )
-def test_counts_losses_and_state_are_the_same_with_and_without(method: Any) -> None:
+def test_counts_losses_and_state_are_the_same_with_and_without_diagnostics(
+    method: Any, backbone: Making
+) -> None:
     kept = []
     for watchers in ((), (Diagnostics(),)):
-        losses, strategy = Losses(), method()
+        losses, strategy = Losses(), method(backbone())
         result = run(strategy, toy(num_classes=8, held_out_classes=2), losses, *watchers)
         assert len(result.diagnostics) == (3 if watchers else 0)
         kept.append((result.rows, losses.losses, copied_state(strategy)))
@@ -98,7 +98,7 @@ class Inputs(Callback):
             hook.remove()
 
 
-def test_the_violation_is_the_norm_of_what_the_update_does_to_past_inputs() -> None:
+def test_the_violation_is_the_norm_of_what_the_update_does_to_past_inputs(backbone: Making) -> None:
     stream = toy(num_experiences=2)
     stream.setup()
     watcher = Inputs(stream)
@@ -114,7 +114,7 @@ def test_the_violation_is_the_norm_of_what_the_update_does_to_past_inputs() -> N
     assert moved > 0.1
 
 
-def test_an_update_outside_of_99_percent_of_the_energy_violates_at_most_the_root_of_the_rest() -> None:
+def test_an_update_outside_99_percent_of_the_energy_violates_at_most_the_rest(backbone: Making) -> None:
     relative = {}
     for name, strategy in (
         ("plain", LoRA(backbone(), rank=2, optimizer=optimizer)),
@@ -126,7 +126,7 @@ def test_an_update_outside_of_99_percent_of_the_energy_violates_at_most_the_root
     assert min(relative["plain"]) > max(relative["safe"])
 
 
-def test_angles_are_those_of_features_to_prototypes() -> None:
+def test_angles_are_those_of_features_to_prototypes(backbone: Making) -> None:
     stream, probe = toy(num_experiences=2), LinearProbe(backbone())
     result = run(probe, stream, Diagnostics())
     first, second = result.diagnostics
@@ -143,13 +143,13 @@ def test_angles_are_those_of_features_to_prototypes() -> None:
     assert sum(second["angular"]["nearest_old"]) / 36 == pytest.approx(second["danger_score"], abs=1e-5)
 
 
-def test_at_most_256_images_are_kept_for_the_scatter() -> None:
+def test_at_most_256_images_are_kept_for_the_scatter(backbone: Making) -> None:
     stream = toy(num_classes=2, num_experiences=2, images_per_class=300)
     found = run(NearestClassMean(backbone()), stream, Diagnostics()).diagnostics[1]["angular"]
     assert POINTS / 2 < len(found["nearest_old"]) == len(found["own_centre"]) <= POINTS
 
 
-def test_held_out_accuracy_is_that_of_the_nearest_centroid_and_a_frozen_backbone_keeps_it() -> None:
+def test_held_out_accuracy_is_that_of_nearest_centroids_and_stays_if_frozen(backbone: Making) -> None:
     stream, probe = toy(num_classes=10, noise=0.8, held_out_classes=4), LinearProbe(backbone())
     found = [entry["held_out_ncm"] for entry in run(probe, stream, Diagnostics()).diagnostics]
     loaders = stream.held_out_dataloaders()
@@ -165,9 +165,7 @@ def test_held_out_accuracy_is_that_of_the_nearest_centroid_and_a_frozen_backbone
     assert found == [{"before": accuracy, "after": accuracy}] * 3
 
 
-def test_training_the_backbone_changes_held_out_accuracy_and_one_experience_starts_where_the_last_ended() -> (
-    None
-):
+def test_held_out_accuracy_changes_with_the_backbone_and_starts_where_it_ended(backbone: Making) -> None:
     strategy = LoRA(backbone(), optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.1))
     stream = toy(num_classes=10, noise=0.8, test_images_per_class=30, held_out_classes=4)
     found = [entry["held_out_ncm"] for entry in run(strategy, stream, Diagnostics()).diagnostics]
@@ -178,17 +176,17 @@ def test_training_the_backbone_changes_held_out_accuracy_and_one_experience_star
 @pytest.mark.parametrize(
     ("method", "targets", "memories"),
     (
-        (lambda: LoRA(backbone(), rank=2), ["k", "v"], None),
-        (lambda: LoRA(backbone(), rank=2, targets=("q", "fc1", "fc2")), ["q", "fc1", "fc2"], None),
-        (lambda: LoDA(backbone(), rank=2), ["q", "k", "v"], None),
-        (lambda: KeepLoRA(backbone(), rank=2), ["q", "k", "v", "proj"], 8),
-        (lambda: NearestClassMean(backbone()), [], None),
+        (lambda backbone: LoRA(backbone, rank=2), ["k", "v"], None),
+        (lambda backbone: LoRA(backbone, rank=2, targets=("q", "fc1", "fc2")), ["q", "fc1", "fc2"], None),
+        (lambda backbone: LoDA(backbone, rank=2), ["q", "k", "v"], None),
+        (lambda backbone: KeepLoRA(backbone, rank=2), ["q", "k", "v", "proj"], 8),
+        (NearestClassMean, [], None),
     ),
 )
-def test_projections_are_named_alike_whatever_the_adapters_are_called(
-    method: Any, targets: list[str], memories: int | None
+def test_projections_have_the_same_names_whatever_the_adapters_are_called(
+    method: Any, targets: list[str], memories: int | None, backbone: Making
 ) -> None:
-    last = run(method(), toy(), Diagnostics()).diagnostics[-1]
+    last = run(method(backbone()), toy(), Diagnostics()).diagnostics[-1]
     assert list(last["violation"]) == targets
     assert all(len(by_layer) == 2 for by_layer in last["violation"].values())
     assert (last["basis_dims"] and len(last["basis_dims"])) == memories

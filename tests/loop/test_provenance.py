@@ -16,7 +16,7 @@ def test_provenance_is_plain_json_without_a_path_or_a_host(checkout: Path) -> No
 
 def test_the_commit_is_the_checkouts_own_and_marked_when_files_differ(checkout: Path) -> None:
     if not (checkout / ".git").exists():
-        pytest.skip("This copy of the source is no git checkout.")
+        pytest.skip("This copy of the source is not a git checkout.")
     head = subprocess.run(
         ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()

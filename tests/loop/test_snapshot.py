@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,17 +17,23 @@ from strategies.lora import LoRA
 CPU = torch.device("cpu")
 
 
-def lora() -> LoRA:
-    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    return LoRA(Backbone("vision_transformer", "random", options, "half"), rank=2)
+Lora = Callable[[], LoRA]
+Trained = tuple[LoRA, Pretrained]
+
+
+@pytest.fixture
+def lora(backbone: Callable[..., Backbone]) -> Lora:
+    """Builds a strategy."""
+    return lambda: LoRA(backbone(), rank=2)
 
 
 def experience(index: int) -> Experience:
     return Experience(index, 2, range(3 * index, 3 * index + 3))
 
 
-def trained() -> tuple[LoRA, Pretrained]:
-    """A strategy that has learnt something: its adapters are not zero, and the value rows are merged."""
+@pytest.fixture
+def trained(lora: Lora) -> Trained:
+    """A strategy whose adapters are not zero, and whose rows of values were merged."""
     strategy = lora()
     pretrained = Pretrained(strategy)
     strategy.expand(experience(0))
@@ -44,8 +51,8 @@ def same(one: Strategy, other: Strategy) -> bool:
     return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
 
 
-def test_a_snapshot_is_restored_bit_by_bit_into_a_fresh_strategy() -> None:
-    strategy, pretrained = trained()
+def test_a_snapshot_is_restored_bit_by_bit_into_a_fresh_strategy(trained: Trained, lora: Lora) -> None:
+    strategy, pretrained = trained
     fresh = lora()
     for index in range(2):
         fresh.expand(experience(index))
@@ -56,8 +63,8 @@ def test_a_snapshot_is_restored_bit_by_bit_into_a_fresh_strategy() -> None:
     assert flags[0] == flags[1]
 
 
-def test_of_the_backbone_it_holds_the_merged_rows_alone() -> None:
-    strategy, pretrained = trained()
+def test_it_holds_only_the_merged_rows_of_the_backbone(trained: Trained) -> None:
+    strategy, pretrained = trained
     tensors = snapshot(strategy, pretrained)["tensors"]
     held = {name: value for name, value in tensors.items() if ".adapters." not in name and "backbone" in name}
     assert set(held) == {f"backbone.vit.blocks.{block}.attn.qkv.weight" for block in range(2)}
@@ -66,7 +73,7 @@ def test_of_the_backbone_it_holds_the_merged_rows_alone() -> None:
         assert values.shape == (32, 32)
 
 
-def test_a_change_of_a_single_bit_is_seen() -> None:
+def test_a_change_of_a_single_bit_is_detected(lora: Lora) -> None:
     strategy = lora()
     pretrained = Pretrained(strategy)
     weight = strategy.layers[0].weight
@@ -76,7 +83,7 @@ def test_a_change_of_a_single_bit_is_seen() -> None:
     assert found[0].tolist() == [5]
 
 
-def test_a_pre_trained_vector_that_changed_is_put_back_whole() -> None:
+def test_a_pretrained_vector_that_changed_is_restored_whole(lora: Lora) -> None:
     strategy, fresh = lora(), lora()
     pretrained = Pretrained(strategy)
     norm = strategy.backbone.vit.get_submodule("norm")
@@ -88,7 +95,7 @@ def test_a_pre_trained_vector_that_changed_is_put_back_whole() -> None:
     assert same(strategy, fresh)
 
 
-def test_a_buffer_that_has_grown_or_gone_is_put_back() -> None:
+def test_a_buffer_that_has_grown_or_is_gone_is_restored(lora: Lora) -> None:
     strategy, fresh = lora(), lora()
     for each in (strategy, fresh):
         each.register_buffer("grows", torch.zeros(1))
@@ -102,14 +109,14 @@ def test_a_buffer_that_has_grown_or_gone_is_put_back() -> None:
     assert fresh.goes is None
 
 
-def test_what_expand_does_not_make_is_refused_by_name() -> None:
+def test_what_expand_does_not_make_is_refused_by_name(lora: Lora) -> None:
     strategy, fresh = lora(), lora()
     strategy.register_parameter("late", nn.Parameter(torch.zeros(3)))
-    with pytest.raises(ValueError, match=r"holds late with shape \(3,\).*let expand make every parameter"):
+    with pytest.raises(ValueError, match=r"no place for late with shape \(3,\)"):
         restore(fresh, snapshot(strategy, Pretrained(strategy)))
     strategy = lora()
     strategy.late = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"holds late\.\w+, for which the strategy has no place"):
+    with pytest.raises(ValueError, match=r"no place for late\.\w+ with shape"):
         restore(fresh, snapshot(strategy, Pretrained(strategy)))
 
 
@@ -117,8 +124,8 @@ def draws() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def test_every_generator_goes_on_where_it_was() -> None:
-    np.random.randn()  # leaves a second number waiting
+def test_every_generator_continues_from_its_saved_state() -> None:
+    np.random.randn()  # keeps a second number for the next call
     saved = random_states(CPU)
     first = draws()
     assert draws() != first

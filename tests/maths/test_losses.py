@@ -38,7 +38,7 @@ def test_local_cross_entropy_is_the_full_one_with_older_logits_at_minus_infinity
 
 
 @pytest.mark.parametrize("label", [0, 99, 102])
-def test_a_label_of_another_experience_is_never_passed_over(label: int) -> None:
+def test_a_label_of_another_experience_is_an_error(label: int) -> None:
     with pytest.raises(IndexError, match="out of bounds"):
         local_cross_entropy(torch.zeros(2, 2), torch.tensor([100, label]), first_class=100)
 
@@ -62,7 +62,7 @@ def test_cosface_without_margin_is_the_scaled_softmax() -> None:
 
 
 @pytest.mark.parametrize("label", [0, 99, 102])
-def test_cosface_never_passes_over_a_label_of_another_experience(label: int) -> None:
+def test_for_cosface_a_label_of_another_experience_is_an_error(label: int) -> None:
     with pytest.raises(IndexError, match="out of bounds"):
         cosface(torch.zeros(2, 2), torch.tensor([100, label]), first_class=100)
 
@@ -78,7 +78,7 @@ def test_decoupled_margin_by_hand() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["nearest", "all"])
-def test_decoupled_margin_is_nothing_without_prototypes_or_nearness(reduction: str) -> None:
+def test_decoupled_margin_is_zero_without_prototypes_or_nearness(reduction: str) -> None:
     features = normal(5, 8).requires_grad_()
     for prototypes, margin in ((normal(0, 8), -1.0), (normal(3, 8, seed=1), 1.0)):
         loss = decoupled_margin(features, prototypes, margin, reduction)  # type: ignore[arg-type]
@@ -86,7 +86,7 @@ def test_decoupled_margin_is_nothing_without_prototypes_or_nearness(reduction: s
         assert not torch.autograd.grad(loss, features)[0].any()
 
 
-def test_decoupled_margin_pushes_a_feature_away_from_the_nearest_prototype_along_the_sphere() -> None:
+def test_decoupled_margin_turns_a_feature_away_from_the_nearest_prototype() -> None:
     features, prototypes = normal(5, 8).requires_grad_(), normal(3, 8, seed=1)
     loss = decoupled_margin(features, prototypes, margin=-1.0)
     (gradient,) = torch.autograd.grad(loss, features)
@@ -129,7 +129,7 @@ def test_augmented_triplet_is_the_hardest_triplet_of_every_feature(
     assert found.item() == pytest.approx(triplet_by_loops(features, labels, old, margin), abs=1e-12)
 
 
-def test_augmented_triplet_has_a_finite_gradient_where_a_feature_is_its_own_positive() -> None:
+def test_augmented_triplet_has_a_finite_gradient_for_a_feature_on_its_own() -> None:
     features = normal(3, 8).requires_grad_()
     loss = augmented_triplet(features, torch.tensor([3, 4, 4]), normal(2, 8, seed=1), margin=2.0)
     (gradient,) = torch.autograd.grad(loss, features)
@@ -161,6 +161,7 @@ def test_angles_keep_full_precision_under_mixed_precision(
         mixed = measure(features, prototypes)
     assert torch.equal(mixed, measure(features, prototypes))
     assert measure(features.bfloat16(), prototypes).dtype == torch.float32
+    assert measure(features, prototypes.double()).dtype == torch.float64
 
 
 def test_cosine_similarities_are_those_of_each_pair() -> None:
@@ -176,5 +177,5 @@ def test_danger_is_the_mean_cosine_to_the_nearest_prototype() -> None:
 
 
 def test_danger_without_a_prototype_is_refused() -> None:
-    with pytest.raises(ValueError, match="no old prototype to be near: ask from the second experience on"):
+    with pytest.raises(ValueError, match="no old prototype: compute the score from the second experience on"):
         danger_score(normal(5, 8), normal(0, 8))

@@ -2,41 +2,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import pytest
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from cl_bench.network.adapters import TARGETS, AdaptedLinear, LowRank, inject
 from cl_bench.network.backbones import Backbone
 
-TINY = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-
-
-def tiny(**options: Any) -> Backbone:
-    return Backbone("vision_transformer", "random", TINY | options)
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def fill(layers: Sequence[AdaptedLinear], targets: Sequence[str] = TARGETS) -> None:
-    # Values that a trained up-projection could have.
-    generator = torch.Generator().manual_seed(1)
-    for layer in layers:
-        for target in layer.rows:
-            if target in targets:
-                torch.nn.init.normal_(layer.adapter(target).B, std=0.3, generator=generator)
+Making = Callable[..., Backbone]
+Fill = Callable[[Sequence[AdaptedLinear]], None]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_each_target_changes_the_features_and_a_fresh_one_does_not(target: str, images: torch.Tensor) -> None:
-    backbone = tiny()
+def test_each_target_changes_the_features_and_a_fresh_one_does_not(
+    target: str, tiny_backbone: Making, images: Tensor, fill: Fill
+) -> None:
+    backbone = tiny_backbone()
     before = backbone(images)
     layers = inject(backbone, [target], rank=2)
     assert torch.equal(backbone(images), before)
@@ -44,8 +28,8 @@ def test_each_target_changes_the_features_and_a_fresh_one_does_not(target: str, 
     assert (backbone(images) - before).abs().max() > 1e-4  # queries hardly matter to random weights
 
 
-def test_merged_and_unmerged_features_are_equal(images: torch.Tensor) -> None:
-    backbone = tiny()
+def test_merged_and_unmerged_features_are_equal(tiny_backbone: Making, images: Tensor, fill: Fill) -> None:
+    backbone = tiny_backbone()
     before = backbone(images)
     layers = inject(backbone, TARGETS, rank=3, scale=0.5)
     fill(layers)
@@ -57,8 +41,10 @@ def test_merged_and_unmerged_features_are_equal(images: torch.Tensor) -> None:
     assert not any(layer.adapter(target).B.any() for layer in layers for target in layer.rows)
 
 
-def test_merged_and_unmerged_features_are_equal_in_double_precision(images: torch.Tensor) -> None:
-    backbone = tiny().double()
+def test_merged_and_unmerged_features_are_equal_in_double_precision(
+    tiny_backbone: Making, images: Tensor, fill: Fill
+) -> None:
+    backbone = tiny_backbone().double()
     layers = inject(backbone, TARGETS, rank=3, scale=0.5)
     fill(layers)
     unmerged = backbone(images.double())
@@ -67,9 +53,9 @@ def test_merged_and_unmerged_features_are_equal_in_double_precision(images: torc
     assert (backbone(images.double()) - unmerged).abs().max() < 1e-12
 
 
-def test_an_adapted_layer_is_the_layer_with_the_product_in_its_weight() -> None:
+def test_an_adapted_layer_is_the_layer_with_the_product_in_its_weight(fill: Fill) -> None:
     torch.manual_seed(0)
-    linear = torch.nn.Linear(5, 6).double()
+    linear = nn.Linear(5, 6).double()
     x = torch.randn(2, 7, 5, dtype=torch.float64)
     layer = AdaptedLinear(linear, {"q": slice(0, 2), "v": slice(4, 6)}, rank=2, scale=3.0)
     fill([layer])
@@ -81,8 +67,8 @@ def test_an_adapted_layer_is_the_layer_with_the_product_in_its_weight() -> None:
     torch.testing.assert_close(layer(x), x @ weight.T + linear.bias, rtol=0, atol=1e-13)
 
 
-def test_adapting_keys_and_values_leaves_queries_untouched(images: torch.Tensor) -> None:
-    layer = inject(tiny(), ("k", "v"), rank=2, blocks=[0])[0]
+def test_adapting_keys_and_values_leaves_queries_untouched(tiny_backbone: Making, fill: Fill) -> None:
+    layer = inject(tiny_backbone(), ("k", "v"), rank=2, blocks=[0])[0]
     before = layer.weight.clone()
     fill([layer])
     layer.merge()
@@ -90,8 +76,8 @@ def test_adapting_keys_and_values_leaves_queries_untouched(images: torch.Tensor)
     assert changed.tolist() == [False] * 32 + [True] * 64
 
 
-def test_only_the_factors_get_a_gradient(images: torch.Tensor) -> None:
-    backbone = tiny()
+def test_only_the_factors_get_a_gradient(tiny_backbone: Making, images: Tensor, fill: Fill) -> None:
+    backbone = tiny_backbone()
     layers = inject(backbone, ("k", "v"), rank=2)
     fill(layers)
     backbone(images).square().sum().backward()
@@ -100,96 +86,8 @@ def test_only_the_factors_get_a_gradient(images: torch.Tensor) -> None:
     assert with_gradient == {f"{prefix}.{factor}" for prefix in prefixes for factor in "AB"}
 
 
-def test_gradients_of_the_factors_come_from_the_gradient_of_the_weight() -> None:
-    torch.manual_seed(0)
-    layer = AdaptedLinear(torch.nn.Linear(5, 6).double(), {"k": slice(2, 4)}, rank=2, scale=0.5)
-    fill([layer])
-    x, direction = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
-    (layer(x) * direction).sum().backward()
-    adapter, full = layer.adapter("k"), (direction.T @ x)[2:4]
-    assert adapter.A.grad is not None and adapter.B.grad is not None
-    torch.testing.assert_close(adapter.A.grad, 0.5 * adapter.B.detach().T @ full)
-    torch.testing.assert_close(adapter.B.grad, 0.5 * full @ adapter.A.detach().T)
-
-
-def test_the_backward_pass_of_a_frozen_down_projection_is_one_product() -> None:
-    # The input of the first block asks for no gradient, and a weight never does.
-    tokens, inputs, outputs, rank = 7, 5, 6, 2
-    layer = AdaptedLinear(torch.nn.Linear(inputs, outputs), {"q": slice(0, 3), "v": slice(3, 6)}, rank)
-    for target in layer.rows:
-        layer.adapter(target).A.requires_grad_(False)
-    y = layer(torch.ones(tokens, inputs)).sum()
-    with FlopCounterMode(display=False) as flops:
-        y.backward()
-    assert flops.get_total_flops() == 2 * tokens * (2 * rank) * outputs
-
-
-@pytest.mark.parametrize("trained", ["A B", "B", "A", "A B weight"])
-def test_gradients_are_those_of_the_formula(trained: str) -> None:
-    torch.manual_seed(0)
-    layer = AdaptedLinear(
-        torch.nn.Linear(5, 6).double(),
-        {"q": slice(0, 3), "k": slice(3, 6), "v": slice(0, 6)},
-        rank=2,
-        scale=0.5,
-    )
-    fill([layer], ["q", "k", "v"])
-    parts = {"A": [], "B": [], "weight": [layer.weight]}
-    for name in layer.rows:
-        parts["A"].append(layer.adapter(name).A)
-        parts["B"].append(layer.adapter(name).B)
-    x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
-    asked = [x]
-    for name, tensors in parts.items():
-        for tensor in tensors:
-            tensor.requires_grad_(name in trained.split())
-        asked += tensors if name in trained.split() else []
-
-    def formula() -> torch.Tensor:
-        whole = layer.weight + torch.zeros(6, 5, dtype=torch.float64)
-        for name, rows in layer.rows.items():
-            adapter = layer.adapter(name)
-            added = torch.zeros(6, 5, dtype=torch.float64).index_add(
-                0, torch.arange(6)[rows], adapter.scale * adapter.B @ adapter.A
-            )
-            whole = whole + added
-        assert layer.bias is not None
-        return x @ whole.T + layer.bias
-
-    torch.testing.assert_close(layer(x), formula())
-    direction = torch.randn(4, 3, 6, dtype=torch.float64)
-    found = torch.autograd.grad((layer(x) * direction).sum(), asked)
-    expected = torch.autograd.grad((formula() * direction).sum(), asked)
-    for own, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, right)
-
-
-def test_the_forward_pass_keeps_only_what_some_gradient_needs() -> None:
-    layer = AdaptedLinear(torch.nn.Linear(50, 60), {"v": slice(0, 60)}, rank=2)
-    kept: list[torch.Size] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.shape)
-        return tensor
-
-    layer.adapter("v").A.requires_grad_(False)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(torch.ones(7, 50))
-    assert kept == [torch.Size([7, 2])]  # what B is multiplied with
-
-
-def test_nothing_asks_for_a_gradient_before_the_first_adapter(images: torch.Tensor) -> None:
-    backbone = tiny()
-    inject(backbone, ("k", "v"), rank=2, blocks=[1])
-    asked: list[bool] = []
-    for block in backbone.blocks:
-        block.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[0].requires_grad))
-    assert backbone(images).requires_grad
-    assert asked == [False, False]
-
-
-def test_a_frozen_down_projection_gets_no_gradient(images: torch.Tensor) -> None:
-    backbone = tiny()
+def test_a_frozen_down_projection_gets_no_gradient(tiny_backbone: Making, images: Tensor) -> None:
+    backbone = tiny_backbone()
     adapter = inject(backbone, ["v"], rank=2, blocks=[1])[0].adapter("v")
     adapter.A.requires_grad_(False)
     backbone(images).square().sum().backward()
@@ -197,8 +95,10 @@ def test_a_frozen_down_projection_gets_no_gradient(images: torch.Tensor) -> None
     assert adapter.B.grad is not None and adapter.B.grad.any()
 
 
-def test_resetting_and_merging_keep_the_tensors_that_an_optimiser_holds() -> None:
-    layer = inject(tiny(), ["k"], rank=2)[0]
+def test_resetting_and_merging_keep_the_tensors_that_an_optimizer_holds(
+    tiny_backbone: Making, fill: Fill
+) -> None:
+    layer = inject(tiny_backbone(), ["k"], rank=2)[0]
     held = [layer.weight, layer.adapter("k").A, layer.adapter("k").B]
     values = [tensor.clone() for tensor in held]
     fill([layer])
@@ -217,8 +117,8 @@ def test_a_fresh_down_projection_is_uniform_within_the_bound_of_a_linear_layer()
     assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
 
 
-def test_the_state_keeps_the_names_of_the_backbone() -> None:
-    backbone = tiny()
+def test_the_state_keeps_the_names_of_the_backbone(tiny_backbone: Making) -> None:
+    backbone = tiny_backbone()
     before = set(backbone.state_dict())
     inject(backbone, TARGETS, rank=2)
     added = set(backbone.state_dict()) - before
@@ -226,8 +126,8 @@ def test_the_state_keeps_the_names_of_the_backbone() -> None:
     assert all(".adapters." in name for name in added)
 
 
-def test_layers_come_once_each_in_the_order_of_the_blocks() -> None:
-    backbone = tiny(depth=3)
+def test_layers_come_once_each_in_the_order_of_the_blocks(tiny_backbone: Making) -> None:
+    backbone = tiny_backbone(depth=3)
     layers = inject(backbone, ("fc2", "v", "q", "fc1"), rank=2, blocks=(2, 0))
     assert [list(layer.rows) for layer in layers] == [["q", "v"], ["fc1"], ["fc2"]] * 2
     names = {id(module): name for name, module in backbone.named_modules()}
@@ -249,9 +149,9 @@ def test_layers_come_once_each_in_the_order_of_the_blocks() -> None:
     ],
 )
 def test_adapters_of_vit_base_train_as_many_parameters_as_published(
-    targets: Sequence[str] | dict[str, str], rank: int, frozen: str, expected: int
+    targets: Sequence[str] | dict[str, str], rank: int, frozen: str, expected: int, tiny_backbone: Making
 ) -> None:
-    backbone = tiny()
+    backbone = tiny_backbone()
     with torch.device("meta"):
         backbone.vit = timm.create_model("vit_base_patch16_224", num_classes=0).requires_grad_(False)
         inject(backbone, targets, rank)
@@ -259,16 +159,16 @@ def test_adapters_of_vit_base_train_as_many_parameters_as_published(
     assert sum(backbone.get_parameter(name).numel() for name in trained) == expected
 
 
-def test_branches_of_one_projection_add_up_each_by_its_own_scale() -> None:
+def test_branches_of_one_projection_add_up_each_by_its_own_scale(tiny_backbone: Making, fill: Fill) -> None:
     torch.manual_seed(0)
-    backbone = tiny().double()
+    backbone = tiny_backbone().double()
     layer = inject(backbone, {"general": "qkv", "isolated": "qkv", "late": "v"}, rank=2, blocks=[0])[0]
     assert list(layer.rows) == ["late", "general", "isolated"]
-    fill([layer], list(layer.rows))
+    fill([layer])
     layer.adapter("general").scale, layer.adapter("isolated").scale = 0.25, 0.5
     general, isolated, late = (layer.adapter(name) for name in ("general", "isolated", "late"))
     x = torch.randn(3, 7, 32, dtype=torch.float64)
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
     expected += 0.25 * x @ general.A.T @ general.B.T + 0.5 * x @ isolated.A.T @ isolated.B.T
     expected[..., 64:] += x @ late.A.T @ late.B.T
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
@@ -276,40 +176,17 @@ def test_branches_of_one_projection_add_up_each_by_its_own_scale() -> None:
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
 
 
-def test_the_effective_weight_is_what_a_merge_leaves() -> None:
-    layer = inject(tiny(), {"a": "qkv", "b": "qkv", "c": "k"}, rank=2, scale=0.5, blocks=[0])[0]
-    fill([layer], list(layer.rows))
+def test_the_effective_weight_is_what_a_merge_leaves(tiny_backbone: Making, fill: Fill) -> None:
+    layer = inject(tiny_backbone(), {"a": "qkv", "b": "qkv", "c": "k"}, rank=2, scale=0.5, blocks=[0])[0]
+    fill([layer])
     before, effective = layer.weight.clone(), layer.effective_weight()
     assert torch.equal(layer.weight, before)
     layer.merge()
     torch.testing.assert_close(layer.weight.data, effective, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("targets", [["k"], ["k", "v"]])
-@pytest.mark.parametrize("gradients", [True, False])
-def test_a_layer_is_compiled_as_one_graph(targets: list[str], gradients: bool) -> None:
-    layer = inject(tiny(), targets, rank=2, blocks=[0])[0]
-    fill([layer])
-    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    torch.compiler.reset()
-    with torch.set_grad_enabled(gradients):
-        compiled = torch.compile(layer, backend="eager", fullgraph=True)
-        assert torch.equal(compiled(x), layer(x))
-
-
-def test_outputs_can_be_written_in_place_by_whoever_comes_next() -> None:
-    layer = inject(tiny(), ["k"], rank=2, blocks=[0])[0]
-    fill([layer])
-    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
-    A = layer.adapter("k").A
-    (there,), (elsewhere,) = (
-        torch.autograd.grad(relu(layer(x)).sum(), A) for relu in (torch.relu_, torch.relu)
-    )
-    assert torch.equal(there, elsewhere)
-
-
-def test_inputs_of_another_type_are_cast_by_autocast_alone() -> None:
-    layer = inject(tiny(), ["k"], rank=2, blocks=[0])[0]
+def test_only_autocast_casts_inputs_of_another_type(tiny_backbone: Making) -> None:
+    layer = inject(tiny_backbone(), ["k"], rank=2, blocks=[0])[0]
     x = torch.ones(2, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
@@ -317,12 +194,12 @@ def test_inputs_of_another_type_are_cast_by_autocast_alone() -> None:
         layer(x.double())
 
 
-def test_merging_rounds_no_more_where_autocast_is_on() -> None:
-    weights: list[torch.Tensor] = []
+def test_merging_rounds_no_more_under_autocast(tiny_backbone: Making, fill: Fill) -> None:
+    weights: list[Tensor] = []
     for enabled in (False, True):
-        layer = inject(tiny(), ("k", "v"), rank=2, blocks=[0])[0]
+        layer = inject(tiny_backbone(), ("k", "v"), rank=2, blocks=[0])[0]
         for target in layer.rows:
-            torch.nn.init.ones_(layer.adapter(target).A)
+            nn.init.ones_(layer.adapter(target).A)
         fill([layer])
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             weights.append(layer.effective_weight().detach())
@@ -332,10 +209,10 @@ def test_merging_rounds_no_more_where_autocast_is_on() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_subtracting_written_factors_keeps_the_function_and_merging_them_the_weight(
-    dtype: torch.dtype, bound: float, images: torch.Tensor
+def test_subtracting_written_factors_keeps_the_function_and_merging_the_weight(
+    dtype: torch.dtype, bound: float, tiny_backbone: Making, images: Tensor, fill: Fill
 ) -> None:
-    backbone = tiny().to(dtype)
+    backbone = tiny_backbone().to(dtype)
     layers = inject(backbone, TARGETS, rank=3, scale=0.5)
     before, weights = backbone(images.to(dtype)), [layer.weight.clone() for layer in layers]
     fill(layers)
@@ -350,135 +227,207 @@ def test_subtracting_written_factors_keeps_the_function_and_merging_them_the_wei
         torch.testing.assert_close(layer.weight.data, weight, rtol=0, atol=1e-6)
 
 
-def shielded_and_not(basis: torch.Tensor) -> tuple[AdaptedLinear, dict[str, torch.Tensor], torch.Tensor]:
-    """Return a layer, its gradients with a shield less those without, and the full-weight gradient."""
-    torch.manual_seed(0)
-    layer = AdaptedLinear(torch.nn.Linear(8, 6), {"k": slice(0, 3), "v": slice(3, 6)}, rank=2, scale=0.5)
+# Adapters that are added during a stream
+
+
+def test_an_added_adapter_changes_nothing_at_first_and_then_trains(
+    tiny_backbone: Making, images: Tensor, fill: Fill
+) -> None:
+    backbone = tiny_backbone()
+    layer = inject(backbone, ("k", "v"), rank=2, blocks=[0])[0]
     fill([layer])
-    x, direction = torch.randn(4, 5, 8, requires_grad=True), torch.randn(4, 5, 6)
-    named = {"x": x, **dict(layer.adapters.named_parameters())}
-    gradients, outputs = [], []
-    for shield in (None, basis):
-        layer.shield(shield)
-        outputs.append(layer(x))
-        loss = (outputs[-1] * direction).sum()
-        gradients.append(dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)))
-    assert torch.equal(outputs[0], outputs[1])
-    full = direction.flatten(0, 1).T @ x.detach().flatten(0, 1)
-    return layer, gradients[1] | {f"{name} before": value for name, value in gradients[0].items()}, full
+    before = backbone(images)
+    added = layer.add("second", layer.rows["v"], rank=3, scale=0.5)
+    assert torch.equal(backbone(images), before)
+    assert added is layer.adapter("second") and layer.rows["second"] == slice(64, 96)
+    assert added.A.shape == (3, 32) and added.B.shape == (32, 3)
+    backbone(images).square().sum().backward()
+    assert added.B.grad is not None and added.B.grad.any()
+    with torch.no_grad():
+        added.B.sub_(added.B.grad)
+    assert not torch.equal(backbone(images), before)
 
 
-def test_a_shield_gives_each_up_projection_the_gradient_of_the_safe_update() -> None:
-    basis = torch.linalg.qr(torch.randn(8, 3, generator=torch.Generator().manual_seed(0))).Q
-    layer, gradients, full = shielded_and_not(basis)
-    safe = full - full @ basis @ basis.T
-    for target, rows in layer.rows.items():
-        expected = 0.5 * safe[rows] @ layer.adapter(target).A.T
-        scale = gradients[f"{target}.B before"].norm()
-        assert (gradients[f"{target}.B"] - expected).norm() / scale < 1e-6
-        assert (gradients[f"{target}.B before"] - expected).norm() / scale > 1e-2
-
-
-def test_a_shield_changes_no_other_gradient() -> None:
-    basis = torch.linalg.qr(torch.randn(8, 3, generator=torch.Generator().manual_seed(0))).Q
-    _, gradients, _ = shielded_and_not(basis)
-    for name in ("x", "k.A", "v.A"):
-        torch.testing.assert_close(gradients[name], gradients[f"{name} before"], rtol=0, atol=1e-6)
-
-
-def test_a_shield_is_not_needed_where_the_rows_of_the_down_projection_avoid_the_span() -> None:
+def test_an_added_adapter_adds_its_product_to_its_own_rows(tiny_backbone: Making, fill: Fill) -> None:
     torch.manual_seed(0)
-    layer = AdaptedLinear(torch.nn.Linear(8, 6).double(), {"v": slice(0, 6)}, rank=2)
+    layer = inject(tiny_backbone().double(), ("k", "v"), rank=2, blocks=[0])[0]
     fill([layer])
-    basis = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64)).Q
-    layer.adapter("v").A.data -= layer.adapter("v").A.data @ basis @ basis.T
-    x, gradients = torch.randn(4, 8, dtype=torch.float64), []
-    for shield in (None, basis):
-        layer.shield(shield)
-        gradients.append(torch.autograd.grad(layer(x).square().sum(), layer.adapter("v").B)[0])
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
+    x = torch.randn(3, 32, dtype=torch.float64)
+    before = layer(x)
+    added = layer.add("second", slice(8, 24), rank=3, scale=0.5)
+    nn.init.normal_(added.B)
+    expected = before.clone()
+    expected[:, 8:24] += 0.5 * x @ added.A.T @ added.B.T
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    assert added.A.dtype == torch.float64
 
 
-def test_a_shield_costs_nothing_without_gradients_or_without_a_column() -> None:
-    layer = inject(tiny(), ("k", "v"), rank=2, blocks=[0])[0]
-    x = torch.ones(4, 32)
-
-    def flops(basis: torch.Tensor | None, *, gradients: bool) -> int:
-        layer.shield(basis)
-        with torch.set_grad_enabled(gradients), FlopCounterMode(display=False) as counted:
-            layer(x)
-        return int(counted.get_total_flops())
-
-    plain, basis = flops(None, gradients=True), torch.eye(32)[:, :3]
-    assert flops(basis, gradients=False) == plain
-    assert flops(basis[:, :0], gradients=True) == plain
-    # One more product with the stacked down-projection, and its rows into the basis and back.
-    assert flops(basis, gradients=True) == plain + 2 * 4 * 32 * 4 + 4 * 32 * 3 * 4
+@pytest.mark.parametrize(
+    ("name", "error"), [("k", "already has an adapter called k: choose another"), ("a.b", "without a dot")]
+)
+def test_a_name_that_an_adapter_cannot_take_is_refused(name: str, error: str, tiny_backbone: Making) -> None:
+    layer = inject(tiny_backbone(), ["k"], rank=2, blocks=[0])[0]
+    with pytest.raises(ValueError, match=error):
+        layer.add(name, slice(0, 4), rank=2)
+    assert list(layer.rows) == ["k"] and list(layer.adapters) == ["k"]
 
 
-def test_a_shield_keeps_its_precision_under_mixed_precision() -> None:
+def test_a_rank_beyond_the_rows_of_an_added_adapter_is_refused(tiny_backbone: Making) -> None:
+    layer = inject(tiny_backbone(), ["k"], rank=2, blocks=[0])[0]
+    with pytest.raises(ValueError, match=r"rank 5 does not fit .* choose a rank from 1 to 4"):
+        layer.add("second", slice(0, 4), rank=5)
+    assert list(layer.rows) == ["k"]
+
+
+# Learnt scales and gates
+
+
+def test_a_learnt_scale_gets_its_gradient_and_is_part_of_the_merged_weight(fill: Fill) -> None:
     torch.manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(32, 8)).Q
-    layer = AdaptedLinear(torch.nn.Linear(32, 6), {"v": slice(0, 6)}, rank=2)
+    layer = AdaptedLinear(nn.Linear(5, 6).double(), {"v": slice(2, 6)}, rank=2)
     fill([layer])
-    adapter, outside = layer.adapter("v"), 1e-3 * torch.randn(2, 32)
-    adapter.A.data.copy_(torch.randn(2, 8) @ basis.T + outside)  # almost in the span
-    layer.shield(basis)
-    x, gradients = torch.randn(4, 5, 32), []
-    for enabled in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            gradients.append(torch.autograd.grad(layer(x).float().square().sum(), adapter.B)[0])
-    assert gradients[1].dtype == torch.float32
-    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
+    adapter = layer.adapter("v")
+    adapter.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+    x, direction = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 6, dtype=torch.float64)
+    y, before = layer(x), layer.weight.clone()
+    (y * direction).sum().backward()
+    product = adapter.B.detach() @ adapter.A.detach()
+    assert adapter.scale.grad is not None
+    torch.testing.assert_close(adapter.scale.grad, (x @ product.T * direction[:, 2:]).sum())
+    torch.testing.assert_close(layer.effective_weight().detach()[2:], before[2:] + 0.7 * product)
+    layer.merge()
+    torch.testing.assert_close(layer.weight.data[2:], before[2:] + 0.7 * product)
+    torch.testing.assert_close(layer(x), y, rtol=0, atol=1e-13)
 
 
-def test_a_basis_of_another_space_is_refused() -> None:
-    layer = inject(tiny(), ["k"], rank=2)[0]
-    with pytest.raises(
-        ValueError, match=r"shape \(8, 2\) does not fit .* give orthonormal columns \(32, k\)"
+def test_one_learnt_scale_may_serve_several_adapters(
+    tiny_backbone: Making, images: Tensor, fill: Fill
+) -> None:
+    backbone = tiny_backbone()
+    layers = inject(backbone, ("k", "v"), rank=2)
+    fill(layers)
+    shared = nn.Parameter(torch.tensor(1.0))
+    plain = backbone(images)
+    for layer in layers:
+        for name in layer.rows:
+            layer.adapter(name).scale = shared
+    torch.testing.assert_close(backbone(images), plain, rtol=0, atol=1e-5)
+    backbone(images).square().sum().backward()
+    assert shared.grad is not None and shared.grad != 0
+    assert sum(parameter is shared for parameter in backbone.parameters()) == 1
+
+
+class PerImage(nn.Module):
+    """A gate of a given value for each image (B), whatever its tokens (B, N, n) hold."""
+
+    def __init__(self, *values: float) -> None:
+        super().__init__()
+        self.values = torch.tensor(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.values.to(x)[:, None, None]
+
+
+def test_a_gate_weights_the_output_of_its_adapter_for_each_image(
+    tiny_backbone: Making, images: Tensor, fill: Fill
+) -> None:
+    backbone = tiny_backbone()
+    without = backbone(images)
+    layers = inject(backbone, ("k", "v"), rank=2)
+    fill(layers)
+    with_adapters = backbone(images)
+    for gate, expected in (
+        (PerImage(1.0, 1.0, 1.0), with_adapters),
+        (PerImage(0.0, 0.0, 0.0), without),
+        (PerImage(1.0, 0.0, 1.0), torch.stack([with_adapters[0], without[1], with_adapters[2]])),
     ):
-        layer.shield(torch.eye(8)[:, :2])
+        for layer in layers:
+            for name in layer.rows:
+                layer.adapter(name).gate = gate
+        torch.testing.assert_close(backbone(images), expected, rtol=0, atol=1e-5)
 
 
-def test_an_unknown_target_is_answered_with_the_nearest() -> None:
+def test_a_gate_of_the_input_is_part_of_the_formula_and_is_trained(fill: Fill) -> None:
+    torch.manual_seed(0)
+    layer = AdaptedLinear(nn.Linear(5, 6).double(), {"v": slice(2, 6)}, rank=2, scale=0.5)
+    fill([layer])
+    adapter, gate = layer.adapter("v"), nn.Sequential(nn.Linear(5, 1), nn.Sigmoid()).double()
+    adapter.gate = gate
+    x = torch.randn(3, 7, 5, dtype=torch.float64)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    expected[..., 2:] += torch.sigmoid(gate[0](x)) * (0.5 * x @ adapter.A.T @ adapter.B.T)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-13)
+    layer(x).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in gate.parameters())
+
+
+def test_a_layer_with_a_gated_adapter_refuses_to_merge_and_stays_as_it_is(fill: Fill) -> None:
+    layer = AdaptedLinear(nn.Linear(5, 6), {"k": slice(0, 3), "v": slice(3, 6)}, rank=2)
+    fill([layer])
+    layer.adapter("v").gate = PerImage(0.5)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    for change in (layer.merge, layer.subtract, layer.effective_weight):
+        with pytest.raises(ValueError, match="cannot be merged: keep it, or remove its gate first"):
+            change()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_gates_and_learnt_scales_work_under_mixed_precision_and_the_compiler(fill: Fill) -> None:
+    torch.manual_seed(0)
+    layer = AdaptedLinear(nn.Linear(32, 6), {"k": slice(0, 3), "v": slice(3, 6)}, rank=2)
+    fill([layer])
+    layer.adapter("k").scale = nn.Parameter(torch.tensor(0.7))
+    layer.adapter("v").gate = nn.Linear(32, 1)
+    x = torch.randn(2, 4, 32)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = layer(x)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), layer(x), rtol=0.05, atol=0.05)
+
+
+# What is refused
+
+
+def test_an_unknown_target_is_answered_with_the_nearest(tiny_backbone: Making) -> None:
     with pytest.raises(ValueError, match=r"no adapter target .fc3.\. Did you mean fc"):
-        inject(tiny(), ["k", "fc3"])
+        inject(tiny_backbone(), ["k", "fc3"])
 
 
 @pytest.mark.parametrize("name", ["values", "training", "a.b", ""])
-def test_a_name_that_a_module_cannot_have_is_refused(name: str) -> None:
+def test_a_name_that_a_module_cannot_have_is_refused(name: str, tiny_backbone: Making) -> None:
     with pytest.raises(ValueError, match=f"cannot be called '{re.escape(name)}': choose"):
-        inject(tiny(), {name: "qkv"}, rank=2)
+        inject(tiny_backbone(), {name: "qkv"}, rank=2)
 
 
-def test_a_block_outside_the_backbone_is_refused() -> None:
+def test_a_block_outside_the_backbone_is_refused(tiny_backbone: Making) -> None:
     with pytest.raises(ValueError, match="no block 2 in a backbone of 2 blocks: choose from 0 to 1"):
-        inject(tiny(), blocks=[0, 2])
+        inject(tiny_backbone(), blocks=[0, 2])
 
 
 @pytest.mark.parametrize("rank", [0, 33])
-def test_a_rank_that_does_not_fit_is_refused(rank: int) -> None:
+def test_a_rank_that_does_not_fit_is_refused(rank: int, tiny_backbone: Making) -> None:
     with pytest.raises(ValueError, match=f"rank {rank} does not fit .* choose a rank from 1 to 32"):
-        inject(tiny(), rank=rank)
+        inject(tiny_backbone(), rank=rank)
 
 
-def test_a_second_adapter_in_one_layer_is_refused_and_nothing_is_replaced() -> None:
-    backbone = tiny()
+def test_injecting_into_an_adapted_layer_is_refused_and_replaces_nothing(tiny_backbone: Making) -> None:
+    backbone = tiny_backbone()
     inject(backbone, ("k", "v"), rank=2, blocks=[1])
     with pytest.raises(ValueError, match=r"attn.qkv already carries adapters for k, v"):
         inject(backbone, ("fc1", "q"), rank=2)
     assert sum(isinstance(module, AdaptedLinear) for module in backbone.modules()) == 1
 
 
-def test_attention_that_never_calls_its_fused_layer_is_refused() -> None:
+@pytest.mark.parametrize(
+    "model",
+    [
+        "beit_base_patch16_224",  # reads the weight of its fused layer and never calls the layer
+        "eva02_tiny_patch14_224",  # has three layers
+    ],
+)
+def test_attention_without_a_called_fused_layer_is_refused(model: str) -> None:
     options = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    beit = Backbone("beit_base_patch16_224", "random", options)
     with pytest.raises(ValueError, match=r"do not compute attn.qkv by one linear layer"):
-        inject(beit, ["k"], rank=2)
-
-
-def test_attention_without_a_fused_layer_is_refused() -> None:
-    options = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    eva = Backbone("eva02_tiny_patch14_224", "random", options)
-    with pytest.raises(ValueError, match=r"do not compute attn.qkv by one linear layer"):
-        inject(eva, ["k"], rank=2)
+        inject(Backbone(model, "random", options), ["k"], rank=2)

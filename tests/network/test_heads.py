@@ -3,12 +3,47 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cl_bench.network.heads import GrowingCosine, GrowingLinear, Prototypes
+from cl_bench.network.heads import (
+    Features,
+    GrowingCosine,
+    GrowingLinear,
+    Head,
+    Prototypes,
+    TrainableHead,
+    pooled,
+)
 
 
 @pytest.fixture
 def features() -> torch.Tensor:
     return torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+# What a strategy needs of a head
+
+
+@pytest.mark.parametrize("head", [GrowingLinear(8), GrowingCosine(8), Prototypes(8)])
+def test_every_head_serves_a_strategy(head: Head, features: torch.Tensor) -> None:
+    assert isinstance(head, Head)
+    assert head.num_classes == 0
+    for classes, seen in ((2, 2), (3, 5)):
+        head.grow(classes)
+        assert head.num_classes == seen
+        assert head(features).shape == (4, seen)
+
+
+def test_only_heads_with_logits_of_the_current_classes_can_be_trained() -> None:
+    assert isinstance(GrowingLinear(8), TrainableHead) and isinstance(GrowingCosine(8), TrainableHead)
+    assert not isinstance(Prototypes(8), TrainableHead)
+    assert not isinstance(torch.nn.Linear(8, 2), Head)
+
+
+def test_the_features_to_classify_are_pooled_from_whatever_a_method_returns(features: torch.Tensor) -> None:
+    assert pooled(features) is features
+    assert pooled(Features(features, extra={"similarity": torch.ones(4, 2)})) is features
+
+
+# Linear heads
 
 
 def grown(sizes: list[int], *, seed: int = 0, bias: bool = True) -> GrowingLinear:
@@ -32,7 +67,7 @@ def test_current_logits_are_the_last_columns_of_all_logits(features: torch.Tenso
     assert torch.equal(head.current(features), head(features)[:, 2:])
 
 
-def test_writing_the_newest_part_leaves_older_ones_alone(features: torch.Tensor) -> None:
+def test_writing_the_newest_part_leaves_older_parts_as_they_are(features: torch.Tensor) -> None:
     head = grown([3, 2])
     older = head(features)[:, :3]
     weight = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
@@ -56,12 +91,28 @@ def test_a_head_without_bias_maps_the_zero_feature_to_zero() -> None:
     assert grown([2, 3])(zero).all()
 
 
-def test_a_fresh_linear_head_grown_to_the_saved_sizes_takes_the_saved_state(features: torch.Tensor) -> None:
+def test_a_fresh_linear_head_of_the_saved_sizes_loads_the_saved_state(features: torch.Tensor) -> None:
     saved = grown([2, 1])
     fresh = grown(saved.sizes, seed=1)
     assert not torch.equal(fresh(features), saved(features))
     fresh.load_state_dict(saved.state_dict())
     assert torch.equal(fresh(features), saved(features))
+
+
+def test_a_head_from_means_gives_thirty_times_the_cosine_to_features_of_average_length(
+    features: torch.Tensor,
+) -> None:
+    head = grown([3, 2])
+    older, means = head(features)[:, :3], torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+    head.start_from(means)
+    average = means.norm(dim=1).square().mean().sqrt()
+    scaled = average * torch.nn.functional.normalize(features)
+    cosines = torch.nn.functional.cosine_similarity(features[:, None], means[None], dim=2)
+    torch.testing.assert_close(head.current(scaled), 30 * cosines)
+    assert torch.equal(head(features)[:, :3], older)
+
+
+# Heads by angle
 
 
 def grown_by_angle(sizes: list[int], *, seed: int = 0) -> GrowingCosine:
@@ -82,7 +133,7 @@ def test_logits_by_angle_are_cosines_and_ignore_every_length(features: torch.Ten
     torch.testing.assert_close(head(3 * features).detach(), expected)
 
 
-def test_growing_by_angle_keeps_older_cosines_and_trains_the_newest_part_alone(
+def test_growing_by_angle_keeps_older_cosines_and_trains_only_the_newest_part(
     features: torch.Tensor,
 ) -> None:
     head = grown_by_angle([2])
@@ -111,11 +162,14 @@ def test_cosines_keep_full_precision_under_mixed_precision(features: torch.Tenso
     assert torch.equal(mixed, head(features)) and torch.equal(current, head.current(features))
 
 
-def test_a_fresh_head_by_angle_grown_to_the_saved_sizes_takes_the_saved_state(features: torch.Tensor) -> None:
+def test_a_fresh_head_by_angle_of_the_saved_sizes_loads_the_saved_state(features: torch.Tensor) -> None:
     saved = grown_by_angle([2, 1])
     fresh = grown_by_angle(saved.sizes, seed=1)
     fresh.load_state_dict(saved.state_dict())
     assert torch.equal(fresh(features), saved(features))
+
+
+# Prototypes
 
 
 def test_cosine_prototypes_ignore_the_length_of_features_and_means(features: torch.Tensor) -> None:
@@ -129,7 +183,7 @@ def test_cosine_prototypes_ignore_the_length_of_features_and_means(features: tor
     torch.testing.assert_close(head(3 * features), expected)
 
 
-def test_euclidean_prototypes_give_minus_the_distance() -> None:
+def test_euclidean_prototypes_give_the_negative_distance() -> None:
     head = Prototypes(feature_dim=2, similarity="euclidean")
     head.grow(2)
     head.write(torch.tensor([[0.0, 0.0], [3.0, 0.0]]), range(0, 2))
@@ -168,7 +222,7 @@ def test_writing_new_means_leaves_old_ones_untouched() -> None:
     assert head.means[:, 0].tolist() == [1.0, 1.0, 2.0]
 
 
-def test_a_fresh_prototype_head_grown_to_the_saved_sizes_takes_the_saved_state(
+def test_fresh_prototypes_of_the_saved_sizes_load_the_saved_state(
     features: torch.Tensor,
 ) -> None:
     saved, fresh = Prototypes(feature_dim=8), Prototypes(feature_dim=8)
@@ -181,10 +235,10 @@ def test_a_fresh_prototype_head_grown_to_the_saved_sizes_takes_the_saved_state(
     assert torch.equal(fresh(features), saved(features))
 
 
-def test_means_for_classes_that_are_not_there_are_refused() -> None:
+def test_means_for_classes_that_the_head_does_not_have_are_refused() -> None:
     head = Prototypes(feature_dim=8)
     head.grow(2)
-    with pytest.raises(ValueError, match="no positions 2 to 3: grow"):
+    with pytest.raises(ValueError, match="do not have positions 2 to 3: grow"):
         head.write(torch.ones(2, 8), range(2, 4))
 
 
@@ -196,6 +250,6 @@ def test_means_of_another_shape_are_refused() -> None:
 
 
 @pytest.mark.parametrize("head", [GrowingLinear(8), GrowingCosine(8), Prototypes(8)])
-def test_growing_by_no_class_is_refused(head: GrowingLinear | Prototypes) -> None:
+def test_growing_by_zero_classes_is_refused(head: GrowingLinear | Prototypes) -> None:
     with pytest.raises(ValueError, match="cannot grow by 0 classes"):
         head.grow(0)

@@ -126,7 +126,7 @@ def test_a_missing_file_is_an_error_at_once(
 ) -> None:
     archive = publish("a.zip", CONTENT)
     server.files.clear()
-    with pytest.raises(ConnectionError, match=r"answers 404 Not Found: fetch a.zip from elsewhere"):
+    with pytest.raises(ConnectionError, match=r"returned 404 Not Found: fetch a.zip from elsewhere"):
         download(archive, tmp_path, patience)
     assert len(server.ranges) == 1
 

@@ -13,7 +13,7 @@ from scipy.io import savemat
 
 from cl_bench.data.published import imagenet100
 from cl_bench.prepare import imagenet
-from cl_bench.prepare.imagenet import NotThere, build
+from cl_bench.prepare.imagenet import Missing, build
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 TRUTH = [2, 3, 1, 2]
@@ -160,7 +160,7 @@ def test_existing_classes_are_kept_and_missing_ones_added(source: Path, root: Pa
 )
 def test_a_missing_original_is_named(source: Path, root: Path, absent: str, fault: str) -> None:
     (source / getattr(imagenet, absent).name).unlink()
-    with pytest.raises(NotThere, match=fault):
+    with pytest.raises(Missing, match=fault):
         build(source, root, WNIDS[:2], no_progress)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.prepare.imagenet import NotThere
+from cl_bench.prepare.imagenet import Missing
 from cl_bench.prepare.options import add_arguments, run
 
 
@@ -22,7 +22,7 @@ def test_the_options_reach_the_preparation(
     tmp_path: Path, parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["imagenet100", "--root", str(tmp_path), "--source", str(tmp_path / "here"), "--classes", "cmc"]
-    with pytest.raises(NotThere, match=r"here holds neither .*, and 100 classes are missing"):
+    with pytest.raises(Missing, match=r"here holds neither .*, and 100 classes are missing"):
         run(parser.parse_args(words))
     assert "Register at https://image-net.org" in capsys.readouterr().out
 

@@ -21,11 +21,11 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.loading import RankBatches
 from cl_bench.loop.diagnostics import Diagnostics
 from cl_bench.loop.trainer import StreamTrainer
-from cl_bench.maths.memory import GPM
+from cl_bench.maths.memory import GPM, DualGPM, reaching
 from cl_bench.measure.moments import SecondMoments
 from cl_bench.measure.sketch import InputSketch
 from cl_bench.network.backbones import Backbone
-from cl_bench.processes.ranks import _prints, is_first
+from cl_bench.processes.ranks import _prints, agree, is_first, place, require_agreement
 from cl_bench.results.result import FILE_NAME, read
 from datamodules.toy import Toy
 from strategies.inflora import InfLoRA
@@ -72,12 +72,35 @@ def outcome(name: str, **arguments: Any) -> tuple[dict[str, Tensor], list[Any], 
     return state, result.rows, result.diagnostics
 
 
+def diverse(rank: int) -> nn.Module:
+    """A model whose memories differ between two processes: in width, in type, and in the form they store."""
+    inputs = torch.randn(2, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moments, first = inputs @ inputs.mT, rank == 0
+    one, much, little = GPM(2, 6), DualGPM(2, 6), DualGPM(2, 6)
+    one.update(moments if first else moments.float(), reaching(0.9 if first else 0.5))
+    much.update(moments, reaching(0.999 if first else 0.3))
+    little.update(moments, reaching(0.3 if first else 0.999))
+    layer = nn.Linear(2, 1, dtype=torch.float64)
+    return nn.ModuleDict({"layer": layer, "one": one, "much": much, "little": little})
+
+
+def agreed(folder: Path) -> None:
+    """Let two processes agree on such a model, and keep what each then holds."""
+    rank, _ = place()
+    model = diverse(rank)
+    assert len(model.state_dict()) == len(diverse(1 - rank).state_dict())
+    agree(model)
+    require_agreement(model)
+    torch.save(model.state_dict(), folder / f"agreed-{rank}.pt")
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for name in STRATEGIES:
         found = outcome(name, devices=2, strategy="ddp", check_agreement=True)
         if is_first():
             torch.save(found, folder / f"{name}.pt")
+    agreed(folder)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +131,16 @@ def test_two_processes_learn_and_count_what_one_does(of_two: Path, name: str) ->
     for one, other in zip(diagnostics, expected_diagnostics, strict=True):
         assert one.keys() == other.keys()
         assert numbers(one) == pytest.approx(numbers(other), rel=1e-4, abs=1e-6)
+
+
+def test_processes_agree_on_the_first_ones_bases_whatever_their_width_type_and_form(of_two: Path) -> None:
+    one, other = (torch.load(of_two / f"agreed-{rank}.pt", weights_only=True) for rank in range(2))
+    assert one.keys() == other.keys() == diverse(0).state_dict().keys() != diverse(1).state_dict().keys()
+    for name, tensor in diverse(0).state_dict().items():
+        assert torch.equal(one[name], other[name]), name
+        if not name.startswith("layer."):
+            assert one[name].dtype == other[name].dtype == tensor.dtype, name
+            assert torch.equal(one[name], tensor), name
 
 
 def _rounding(name: str, key: str) -> float:
@@ -207,7 +240,7 @@ def test_other_ways_to_start_processes_are_refused(strategy: str) -> None:
     options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
     backbone = Backbone("vision_transformer", "random", options, "half")
     trainer = StreamTrainer(max_epochs=1, accelerator="cpu", devices=2, strategy=strategy)
-    with pytest.raises(ValueError, match=r"by --trainer\.strategy ddp alone"):
+    with pytest.raises(ValueError, match=r"only with --trainer\.strategy ddp"):
         trainer.run(LoRA(backbone), Toy(num_experiences=3, image_size=8))
 
 
@@ -234,9 +267,9 @@ def test_one_changed_number_is_another_print(dtype: torch.dtype) -> None:
         return _prints(module)
 
     value = torch.arange(7).to(dtype)
-    for place in range(7):
+    for index in range(7):
         changed = value.clone()
-        changed[place] = ~changed[place] if dtype == torch.bool else -changed[place] - 1
+        changed[index] = ~changed[index] if dtype == torch.bool else -changed[index] - 1
         assert printed(changed) != printed(value)
     assert printed(value.clone()) == printed(value)
     assert printed(value[:6]) != printed(value)

@@ -1,4 +1,4 @@
-"""Small results made by hand, from which every number in a report can be worked out in the head."""
+"""Small results from which every number of a report can be computed by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROVENANCE = {"versions": {"torch": "2.15.0"}, "device": "cpu (x86_64)", "thread
 
 @pytest.fixture
 def made() -> Made:
-    """A function that makes a result of one class an experience, ten test images each, from its counts."""
+    """Function from counts to a result, with one class per experience and ten test images per class."""
     return _result
 
 
@@ -78,7 +78,7 @@ DOMAINS = ["clipart", "painting", "real", "sketch"]
 
 @pytest.fixture(scope="session")
 def drawn() -> Callable[..., Result]:
-    """A function that draws the result of a longer stream, as a strategy of given strengths might leave."""
+    """Function that draws a random result of a longer stream for a strategy of given strengths."""
     return _drawn
 
 
@@ -100,9 +100,10 @@ def _drawn(
     identity: dict[str, Any] | None = None,
     seconds: float = 30.0,
 ) -> Result:
-    """Draw counts: an experience is ``found``, less ``lost`` for each learned since, and right ``within``.
+    """Return a result with random counts.
 
-    The block shifts all strategies alike, so that pairing by it matters.
+    An experience is found with probability ``found`` minus ``lost`` for each later one, and the class within
+    it with probability ``within``. A block shifts all strategies equally, so that pairing by blocks matters.
     """
     block = np.random.default_rng([seed, *order.encode()])
     shift = block.normal(0.0, 0.02)

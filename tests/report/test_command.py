@@ -31,7 +31,7 @@ def test_a_report_leaves_its_table_and_pictures(made: Made, tmp_path: Path) -> N
     assert "| LoRA (merge) |" in left.text
 
 
-def test_a_report_on_csv_lists_what_is_absent_in_a_file_of_its_own(made: Made, tmp_path: Path) -> None:
+def test_a_report_in_csv_has_a_separate_file_for_absent_runs(made: Made, tmp_path: Path) -> None:
     left = report(_folder([made(), made("NCM", status="failed", error="no space")], tmp_path), "csv")
     assert [path.name for path in left.files[:2]] == ["table.csv", "absent.csv"]
     assert left.text.startswith("benchmark,fingerprint,strategy,label,group,metric,mean,std,n,low,high,")
@@ -39,14 +39,14 @@ def test_a_report_on_csv_lists_what_is_absent_in_a_file_of_its_own(made: Made, t
 
 
 @pytest.mark.parametrize(("format", "name"), (("latex", "table.tex"), ("json", "table.json")))
-def test_a_format_leaves_a_file_of_its_name(made: Made, tmp_path: Path, format: Format, name: str) -> None:  # noqa: A002
+def test_a_format_leaves_its_file(made: Made, tmp_path: Path, format: Format, name: str) -> None:  # noqa: A002
     left = report(_folder([made()], tmp_path), format)
     assert left.files[0] == tmp_path / "report" / name
     assert left.text == left.files[0].read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("format", ["json", "csv"])
-def test_what_can_be_computed_with_stands_alone_on_the_output(
+def test_standard_output_holds_only_csv_or_json(
     made: Made,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -77,7 +77,7 @@ def test_formats_stand_side_by_side(made: Made, tmp_path: Path) -> None:
     assert len(set(left)) >= len(FORMATS)
 
 
-def test_a_second_report_is_the_same_and_leaves_no_stale_picture(made: Made, tmp_path: Path) -> None:
+def test_a_second_report_is_equal_and_removes_stale_pictures(made: Made, tmp_path: Path) -> None:
     first = report(_folder([made()], tmp_path), "md")
     stale = tmp_path / "report" / "curves_gone-T5.png"
     stale.touch()

@@ -58,7 +58,7 @@ def test_a_copied_result_counts_once(made: Made) -> None:
     assert comparison.copies == 1
 
 
-def test_of_copies_the_finished_one_counts(made: Made) -> None:
+def test_the_finished_copy_of_a_result_counts(made: Made) -> None:
     (entry,) = comparisons([made(status="running"), made(), made(status="failed")])[0].entries
     assert len(entry.runs) == 1
     assert not entry.unfinished
@@ -88,7 +88,7 @@ def test_files_that_all_disagree_leave_an_entry_without_a_mean(made: Made) -> No
     assert comparison.blocks == entry.blocks
 
 
-def test_seconds_and_memory_are_averaged_on_one_device_alone(made: Made) -> None:
+def test_seconds_and_memory_are_averaged_on_one_device_only(made: Made) -> None:
     results = [made(seed=1), made(seed=2), made(seed=3, provenance={"device": "NVIDIA H200"})]
     for cost in results[2].costs:
         cost.seconds["training"], cost.peak_memory_bytes = 0.1, 9 * 10**9
@@ -118,7 +118,7 @@ def test_joint_comes_first_and_the_rest_by_falling_accuracy(made: Made) -> None:
     assert labels == ["strong (joint)", "strong", "weak", "failed"]
 
 
-def test_labels_that_would_be_shared_name_the_setting_that_differs(made: Made) -> None:
+def test_entries_of_one_name_are_labelled_by_the_setting_that_differs(made: Made) -> None:
     results = [
         made(config={"model": {"rank": rank, "alpha": 2 * rank, "epochs": 5}}, seed=seed)
         for rank in (4, 8)
@@ -129,7 +129,7 @@ def test_labels_that_would_be_shared_name_the_setting_that_differs(made: Made) -
     assert comparison.unnamed_settings == {"LoRA (merge)": ["alpha"]}
 
 
-def test_a_named_setting_names_the_entry(made: Made) -> None:
+def test_the_name_of_a_setting_is_in_the_label(made: Made) -> None:
     results = [made(), made(setting="paper", config={"model": {"rank": 8}})]
     (comparison,) = comparisons(results)
     assert {entry.label for entry in comparison.entries} == {"LoRA (merge)", "LoRA (merge), paper"}
@@ -142,7 +142,7 @@ def test_labels_are_unique_even_where_long_values_are_cut_alike(made: Made) -> N
     assert len({entry.label for entry in comparison.entries}) == 3
 
 
-def test_joint_is_told_from_the_same_strategy(made: Made) -> None:
+def test_joint_and_sequential_runs_of_a_strategy_are_two_entries(made: Made) -> None:
     (comparison,) = comparisons([made(), made("LoRA (joint)", (None, (9, 9)), regime="joint")])
     assert [entry.label for entry in comparison.entries] == ["LoRA (joint)", "LoRA (merge)"]
 
@@ -153,7 +153,7 @@ def test_costs_are_the_sum_of_seconds_the_most_parameters_and_the_last_storage(m
     assert means == [5.0, 101.0, 1.5]
 
 
-def test_settings_that_agree_are_no_difference() -> None:
+def test_equal_settings_are_not_a_difference() -> None:
     one = {"model": {"rank": 4, "targets": ["k", "v"]}, "trainer": {"max_epochs": 5}}
     other = {"model": {"rank": 4, "targets": ["q", "v"]}, "trainer": {"max_epochs": 5}}
     assert differences([one, other]) == {"model.targets": ['["k", "v"]', '["q", "v"]']}
@@ -163,19 +163,19 @@ def test_a_setting_that_only_one_has_is_a_difference() -> None:
     assert differences([{"rank": 4}, {}]) == {"rank": ["4", None]}
 
 
-def test_one_key_is_enough_where_two_move_together() -> None:
+def test_one_key_is_enough_if_two_change_together() -> None:
     moving_together = {"model.rank": ["4", "8"], "model.alpha_of_adapter": ["4", "8"]}
     assert distinguishing(moving_together) == ["model.rank"]
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 2)] * 4), min_size=2, max_size=12, unique=True))
-def test_few_keys_tell_apart_all_that_all_keys_tell_apart(settings: list[tuple[int, ...]]) -> None:
+def test_few_keys_distinguish_everything_that_all_keys_distinguish(settings: list[tuple[int, ...]]) -> None:
     table = differences([dict(zip("abcd", values, strict=True)) for values in settings])
     chosen = distinguishing(table)
     assert len(set(zip(*(table[key] for key in chosen), strict=True))) == len(settings)
 
 
-def test_a_short_name_grows_until_it_is_unambiguous() -> None:
+def test_a_short_name_grows_until_it_is_unique() -> None:
     assert short_names(["model.init_args.rank", "head.optimizer.lr", "adapter.optimizer.lr"]) == [
         "rank",
         "head.optimizer.lr",
@@ -183,7 +183,7 @@ def test_a_short_name_grows_until_it_is_unambiguous() -> None:
     ]
 
 
-def test_shortening_keeps_what_differs_late_in_a_long_value() -> None:
+def test_shortening_keeps_a_difference_at_the_end_of_long_values() -> None:
     images = [f"{i:04}.png" for i in range(100)]
     short = shortened([json.dumps(images), json.dumps([*images[:-1], "other.png"])])
     assert "0099" in short[0]
@@ -191,12 +191,12 @@ def test_shortening_keeps_what_differs_late_in_a_long_value() -> None:
     assert all(len(text) <= 41 for text in short)
 
 
-def test_a_short_value_is_left_alone() -> None:
+def test_a_short_value_stays_whole() -> None:
     assert shortened(["unit", "half"]) == ["unit", "half"]
 
 
 def _compared(made: Made, finals: dict[str, Sequence[int]]) -> Comparison:
-    """Strategies by the number of images right at the end in each block, of twenty."""
+    """Return a comparison from the final number of right images of twenty, by strategy and block."""
     results = [
         made(name, ((10,), (right // 2, right - right // 2)), seed=block % 5, order=f"numpy:{block // 5}")
         for name, counts in finals.items()
@@ -206,8 +206,8 @@ def _compared(made: Made, finals: dict[str, Sequence[int]]) -> Comparison:
     return comparison
 
 
-def _alone(comparison: Comparison, metric: str = "acc/sample") -> list[Contrast]:
-    """Contrasts of a table that holds this benchmark and this metric only."""
+def _corrected(comparison: Comparison, metric: str = "acc/sample") -> list[Contrast]:
+    """Return the contrasts of a table with only this benchmark and metric."""
     return corrected([{metric: contrasts(comparison, metric)}])[0][metric]
 
 
@@ -223,7 +223,7 @@ def test_the_difference_is_paired_by_seed_and_order(made: Made) -> None:
 def test_a_planted_difference_is_found_where_unpaired_spread_would_hide_it(made: Made) -> None:
     easy_and_hard = [2, 18, 6, 14, 10, 8, 16, 4]
     comparison = _compared(made, {"ahead": [right + 2 for right in easy_and_hard], "behind": easy_and_hard})
-    (pair,) = _alone(comparison)
+    (pair,) = _corrected(comparison)
     assert pair.difference.mean == 10.0
     assert pair.p == pair.p_holm == 2 / 2**8
     assert pair.verdict == "significant after Holm"
@@ -242,11 +242,11 @@ def test_only_shared_blocks_enter_a_difference(made: Made) -> None:
     assert pair.difference.values == (60.0, 10.0)
 
 
-def test_few_blocks_are_said_to_be_few(made: Made) -> None:
+def test_the_verdict_names_too_few_blocks(made: Made) -> None:
     def verdict(blocks: int) -> str:
         counts = [10, 11, 12, 13, 14, 15][:blocks]
         comparison = _compared(made, {"a": [right + 2 for right in counts], "b": counts})
-        return _alone(comparison)[0].verdict
+        return _corrected(comparison)[0].verdict
 
     assert verdict(1) == "n too small"
     assert verdict(5) == "interval clear of zero; too few blocks to test"
@@ -266,8 +266,8 @@ def test_holm_covers_all_pairs(made: Made) -> None:
         made, {name: [right + shift for right in counts] for name, shift in (("a", 4), ("b", 2), ("c", 0))}
     )
     # Every pair reaches the smallest p of six blocks, 2 / 64; three of them make it three times that.
-    assert [pair.p_holm for pair in _alone(comparison)] == pytest.approx([6 / 64] * 3)
-    assert {pair.verdict for pair in _alone(comparison)} == {
+    assert [pair.p_holm for pair in _corrected(comparison)] == pytest.approx([6 / 64] * 3)
+    assert {pair.verdict for pair in _corrected(comparison)} == {
         "interval clear of zero; too few blocks for 3 tests"
     }
 
@@ -292,20 +292,20 @@ def test_less_forgetting_wins(made: Made) -> None:
     assert pair.wins == 2
 
 
-def test_an_upper_bound_competes_with_nobody(made: Made) -> None:
+def test_an_upper_bound_is_in_no_contrast(made: Made) -> None:
     results = [made("a"), made("b"), made("a (joint)", (None, (9, 9)), regime="joint")]
     pairs = contrasts(comparisons(results)[0], "acc/sample")
     assert [(pair.first, pair.second) for pair in pairs] == [("a", "b")]
 
 
-def test_what_differs_by_rounding_is_a_tie(made: Made) -> None:
-    # 1/3 + 2/3 and 3/3 are one number to a reader; in binary their percentages are not.
+def test_a_difference_by_rounding_is_a_tie(made: Made) -> None:
+    # 1/3 + 2/3 equals 3/3, but their percentages in binary may differ.
     comparison = _compared(made, {"a": [7, 7], "b": [7, 7]})
     comparison.entries[0].measured[0, "numpy:0"]["acc/sample"] += 1e-12
     (pair,) = contrasts(comparison, "acc/sample")
     assert pair.ties == 2
 
 
-def test_one_side_of_the_pairs_can_be_asked_for(made: Made) -> None:
+def test_against_keeps_the_contrasts_of_one_entry(made: Made) -> None:
     comparison = _compared(made, {"a": [12], "b": [11], "c": [10]})
     assert len(against(contrasts(comparison, "acc/sample"), "b")) == 2

@@ -33,9 +33,9 @@ PHONE, DESK = (390, 844), (1280, 900)
 def browser() -> Iterator[Browser]:
     driver = shutil.which("chromedriver")
     if driver is None or not (shutil.which("chromium") or shutil.which("google-chrome")):
-        pytest.skip("There is no chromium with its chromedriver here: `make browser` as root on Debian.")
+        pytest.skip("Chromium or chromedriver is missing: run `make browser` as root on Debian.")
     options = webdriver.ChromeOptions()
-    # A container's root has no sandbox and little shared memory.
+    # For root in a container, which has no sandbox and little shared memory.
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -46,7 +46,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def folder(drawn: Drawn, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three strategies and a bound on two benchmarks, six blocks on one; and all that can go wrong."""
+    """Three strategies and an upper bound on two benchmarks, and every kind of problem."""
     results = [
         drawn(name, seed, order, found=found, lost=lost, diagnostics=True)
         for name, (found, lost) in STRENGTHS.items()
@@ -86,7 +86,7 @@ def loaded(browser: Browser, path: Path) -> Browser:
 
 @pytest.fixture
 def opened(loaded: Browser) -> Iterator[Browser]:
-    """The page at a desk as it was opened, on the benchmark with most strategies; no error may be left."""
+    """The page in its initial state, on the benchmark with most strategies; a test may leave no error."""
     _size(loaded, DESK)
     loaded.execute_script(
         "delete document.documentElement.dataset.theme; results.search('');"
@@ -126,7 +126,7 @@ def _column(browser: Browser, name: str) -> list[float]:
 
 
 def _head(browser: Browser, name: str) -> webdriver.remote.webelement.WebElement:
-    """What sorts the table by the column of this heading."""
+    """Return the button that sorts the table by the column with this heading."""
     return browser.find_element(By.CSS_SELECTOR, f"#table [role='button'][aria-label^='{name}:']")
 
 
@@ -139,7 +139,7 @@ def _lines(browser: Browser, chart: str) -> list[str]:
     return names
 
 
-def test_the_page_opens_without_an_error_and_asks_no_host(opened: Browser) -> None:
+def test_the_page_opens_without_an_error_and_contacts_no_host(opened: Browser) -> None:
     events = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
     asked = {
         event["params"]["request"]["url"].partition(":")[0]
@@ -163,7 +163,7 @@ def test_every_chart_is_drawn(opened: Browser) -> None:
     assert panels == [5, 3, 3]
 
 
-def test_domains_are_bars_where_there_are_any(opened: Browser) -> None:
+def test_a_benchmark_with_domains_has_bars_for_them(opened: Browser) -> None:
     assert not opened.find_element(By.ID, "domains").is_displayed()
     Select(opened.find_element(By.ID, "benchmark")).select_by_visible_text("domainnet-T5")
     assert opened.find_element(By.ID, "domains").is_displayed()
@@ -178,20 +178,20 @@ def test_a_cell_holds_the_number_of_the_table(opened: Browser, folder: Path, dra
     assert _rows(opened)["JANUS-LoRA"][0] == f"{row[1]} ± {row[2]}"
 
 
-def test_a_heading_sorts_one_way_then_the_other_then_as_reported(opened: Browser) -> None:
+def test_a_heading_sorts_in_both_directions_then_restores_the_order(opened: Browser) -> None:
     reported = list(_rows(opened))
     _head(opened, "ACC").click()
     assert _column(opened, "ACC") == sorted(_column(opened, "ACC"), reverse=True)
     _head(opened, "ACC").click()
     assert _column(opened, "ACC") == sorted(_column(opened, "ACC"))
-    assert list(_rows(opened))[-1] == "KeepLoRA"  # without a number: last, whichever way
+    assert list(_rows(opened))[-1] == "KeepLoRA"  # rows without a number are last in both directions
     head = opened.find_element(By.CSS_SELECTOR, "#table th[aria-sort='ascending']")
     assert head.text.startswith("ACC")
     _head(opened, "ACC").click()
     assert list(_rows(opened)) == reported
 
 
-def test_a_filter_leaves_what_it_names_in_table_and_charts(opened: Browser) -> None:
+def test_a_filter_applies_to_table_and_charts(opened: Browser) -> None:
     search = opened.find_element(By.CSS_SELECTOR, "#results input[type='search']")
     search.send_keys("inf")
     assert list(_rows(opened)) == ["InfLoRA"]
@@ -203,7 +203,7 @@ def test_a_filter_leaves_what_it_names_in_table_and_charts(opened: Browser) -> N
     assert _lines(opened, "curve") == _lines(opened, "pareto") == ["InfLoRA"]
 
 
-def test_what_did_not_finish_can_be_asked_for_and_says_why(opened: Browser) -> None:
+def test_incomplete_rows_are_found_and_their_errors_listed(opened: Browser) -> None:
     search = opened.find_element(By.CSS_SELECTOR, "#results input[type='search']")
     search.send_keys("incomplete")
     rows = _rows(opened)
@@ -213,7 +213,7 @@ def test_what_did_not_finish_can_be_asked_for_and_says_why(opened: Browser) -> N
     assert "KeepLoRA, seed 1, class order identity: diverged: The mean loss is nan." in absent
 
 
-def test_a_tick_takes_a_strategy_out_of_the_charts(opened: Browser) -> None:
+def test_clearing_a_tick_removes_a_strategy_from_the_charts(opened: Browser) -> None:
     opened.find_element(By.CSS_SELECTOR, "input[aria-label='Draw InfLoRA']").click()
     for chart in ("curve", "pareto", "tasks"):
         assert "InfLoRA" not in _lines(opened, chart)
@@ -227,10 +227,10 @@ def test_differences_follow_metric_and_reference(opened: Browser) -> None:
     assert float(before[0].replace("−", "-")) == -float(after[0])
     assert before[3].split("/") == after[3].split("/")[::-1]
     Select(opened.find_element(By.ID, "metric")).select_by_value("forgetting/chaudhry")
-    assert "Less is better" in opened.find_element(By.ID, "differences-said").text
+    assert "Less is better" in opened.find_element(By.ID, "differences-description").text
 
 
-def test_the_keyboard_alone_sorts_the_table(opened: Browser) -> None:
+def test_the_keyboard_sorts_the_table(opened: Browser) -> None:
     for _ in range(60):
         opened.switch_to.active_element.send_keys(Keys.TAB)
         if (opened.switch_to.active_element.get_attribute("aria-label") or "").startswith("BWT:"):
@@ -250,7 +250,7 @@ def test_a_phone_needs_no_sideways_scrolling_of_the_page(opened: Browser) -> Non
     assert opened.execute_script("return document.documentElement.scrollWidth") == PHONE[0]
 
 
-def test_dark_and_light_are_chosen_by_a_button(opened: Browser) -> None:
+def test_a_button_chooses_dark_or_light(opened: Browser) -> None:
     script = (
         "return [getComputedStyle(document.documentElement).backgroundColor, "
         "document.getElementById('curve').layout.paper_bgcolor]"
@@ -265,17 +265,17 @@ def test_dark_and_light_are_chosen_by_a_button(opened: Browser) -> None:
     assert button.get_attribute("aria-label") == "Colours: dark"
 
 
-def test_unequal_protocols_are_apart_and_named(opened: Browser) -> None:
+def test_unequal_protocols_are_separate_and_their_difference_named(opened: Browser) -> None:
     names = [option.text for option in Select(opened.find_element(By.ID, "benchmark")).options]
-    apart = [name for name in names if name.startswith("toy-T3-")]
-    assert len(apart) == 2
+    separate = [name for name in names if name.startswith("toy-T3-")]
+    assert len(separate) == 2
     assert "differ in image_size" in opened.find_element(By.ID, "protocols").text
-    for name in apart:
+    for name in separate:
         Select(opened.find_element(By.ID, "benchmark")).select_by_visible_text(name)
         assert list(_rows(opened)) == ["InfLoRA"]
 
 
-def test_every_number_says_where_it_was_made(opened: Browser) -> None:
+def test_every_run_shows_its_provenance(opened: Browser) -> None:
     opened.execute_script("document.getElementById('runs-details').open = true")
     _wait(opened, "return document.getElementById('runs').rows.length > 1")
     cells = opened.find_element(By.ID, "runs").text

@@ -37,7 +37,7 @@ def _pixels(path: Path) -> npt.NDArray[np.float32]:
     return np.asarray(imread(path), dtype=np.float32)[..., :3]
 
 
-def test_pictures_are_files_with_something_in_them(comparison: Comparison, tmp_path: Path) -> None:
+def test_pictures_are_files_that_are_not_blank(comparison: Comparison, tmp_path: Path) -> None:
     paths = pictures(comparison, tmp_path)
     assert [path.name for path in paths] == ["curves_digits-T2.png", "matrix_digits-T2.png"]
     for path in paths:
@@ -47,24 +47,24 @@ def test_pictures_are_files_with_something_in_them(comparison: Comparison, tmp_p
         assert 0.02 < float((pixels < 0.9).any(axis=-1).mean()) < 0.7
 
 
-def test_a_protocol_among_several_is_in_the_file_name(made: Made, tmp_path: Path) -> None:
+def test_the_file_name_has_the_protocol_if_there_are_several(made: Made, tmp_path: Path) -> None:
     compared = comparisons([made(), made(identity={"image_size": 64})])
     names = [path.name for each in compared for path in pictures(each, tmp_path) if "curves" in path.name]
     assert names == [f"curves_digits-T2-{each.fingerprint}.png" for each in compared]
 
 
-def test_nothing_finished_is_nothing_to_draw(made: Made, tmp_path: Path) -> None:
+def test_without_a_finished_run_nothing_is_drawn(made: Made, tmp_path: Path) -> None:
     assert pictures(comparisons([made(status="failed")])[0], tmp_path) == []
     assert not list(tmp_path.iterdir())
 
 
-def test_curves_go_through_the_mean_accuracy_over_classes_seen(comparison: Comparison) -> None:
+def test_curves_are_mean_accuracies_over_classes_seen(comparison: Comparison) -> None:
     lines = [list(map(float, np.asarray(line.get_ydata()))) for line in curves(comparison).axes[0].lines]
     assert [82.5 + 12.5, 70.0] in lines  # of LoRA: (90 + 100) / 2, then (65 + 75) / 2
     assert [80.0, 65.0] in lines
 
 
-def test_joint_is_a_horizontal_line_at_its_end(comparison: Comparison) -> None:
+def test_joint_is_a_horizontal_line_at_its_final_accuracy(comparison: Comparison) -> None:
     (joint,) = [line for line in curves(comparison).axes[0].lines if line.get_linestyle() == "--"][:1]
     assert list(np.asarray(joint.get_ydata())) == [95.0, 95.0]
 
@@ -90,14 +90,14 @@ def test_a_stream_of_one_experience_is_drawn(made: Made, tmp_path: Path) -> None
     assert len(pictures(comparisons([made(counts=((9,),))])[0], tmp_path)) == 2
 
 
-def test_what_is_left_out_of_a_picture_is_said_in_it(made: Made) -> None:
+def test_a_picture_states_how_many_entries_it_leaves_out(made: Made) -> None:
     many = [made(f"strategy {i}", ((9,), (5, i % 10))) for i in range(MOST_DRAWN + 3)]
     figure = curves(comparisons(many)[0])
     assert any("3 more in the table" in text.get_text() for text in figure.axes[0].texts)
 
 
 @given(positions)
-def test_spread_keeps_order_gap_and_room(heights: Sequence[float]) -> None:
+def test_spread_keeps_order_gap_and_limits(heights: Sequence[float]) -> None:
     moved = spread(heights, gap=5.0, low=0.0, high=100.0)
     placed = [moved[index] for index in sorted(range(len(heights)), key=lambda index: heights[index])]
     assert all(after - before > 5.0 - 1e-9 for before, after in pairwise(placed))
@@ -106,7 +106,7 @@ def test_spread_keeps_order_gap_and_room(heights: Sequence[float]) -> None:
 
 
 @given(positions)
-def test_spread_moves_nothing_that_has_room(heights: Sequence[float]) -> None:
-    apart = [40.0 * index + height / 10 for index, height in enumerate(heights)]
-    moved = spread(apart, gap=5.0, low=-math.inf, high=math.inf)
-    assert moved == pytest.approx(apart)
+def test_spread_moves_nothing_that_has_space(heights: Sequence[float]) -> None:
+    distant = [40.0 * index + height / 10 for index, height in enumerate(heights)]
+    moved = spread(distant, gap=5.0, low=-math.inf, high=math.inf)
+    assert moved == pytest.approx(distant)

@@ -43,14 +43,14 @@ def test_tidy_lines_hold_one_statistic_each(made: Made) -> None:
     }
 
 
-def test_tidy_leaves_empty_what_is_undefined(made: Made) -> None:
+def test_tidy_leaves_undefined_values_empty(made: Made) -> None:
     joint = made(counts=(None, (9, 10)), regime="joint")
     acc, maa, *_ = _records(tidy(tables(comparisons([joint]), METRICS)))
     assert (acc["mean"], acc["std"], acc["n"]) == ("95.0", "", "1")
     assert (maa["mean"], maa["std"], maa["n"]) == ("", "", "0")
 
 
-def test_tidy_absences_name_each_run_in_no_mean(made: Made) -> None:
+def test_tidy_absences_list_each_run_in_no_mean(made: Made) -> None:
     results = [made(seed=1), made(seed=2, status="diverged", error="NaN, in step 3"), made("NCM", seed=1)]
     laid_out = tables(comparisons(results), METRICS)
     assert [
@@ -59,7 +59,7 @@ def test_tidy_absences_name_each_run_in_no_mean(made: Made) -> None:
     ] == [("LoRA (merge)", "2", "diverged", "NaN, in step 3"), ("NCM", "2", "missing", "")]
 
 
-def test_nothing_is_absent_from_a_complete_grid(made: Made) -> None:
+def test_a_complete_grid_has_no_absences(made: Made) -> None:
     assert tidy_absences(tables(comparisons([made(seed=1), made(seed=2)]), METRICS)) is None
 
 
@@ -76,7 +76,7 @@ def test_tidy_differences_hold_every_pair_in_every_metric(made: Made) -> None:
     assert (records[0]["wins"], records[0]["ties"], records[0]["p"]) == ("0", "2", "")
 
 
-def test_one_line_has_nothing_to_differ_from(made: Made) -> None:
+def test_one_row_has_no_differences(made: Made) -> None:
     assert tidy_differences(tables(comparisons([made()]), METRICS)) is None
 
 

@@ -79,12 +79,12 @@ def test_random_sign_patterns_agree_with_those_of_scipy() -> None:
     assert permutation_p(values) == pytest.approx(theirs, abs=0.022)
 
 
-def test_a_hundred_blocks_can_tell_twenty_strategies_apart() -> None:
+def test_a_hundred_blocks_can_distinguish_twenty_strategies() -> None:
     p = permutation_p(np.random.default_rng(2).normal(3.0, 1.0, (190, 100)))
     assert max(holm([float(value) for value in p])) < 0.05
 
 
-def test_of_pairs_together_each_has_the_p_value_it_has_alone() -> None:
+def test_pairs_tested_together_have_their_separate_p_values() -> None:
     values = _drawn(4, 20)
     assert permutation_p(values) == pytest.approx(
         [permutation_p(row[None])[0] for row in values], rel=0, abs=EXACT
@@ -95,8 +95,8 @@ def test_below_six_blocks_nothing_is_tested() -> None:
     assert np.isnan(permutation_p(_drawn(2, PERMUTATION_BLOCKS - 1))).all()
 
 
-def test_holm_multiplies_the_smallest_by_their_number_and_never_turns_back() -> None:
-    # By hand: 0.01 × 4, 0.02 × 3, then 0.025 × 2 = 0.05 < 0.06, which keeps the larger; 0.8 × 1.
+def test_holm_multiplies_by_the_tests_left_and_never_decreases() -> None:
+    # By hand: 0.01 × 4, 0.02 × 3, then 0.025 × 2 = 0.05, raised to the 0.06 before it, and 0.8 × 1.
     assert holm([0.8, 0.01, math.nan, 0.025, 0.02]) == pytest.approx(
         [0.8, 0.04, math.nan, 0.06, 0.06], nan_ok=True, rel=0, abs=EXACT
     )

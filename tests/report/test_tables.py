@@ -17,7 +17,7 @@ from cl_bench.results.result import Result
 Made = Callable[..., Result]
 
 
-def test_what_was_compared_is_said_in_words(made: Made) -> None:
+def test_what_was_compared_is_one_sentence(made: Made) -> None:
     (comparison,) = comparisons([made(seed=2), made(seed=1)])
     assert compared(comparison) == (
         "digits: 2 classes in 2 experiences, 20 test images; backbone vision_transformer (depth=2), "
@@ -68,11 +68,11 @@ def test_a_seed_that_only_others_have_is_missing(made: Made) -> None:
     assert absent(comparisons(results)[0]) == ["seed 2, class order identity: no result of NCM"]
 
 
-def test_copies_are_mentioned(made: Made) -> None:
+def test_copies_are_counted(made: Made) -> None:
     assert absent(comparisons([made(), made()])[0]) == ["1 result file repeating a cell already counted"]
 
 
-def test_finished_files_of_one_cell_with_other_counts_are_said_to_disagree(made: Made) -> None:
+def test_finished_files_of_one_cell_with_unequal_counts_disagree(made: Made) -> None:
     found = comparisons([made(), made(counts=((9,), (6, 8))), made(seed=2), made(seed=2)])[0]
     assert absent(found) == [
         "LoRA (merge), seed 1, class order identity: disagreeing: finished result files of this cell have "
@@ -91,11 +91,11 @@ def test_mixed_devices_and_versions_are_counted(made: Made) -> None:
     assert mixed_provenance(comparisons(results)[0]) == [
         "device cpu (x86_64) (2), NVIDIA H200 (1)",
         "versions.torch 2.15.0 (2), 2.6.0 (1)",
-        "LoRA (merge): seconds and memory are those of 2 runs on cpu (x86_64) alone",
+        "LoRA (merge): seconds and memory are those of 2 runs on cpu (x86_64) only",
     ]
 
 
-def test_runs_of_one_place_have_no_mixed_provenance(made: Made) -> None:
+def test_runs_of_one_machine_have_no_mixed_provenance(made: Made) -> None:
     assert mixed_provenance(comparisons([made(seed=1), made(seed=2)])[0]) == []
 
 

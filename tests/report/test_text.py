@@ -19,7 +19,7 @@ def _markdown(results: Iterable[Result], metrics: Sequence[str] = METRICS) -> st
 
 
 def _grid(text: str, heading: str = "strategy") -> list[list[str]]:
-    """Cells of the first table whose first column is called ``heading``."""
+    """Return the cells of the first table whose first column has this heading."""
     lines = text[text.index(f"| {heading}") :].splitlines()
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in takewhile(_is_row, lines)]
 
@@ -45,7 +45,7 @@ def test_a_cell_holds_mean_deviation_and_number(made: Made) -> None:
     ]
 
 
-def test_costs_stand_by_phase_and_what_was_not_measured_is_a_dash(made: Made) -> None:
+def test_costs_are_listed_by_phase_with_a_dash_if_not_measured(made: Made) -> None:
     header, _, row = _costs(_markdown([made()]))
     assert dict(zip(header, row, strict=True)) == {
         "strategy": "LoRA (merge)",
@@ -60,7 +60,7 @@ def test_costs_stand_by_phase_and_what_was_not_measured_is_a_dash(made: Made) ->
     }
 
 
-def test_an_interval_stands_by_every_mean_or_says_why_not(made: Made) -> None:
+def test_every_mean_has_an_interval_or_the_reason_for_none(made: Made) -> None:
     # By hand: accuracies 65 and 75 have a standard error of 5, and t(0.975, 1) is 12.706.
     text = _markdown([made(seed=1), made(counts=((10,), (7, 8)), seed=2), made("NCM", seed=1)])
     rows = {row[0]: row for row in _grid(text[text.index("Student's 95 % interval of") :])}
@@ -68,11 +68,11 @@ def test_an_interval_stands_by_every_mean_or_says_why_not(made: Made) -> None:
     assert rows["NCM"][1] == "n too small"
 
 
-def test_single_runs_are_said_to_have_no_interval(made: Made) -> None:
+def test_single_runs_have_no_interval(made: Made) -> None:
     assert "Intervals of the means: n too small" in _markdown([made(), made("NCM")])
 
 
-def test_a_difference_says_that_it_may_be_noise(made: Made) -> None:
+def test_a_difference_may_be_noise(made: Made) -> None:
     results = [made("tied", ((9,), (5, 8 + seed % 2)), seed=seed) for seed in range(4)]
     results += [made("even", ((9,), (5, 8 + (seed + 1) % 2)), seed=seed) for seed in range(4)]
     (header, _, row) = _grid(_markdown(results), "first − second")
@@ -84,7 +84,7 @@ def test_a_difference_says_that_it_may_be_noise(made: Made) -> None:
     assert cells["verdict"] == "possibly noise"
 
 
-def test_many_lines_are_compared_with_the_best_alone(made: Made) -> None:
+def test_many_rows_are_compared_with_the_best_only(made: Made) -> None:
     results = [made(f"s{number}", ((9,), (number, 8)), seed=seed) for number in range(8) for seed in (1, 2)]
     text = _markdown(results)
     assert [row[0] for row in _grid(text, "first − second")[2:]] == [
@@ -97,7 +97,7 @@ def test_one_run_has_no_deviation(made: Made) -> None:
     assert _grid(_markdown([made()]))[2][1] == "**65.00 (1)**"
 
 
-def test_joint_is_marked_first_and_undefined_on_the_way(made: Made) -> None:
+def test_joint_is_marked_first_and_has_no_metrics_over_the_stream(made: Made) -> None:
     text = _markdown([made(), made("LoRA (joint)", (None, (9, 10)), regime="joint")])
     assert _grid(text)[2][:5] == ["LoRA (joint) †", "95.00 (1)", "–", "–", "–"]
     assert "† Upper bound" in text
@@ -115,18 +115,18 @@ def test_the_best_below_joint_is_bold_in_its_own_direction(made: Made) -> None:
     assert not any("**" in cell for cell in rows["all (joint) †"])
 
 
-def test_what_is_equal_as_printed_is_equally_bold(made: Made) -> None:
+def test_means_that_print_equal_are_equally_bold(made: Made) -> None:
     rows = _grid(_markdown([made("one"), made("two")]))[2:]
     assert rows[0][1] == rows[1][1] == "**65.00 (1)**"
 
 
-def test_what_lacks_a_block_is_not_marked_where_another_lacks_none(made: Made) -> None:
+def test_a_row_that_lacks_a_block_is_not_ranked_with_complete_ones(made: Made) -> None:
     results = [made("whole", seed=1), made("whole", seed=2), made("lucky", ((10,), (10, 10)), seed=1)]
     text = _markdown(results)
     rows = {row[0]: row[1] for row in _grid(text)[2:]}
     assert rows == {"lucky": "100.00 (1 of 2)", "whole": "**65.00 ± 0.00 (2)**"}
-    assert "What lacks seeds or class orders that another line finished is not ranked." in text
-    assert "is not ranked." not in _markdown(results[:2])
+    assert "Rows that lack seeds or class orders which another row finished are not ranked." in text
+    assert "not ranked." not in _markdown(results[:2])
 
 
 def test_unequal_protocols_never_share_a_table(made: Made) -> None:
@@ -150,13 +150,13 @@ def test_benchmarks_on_other_weights_share_no_table(made: Made) -> None:
     )
 
 
-def test_what_follows_the_data_lets_benchmarks_share_a_table(made: Made) -> None:
+def test_benchmarks_that_differ_only_in_their_data_share_a_table(made: Made) -> None:
     of_the_data = {"image_size": 64, "train_images": "other", "variants": {"split": "own"}}
     text = _markdown([made("one"), made("two", dataset="toy", identity=of_the_data)])
     assert text.startswith("## digits-T2, toy-T2")
 
 
-def test_benchmarks_of_one_protocol_stand_side_by_side(made: Made) -> None:
+def test_benchmarks_of_one_protocol_share_a_table(made: Made) -> None:
     results = [made(), made(dataset="toy", counts=((10,), (7, 8))), made("NCM", dataset="toy")]
     header, _, *rows = _grid(_markdown(results, ["acc/sample"]))
     assert header[:3] == ["strategy", "digits-T2 acc/sample", "toy-T2 acc/sample"]
@@ -166,7 +166,7 @@ def test_benchmarks_of_one_protocol_stand_side_by_side(made: Made) -> None:
     ]
 
 
-def test_a_cell_without_a_finished_run_says_what_became_of_it(made: Made) -> None:
+def test_a_cell_without_a_finished_run_shows_its_status(made: Made) -> None:
     results = [
         made(),
         made("KeepLoRA", status="failed", error="OSError: no space left"),
@@ -184,7 +184,7 @@ def test_a_cell_without_a_finished_run_says_what_became_of_it(made: Made) -> Non
     assert "- KeepLoRA, seed 1, class order identity: failed: OSError: no space left" in text
 
 
-def test_every_metric_shown_is_defined_below(made: Made) -> None:
+def test_every_metric_shown_is_defined(made: Made) -> None:
     text = _markdown([made()], ["within/sample", "forgetting/avalanche"])
     assert "\n- within/sample: " in text
     assert "\n- forgetting/avalanche: " in text
@@ -235,13 +235,13 @@ def test_every_line_of_a_table_has_its_columns(made: Made) -> None:
         assert len(counts) == 1
 
 
-def test_what_did_not_finish_is_said_in_words(made: Made) -> None:
+def test_runs_that_did_not_finish_show_status_and_error(made: Made) -> None:
     text = _latex([made(), made("NCM", status="diverged", error="NaN in step 3")])
     assert r"NCM & \emph{diverged} & \emph{diverged}" in text
     assert "NCM, seed 1, class order identity: diverged: NaN in step 3" in text
 
 
-def test_special_characters_print_as_they_are() -> None:
+def test_special_characters_are_escaped() -> None:
     assert escaped(r"50 % of a_b & {c}\d ~ ^") == (
         r"50 \% of a\_b \& \{c\}\textbackslash{}d \textasciitilde{} \textasciicircum{}"
     )

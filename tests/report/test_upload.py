@@ -1,4 +1,4 @@
-"""Real offline runs of W&B, read back from the files that it would send."""
+"""Real offline runs of W&B, read back from the files it would send."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def uploaded(results: list[Result], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def of_kind(wandb_records: Callable[[Path], list[Any]]) -> OfKind:
-    """The records of one kind of the run that was kept in a folder."""
+    """Function that returns the records of one kind from the folder of a run."""
 
     def found(folder: Path, kind: str) -> list[Any]:
         records = wandb_records(folder)
@@ -53,7 +53,7 @@ def _folder(uploaded: Uploaded, result: Result) -> Path:
 
 
 def test_every_result_is_a_run_of_its_own(uploaded: Uploaded, results: list[Result]) -> None:
-    # The third shares its cell with the first and differs in protocol alone, so one id would name two runs.
+    # The third has the cell of the first and another protocol, so their ids must differ.
     assert len(uploaded.runs) == len(results)
 
 
@@ -78,7 +78,7 @@ def test_summary_holds_metrics_and_costs(uploaded: Uploaded, results: list[Resul
     assert summary["cost/seconds"] == pytest.approx(results[1].spending()["seconds"])
 
 
-def test_config_says_what_a_run_may_be_compared_with(
+def test_config_has_what_decides_comparability(
     uploaded: Uploaded, results: list[Result], of_kind: OfKind
 ) -> None:
     folder = _folder(uploaded, results[1])
@@ -101,7 +101,7 @@ def test_the_accuracy_matrix_is_a_table(uploaded: Uploaded, results: list[Result
     assert table["data"][3][2] == pytest.approx(100 * first)
 
 
-def test_a_view_holds_one_protocol(uploaded: Uploaded, results: list[Result]) -> None:
+def test_a_view_shows_one_protocol(uploaded: Uploaded, results: list[Result]) -> None:
     filters = [
         {one["key"]["name"]: one["value"] for one in run_set["filters"]["filters"]}
         for view in uploaded.views
@@ -113,14 +113,14 @@ def test_a_view_holds_one_protocol(uploaded: Uploaded, results: list[Result]) ->
     assert written == json.loads(json.dumps(uploaded.views))
 
 
-def test_offline_it_says_how_to_sync(uploaded: Uploaded) -> None:
+def test_offline_the_text_has_the_command_to_sync(uploaded: Uploaded) -> None:
     assert "Offline: nothing was sent. 3 runs and their views are in" in uploaded.text
     assert "wandb sync" in uploaded.text
 
 
 @pytest.mark.parametrize("name", ("", "team/", "a/b/c"))
-def test_what_is_no_project_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is no W&B project: give a name, or ENTITY/PROJECT"):
+def test_an_invalid_project_is_an_error(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a W&B project: give a name, or ENTITY/PROJECT"):
         upload([], name, tmp_path, METRICS)
 
 

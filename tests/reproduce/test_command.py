@@ -1,4 +1,4 @@
-"""The verb on the toy stream under the name of a published one: numbers mean nothing, the path is real."""
+"""The verb on the toy stream under a published name: the path is real, the numbers mean nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ trainer: {max_epochs: 1}
 
 @pytest.fixture
 def wanted(tmp_path: Path) -> Wanted:
-    """Plain LoRA against InfLoRA on what calls itself ImageNet-R with five experiences."""
+    """Plain LoRA against InfLoRA on the toy stream under the name of ImageNet-R, with five experiences."""
     dataset = tmp_path / "imagenet_r.yaml"
     dataset.write_text(TOY)
     return Wanted("lora", str(dataset), 5, "inflora", (1, 2, 3), ("identity",), tmp_path / "results", ())
@@ -96,10 +96,10 @@ def test_ours_stands_beside_the_published_number(wanted: Wanted, capsys: pytest.
     contrast = _row(text, "JANUS-LoRA, ICML 2026", "acc/sample", "-6.56")
     assert contrast[3] == "-6.53 (3)"
     assert contrast[5] == "met"
-    assert "lora is a reconstruction in parts: the training settings of the baseline" in text
+    assert "lora is partly a reconstruction: the training settings of the baseline" in text
     assert "Levels are compared under another protocol" in text
     assert ": reproduced" not in text
-    assert "ours has 5,000 test images" not in text  # the toy has no published size
+    assert "ours have 5,000 test images" not in text  # the toy has no published size
     assert "JANUS-LoRA, ICML 2026, tables of its project page used vit_base_patch16_224.augreg_in21k" in text
     assert "reproduced" not in text.partition("inflora on imagenet_r")[0]
 
@@ -107,7 +107,7 @@ def test_ours_stands_beside_the_published_number(wanted: Wanted, capsys: pytest.
 def test_a_number_that_only_others_print_is_not_the_strategys_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """InfLoRA on ImageNet-100 is printed by JANUS-LoRA alone."""
+    """Only JANUS-LoRA prints a number of InfLoRA on ImageNet-100."""
     dataset = tmp_path / "imagenet100.yaml"
     dataset.write_text(TOY.replace("num_classes: 5", "num_classes: 10"))
     wanted = Wanted("inflora", str(dataset), 10, None, (1,), ("identity",), tmp_path / "results", ())
@@ -116,7 +116,7 @@ def test_a_number_that_only_others_print_is_not_the_strategys_own(
     assert "o number of its own paper or code is known here" in capsys.readouterr().out
 
 
-def test_domainnets_published_rows_leave_their_variant_unsaid(
+def test_published_rows_of_domainnet_do_not_state_their_variant(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = tmp_path / "domainnet.yaml"
@@ -130,12 +130,12 @@ def test_domainnets_published_rows_leave_their_variant_unsaid(
     assert main(words) == 0
     text = capsys.readouterr().out
     assert f"- {domainnet.UNSAID}" in text
-    assert "which domains it pools is not said): not a reproduction" in text
+    assert "which domains it pools is not stated): not a reproduction" in text
     assert "the usual list" not in text
 
 
 @pytest.mark.parametrize("split", ["coda", "inflora"])
-def test_lists_of_equally_many_test_images_are_told_apart(
+def test_lists_with_equal_numbers_of_test_images_are_distinguished(
     wanted: Wanted, split: Split, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("lora", "inflora"):
@@ -143,12 +143,14 @@ def test_lists_of_equally_many_test_images_are_told_apart(
             _leave(cell, 70.0, dataset="imagenet_r", identity={"test_images": SHA256[split, "test"]})
     assert main(_command(wanted)) == 0
     text = capsys.readouterr().out
-    told = {other: f"evaluates on the list {other}, ours on another" in text for other in ("coda", "inflora")}
-    assert told == {"coda": split != "coda", "inflora": split != "inflora"}
+    named = {
+        other: f"evaluates on the list {other}, ours on another" in text for other in ("coda", "inflora")
+    }
+    assert named == {"coda": split != "coda", "inflora": split != "inflora"}
     assert "the usual list" not in text
 
 
-def test_what_is_not_done_is_counted_and_not_run_when_dry(
+def test_a_dry_run_counts_missing_cells_and_runs_none(
     wanted: Wanted, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _leave(wanted.cells("lora")[0], 70.0)
@@ -168,19 +170,19 @@ def test_a_cell_that_is_not_done_is_run(wanted: Wanted, capsys: pytest.CaptureFi
     assert _row(text, "acc/sample", "69.75")[3].endswith("(1)")
 
 
-def test_unequal_protocols_are_never_put_together(wanted: Wanted, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unequal_protocols_are_never_averaged(wanted: Wanted, capsys: pytest.CaptureFixture[str]) -> None:
     cells = wanted.cells("lora")
     _leave(cells[0], 70.0, protocol="one")
     _leave(cells[1], 60.0, protocol="two")
     assert main(_command(wanted, "--dry-run")) == 0
     text = capsys.readouterr().out
-    assert text.count("which shares no table with the other") == 2
+    assert text.count("which shares no table with the others") == 2
     assert "70.00 (1)" in text
     assert "60.00 (1)" in text
     assert "65.00" not in text
 
 
-def test_missing_data_are_named_with_what_the_cells_would_take(
+def test_missing_data_are_named_with_the_time_of_the_cells(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = tmp_path / "imagenet_r.yaml"
@@ -199,17 +201,17 @@ def test_missing_data_are_named_with_what_the_cells_would_take(
     assert "reproduced" not in text.partition("inflora on imagenet_r")[0]
 
 
-def test_several_published_lengths_ask_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_choice_of_published_lengths_needs_num_experiences(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "janus_lora", "imagenet_r"]) == 2
     assert "published with 5 or 10 or 20 experiences: give --num_experiences." in capsys.readouterr().err
 
 
-def test_a_stray_word_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_that_is_not_a_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "janus_lora", "imagenet_r", "--rank", "4"]) == 2
     assert "is not a setting: write --KEY=VALUE" in capsys.readouterr().err
 
 
-def test_cells_differ_in_seed_and_order_alone(wanted: Wanted) -> None:
+def test_cells_differ_in_seed_and_order_only(wanted: Wanted) -> None:
     cells = replace(wanted, orders=("identity", "numpy:1993")).cells("lora")
     assert len({cell.overrides for cell in cells}) == 6
     assert len(np.unique([len(cell.overrides) for cell in cells])) == 1
@@ -224,7 +226,7 @@ def test_cells_differ_in_seed_and_order_alone(wanted: Wanted) -> None:
         (["inflora", "digits"], "of inflora on 'digits' is known here. Choose among cifar100, domainnet, "),
     ],
 )
-def test_a_misspelt_name_is_answered_with_the_nearest(
+def test_a_misspelt_name_suggests_the_nearest(
     names: list[str], length: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["reproduce", *names, *length]) == 2

@@ -6,7 +6,7 @@ import pytest
 
 from cl_bench.reproduce.numbers import by_source, published, reconstructed, rows, sizes, sources
 from cl_bench.results.metrics import DEFINITIONS
-from cl_bench.run.configuration import stems_of
+from cl_bench.run.configs import stems_of
 
 
 def _mean(method: str, dataset: str, length: int, metric: str) -> float:
@@ -28,7 +28,7 @@ def test_numbers_are_those_printed() -> None:
     assert _mean("InfLoRA", "cifar100", 10, "acc/sample") == 86.69
 
 
-def test_every_number_has_a_metric_and_a_strategy_that_there_are() -> None:
+def test_every_number_has_an_existing_metric_and_strategy() -> None:
     strategies = {"", *stems_of("strategies")}
     for row in published():
         assert row.metric in DEFINITIONS
@@ -61,9 +61,9 @@ def test_rows_of_a_strategys_own_source_come_first() -> None:
     assert "janus_lora" in names[2:]
 
 
-def test_a_number_that_nobody_printed_names_what_there_is() -> None:
+def test_an_unknown_number_is_an_error_that_lists_known_ones() -> None:
     with pytest.raises(
-        ValueError, match=r"on imagenet_r with 7 .*There are: imagenet_r with 5, imagenet_r with 10"
+        ValueError, match=r"on imagenet_r with 7 .*Known are: imagenet_r with 5, imagenet_r with 10"
     ):
         rows("janus_lora", "imagenet_r", 7)
     with pytest.raises(ValueError, match="Choose among inflora, janus_lora"):
@@ -75,5 +75,5 @@ def test_what_is_reconstructed_is_listed() -> None:
     assert reconstructed("inflora") == ()
 
 
-def test_a_source_says_over_how_many_runs() -> None:
+def test_a_source_states_its_number_of_runs() -> None:
     assert (sources()["janus_lora"].runs, sources()["sd_lora"].spread) == (5, "standard error")

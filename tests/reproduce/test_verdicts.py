@@ -34,15 +34,15 @@ def test_a_level_is_met_within_tolerance_or_spread(
     (
         # The published difference is 2; t(0.975, 2) is 4.303.
         ([1.9, 2.0, 2.1], "met"),
-        ([0.5, 2.0, 3.5], "undecided: the interval holds theirs, and zero"),
-        ([-0.1, 0.0, 0.1], "not met: the interval holds zero and not theirs"),
+        ([0.5, 2.0, 3.5], "undecided: the interval contains theirs and zero"),
+        ([-0.1, 0.0, 0.1], "not met: the interval contains zero but not theirs"),
         ([4.9, 5.0, 5.1], "same sign, another size"),
         ([-2.1, -2.0, -1.9], "not met: the other sign"),
         ([2.0], "n too small"),
         ([], "not run"),
     ),
 )
-def test_a_contrast_is_met_where_the_interval_holds_theirs_and_not_zero(
+def test_a_contrast_is_met_if_the_interval_contains_theirs_and_not_zero(
     ours: list[float], verdict: str
 ) -> None:
     pair = Contrast("a", "b", "acc/sample", statistic(ours))
@@ -59,7 +59,7 @@ def test_what_is_reconstructed_is_never_called_reproduced() -> None:
     assert "Agreement of numbers confirms none of these" in standing("janus_lora", ["the loss"], perfect)
 
 
-def test_reproduced_takes_every_level_on_as_many_runs() -> None:
+def test_reproduced_needs_every_level_on_as_many_runs() -> None:
     met = Level(_published(75.0), statistic([75.0] * 5))
     assert standing("inflora", [], [met]).endswith("every level is met: reproduced.")
     for other in (
@@ -72,9 +72,9 @@ def test_reproduced_takes_every_level_on_as_many_runs() -> None:
 
 def test_another_protocol_is_never_called_reproduced() -> None:
     met = Level(_published(75.0), statistic([75.0] * 5))
-    said = standing("inflora", [], [met], ["the paper used vit; ours seeded random weights"])
-    assert ": reproduced" not in said
-    assert said.endswith(
+    words = standing("inflora", [], [met], ["the paper used vit; ours seeded random weights"])
+    assert ": reproduced" not in words
+    assert words.endswith(
         "every level is met. Levels are compared under another protocol (the paper used vit; ours seeded "
         "random weights): not a reproduction."
     )
@@ -87,7 +87,7 @@ def test_without_a_number_of_its_own_nothing_is_reproduced() -> None:
 
 
 @pytest.mark.parametrize(("runs", "tolerance"), ((4, 2.0), (9, 3.0), (None, 1.5)))
-def test_a_standard_error_is_taken_back_to_a_deviation(runs: int | None, tolerance: float) -> None:
+def test_a_standard_error_is_converted_to_a_deviation(runs: int | None, tolerance: float) -> None:
     printed = _published(75.0, 1.0)
     printed = replace(printed, source=replace(printed.source, spread="standard error", runs=runs))
     assert Level(printed, NO_VALUES).tolerance == tolerance

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cl_bench.report import report
+from cl_bench.report.command import report
 from cl_bench.results.result import FILE_NAME, digest, read
 from cl_bench.run.configuration import Configuration, layers, resolve
 from cl_bench.run.run import finished, run
@@ -65,3 +65,12 @@ def test_the_earlier_config_still_is_the_same_cell(entry: dict[str, Any], result
 
 def test_the_report_of_earlier_results_has_the_same_numbers(results: Path) -> None:
     assert report(results, "csv").text.strip() == (HERE / "before.csv").read_text().strip()
+
+
+@pytest.mark.parametrize("strategy", ("lora", "inflora", "keeplora", "loda", "ncm", "joint"))
+@pytest.mark.parametrize("dataset", ("digits", "toy", "imagenet_r"))
+def test_a_saved_config_is_the_same_cell(strategy: str, dataset: str, tmp_path: Path) -> None:
+    cell = resolve(layers(strategy, dataset), ["--root=/data"] if dataset == "imagenet_r" else [])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(cell.yaml)
+    assert resolve([saved]).hash == cell.hash

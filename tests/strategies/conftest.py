@@ -1,15 +1,17 @@
-"""A walk through a tiny stream that remembers of each experience what strategies claim something about."""
+"""A walk through a tiny stream that records, for each experience, what strategies make claims about."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from cl_bench.contracts.low_rank import LowRankStrategy, memory_of
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.maths.memory import GPM
@@ -22,37 +24,37 @@ from datamodules.toy import Toy
 class Learnt:
     """One experience: what it started from and what it did.
 
+    Every list has one entry for each adapted projection.
+
     Attributes:
         weights: Weights with all adapters in them, float64, before the method measured anything.
         bases: What the memory protected then.
         started: Weights with all adapters in them at the first step.
-        down: Down-projections at the first step, by adapter.
+        down: Down-projections at the first step.
         down_at_end: Down-projections after the last step.
-        updates: What all steps did to the weights.
+        updates: What all steps together did to the weights.
     """
 
     weights: list[Tensor]
     bases: list[Tensor]
     started: list[Tensor] = field(default_factory=list)
-    down: list[dict[str, Tensor]] = field(default_factory=list)
-    down_at_end: list[dict[str, Tensor]] = field(default_factory=list)
+    down: list[Tensor] = field(default_factory=list)
+    down_at_end: list[Tensor] = field(default_factory=list)
     updates: list[Tensor] = field(default_factory=list)
 
 
 class Walk(Callback):
-    """What happened on the way, and where it ended.
+    """What happened in each experience, and the result.
 
     Attributes:
         learnt: One entry for each experience.
         result: The result of the stream.
         losses: The training loss of every step.
-        trainable: Number of trained parameters in each experience.
     """
 
     def __init__(self) -> None:
         self.learnt: list[Learnt] = []
         self.losses: list[float] = []
-        self.trainable: list[int] = []
         self.result: Result
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -64,8 +66,6 @@ class Walk(Callback):
         if not self.learnt[-1].down:
             self.learnt[-1].started = _weights(pl_module)
             self.learnt[-1].down = _down(pl_module)
-            assert isinstance(pl_module, Strategy)
-            self.trainable.append(pl_module.trainable_parameters)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -79,42 +79,34 @@ class Walk(Callback):
         ]
 
 
-def _layers(module: Any) -> Any:
-    return getattr(module, "layers", [])
-
-
-def _weights(module: Any) -> list[Tensor]:
+def _weights(strategy: Any) -> list[Tensor]:
     """Return weights with the products of their adapters, in float64, which rounds neither away."""
+    if not isinstance(strategy, LowRankStrategy):
+        return []
     found = []
-    for layer in _layers(module):
+    for layer in strategy.layers:
         weight = layer.weight.detach().double()
         for name, rows in layer.rows.items():
             adapter = layer.adapter(name)
-            weight[rows] += adapter.scale * (adapter.B.double() @ adapter.A.double()).detach()
+            weight[rows] += float(adapter.scale) * (adapter.B.double() @ adapter.A.double()).detach()
         found.append(weight)
-    return found
+    return strategy.of_projections(found)
 
 
-def _down(module: Any) -> list[dict[str, Tensor]]:
-    return [
-        {name: layer.adapter(name).A.detach().clone() for name in layer.rows} for layer in _layers(module)
-    ]
+def _down(strategy: Any) -> list[Tensor]:
+    adapters = strategy.adapters() if isinstance(strategy, LowRankStrategy) else ()
+    return [adapter.A.detach().clone() for _, adapter in adapters]
 
 
-def _bases(module: Any) -> list[Tensor]:
-    memory = getattr(module, "memory", None)
-    return [memory.basis(i).clone() for i in range(memory.num_layers)] if isinstance(memory, GPM) else []
-
-
-def _backbone(depth: int = 2) -> Backbone:
-    options = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": depth, "num_heads": 2}
-    return Backbone("vision_transformer", "random", options, "half")
+def _bases(strategy: Any) -> list[Tensor]:
+    memory = memory_of(strategy)
+    return [] if memory is None else [memory.basis(one).clone() for one in range(len(memory.projections))]
 
 
 @pytest.fixture
-def backbone() -> Callable[..., Backbone]:
-    """Makes a backbone of two blocks, 32 wide."""
-    return _backbone
+def backbone(tiny_backbone: Callable[..., Backbone]) -> Callable[..., Backbone]:
+    """Makes a backbone of two blocks, 32 wide, for images of 16 pixels."""
+    return partial(tiny_backbone, normalisation="half", img_size=16)
 
 
 @pytest.fixture
@@ -129,3 +121,17 @@ def walk() -> Callable[..., Walk]:
         return walked
 
     return through
+
+
+@pytest.fixture
+def held_energy() -> Callable[[GPM, Tensor], list[float]]:
+    """Returns which share of the energy of features, given as moments (L, d, d), each basis protects."""
+
+    def shares(memory: GPM, moments: Tensor) -> list[float]:
+        found = []
+        for number, moment in enumerate(moments):
+            free = memory.residual(moment, memory.projections.index(number))
+            found.append(1 - float(free.trace() / moment.trace()))
+        return found
+
+    return shares

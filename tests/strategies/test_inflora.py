@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from cl_bench.contracts.strategy import TrainingData
-from cl_bench.maths.subspace import leading_directions
+from cl_bench.maths.memory import GPM, reaching
+from cl_bench.maths.subspace import energy_threshold, leading_directions
 from cl_bench.maths.violation import relative_violation
+from cl_bench.measure.moments import second_moments
 from cl_bench.network.backbones import Backbone
 from strategies.inflora import InfLoRA
 
@@ -26,18 +28,22 @@ def inflora(backbone: Making, kind: type[InfLoRA] = InfLoRA, **changes: Any) -> 
     return kind(backbone(), **settings | changes)
 
 
-def test_rows_are_orthonormal_over_root_three_shared_by_keys_and_values_and_never_trained(
-    backbone: Making, walk: Walking
-) -> None:
+def test_rows_are_orthonormal_over_root_three_and_never_trained(backbone: Making, walk: Walking) -> None:
     for learnt in walk(inflora(backbone)).learnt:
         for down, at_end in zip(learnt.down, learnt.down_at_end, strict=True):
-            assert torch.equal(down["k"], down["v"])
-            assert torch.equal(down["k"], at_end["k"])
-            torch.testing.assert_close(3 * down["k"] @ down["k"].mT, torch.eye(4), atol=1e-6, rtol=0)
+            assert torch.equal(down, at_end)
+            torch.testing.assert_close(3 * down @ down.mT, torch.eye(4), atol=1e-6, rtol=0)
+
+
+def test_keys_and_values_share_their_rows_and_their_basis(backbone: Making, walk: Walking) -> None:
+    for learnt in walk(inflora(backbone)).learnt:
+        for found in (learnt.down, learnt.bases):
+            assert len(found) == 4
+            assert all(map(torch.equal, found[::2], found[1::2]))
 
 
 COMPLEMENT = {"energy": "features", "threshold": 0.995, "threshold_end": 0.998}
-"""Protects more than half of the dimensions, so that a dual memory stores the others."""
+"""These protect more than half of the dimensions, so that a dual memory stores the others."""
 
 
 @pytest.mark.parametrize("settings", ({}, {"memory_form": "plain"}, COMPLEMENT))
@@ -48,7 +54,7 @@ def test_updates_act_on_nothing_that_the_memory_protects(
     for learnt in walk(strategy).learnt[1:]:
         for down, update, basis in zip(learnt.down, learnt.updates, learnt.bases, strict=True):
             assert basis.shape[1] > 0
-            assert (down["k"] @ basis).abs().max() < 1e-6
+            assert (down @ basis).abs().max() < 1e-6
             assert relative_violation(update, basis.double()) < 1e-5
     assert ("complement_0" in strategy.memory.state_dict()) is (settings is COMPLEMENT)
 
@@ -59,14 +65,15 @@ def test_the_first_experience_learns_along_the_principal_directions_of_its_input
     found: list[torch.Tensor] = []
 
     class Spied(InfLoRA):
-        def _moments(self, data: Any) -> torch.Tensor:
-            found.append(super()._moments(data))
-            return found[-1]
+        def before_training(self, data: TrainingData) -> None:
+            moments = second_moments(self.features, self.layers, data.augmented())
+            super().before_training(data)
+            found.append(moments[self.layer_of])
 
     first = walk(inflora(backbone, Spied), max_epochs=1).learnt[0]
     principal = leading_directions(found[0], 4)
     for down, directions in zip(first.down, principal, strict=True):
-        projector = 3 * down["k"].double().mT @ down["k"].double()
+        projector = 3 * down.double().mT @ down.double()
         torch.testing.assert_close(projector, directions @ directions.mT, atol=1e-6, rtol=0)
 
 
@@ -89,18 +96,19 @@ def test_the_memory_only_grows(backbone: Making, walk: Walking) -> None:
     assert sum(widths[-1]) > 0
 
 
-def test_the_memory_holds_the_share_of_the_schedule_from_the_second_experience_on(
-    backbone: Making, walk: Walking
+def test_the_memory_holds_the_share_of_the_schedule(
+    backbone: Making, walk: Walking, held_energy: Callable[..., list[float]]
 ) -> None:
     held: list[list[float]] = []
 
     class Spied(InfLoRA):
         def after_training(self, data: TrainingData) -> None:
-            moments = self._moments(data)
+            moments = second_moments(self.features, self.layers, data.augmented())
             super().after_training(data)
-            held.append(self.memory.held_energy(moments).tolist())
+            held.append(held_energy(self.memory, moments))
 
     walk(inflora(backbone, Spied, threshold=0.9, threshold_end=0.96, energy="features"))
+    assert len(held) == 3
     assert all(
         share >= bound - 1e-6
         for shares, bound in zip(held, (0.9, 0.92, 0.94), strict=True)
@@ -108,7 +116,30 @@ def test_the_memory_holds_the_share_of_the_schedule_from_the_second_experience_o
     )
 
 
-def test_the_first_blocks_alone_carry_adapters_if_asked(backbone: Making) -> None:
+def test_with_the_energy_of_the_covariance_the_first_experience_takes_one_direction_fewer(
+    backbone: Making, walk: Walking
+) -> None:
+    counted: list[tuple[list[int], list[int]]] = []
+
+    class Spied(InfLoRA):
+        def after_training(self, data: TrainingData) -> None:
+            moments = second_moments(self.features, self.layers, data.augmented(), torch.float32)
+            papers = GPM(self.layer_of, self.memory.dim, "covariance", torch.float32)
+            for projection in range(len(self.layer_of)):
+                papers.replace(projection, self.memory.basis(projection))
+            at = self.experience.index
+            papers.update(moments, reaching(energy_threshold(at, 3, 0.99, 1.0)))
+            super().after_training(data)
+            counted.append((papers.dims, self.memory.dims))
+
+    walk(inflora(backbone, Spied, threshold=0.99), max_epochs=1)
+    (paper, first), *later = counted
+    assert min(paper) > 1
+    assert first == [dims - 1 for dims in paper]
+    assert all(paper == ours for paper, ours in later)
+
+
+def test_only_the_chosen_blocks_carry_adapters_and_bases(backbone: Making) -> None:
     strategy = inflora(backbone, blocks=[0], memory_form="plain")
     assert len(strategy.layers) == 1
-    assert strategy.memory.num_layers == 1
+    assert strategy.memory.projections == [0, 0]

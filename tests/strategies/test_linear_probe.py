@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
 
 from cl_bench.data.experience import Experience
@@ -5,9 +9,8 @@ from cl_bench.network.backbones import Backbone
 from strategies.linear_probe import LinearProbe
 
 
-def test_nothing_but_the_current_head_is_trained() -> None:
-    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    probe = LinearProbe(Backbone("vision_transformer", "random", options))
+def test_only_the_current_head_is_trained(tiny_backbone: Callable[..., Backbone]) -> None:
+    probe = LinearProbe(tiny_backbone())
     for index in range(2):
         probe.expand(Experience(index, 2, range(2 * index, 2 * index + 2)))
         trained = [name for name, parameter in probe.named_parameters() if parameter.requires_grad]

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
+import pytest
 import scipy.linalg
 import torch
 from torch import Tensor
 
 from cl_bench.contracts.strategy import Batch, TrainingData
 from cl_bench.data.experience import Experience
+from cl_bench.measure.moments import second_moments
 from cl_bench.network.backbones import Backbone
-from strategies.loda import LoDA
+from strategies.loda import LoDA, Recalibration, looking_ahead, recalibration
 
 Walking = Callable[..., Any]
 Making = Callable[..., Backbone]
@@ -24,62 +27,55 @@ def loda(backbone: Making, kind: type[LoDA] = LoDA, **changes: Any) -> LoDA:
     return kind(backbone(), **settings | changes)
 
 
-def moments_of(walked_with: Making, walk: Walking) -> tuple[Any, list[Tensor], list[Tensor]]:
-    """Return a walk, and for each experience the new and the old moments that it started from."""
-    new: list[Tensor] = []
-    old: list[Tensor] = []
+class Measured(LoDA):
+    """Keeps the new and the old moments that every experience starts from."""
 
-    class Spied(LoDA):
-        def _moments(self, data: Any) -> Tensor:
-            if len(new) == len(old):
-                old.append(self.old_moments.clone())
-            found = super()._moments(data)
-            if len(new) < len(old):
-                new.append(found)
-            return found
+    def before_training(self, data: TrainingData) -> None:
+        found = second_moments(self.features, self.layers, data.augmented())
+        self.measured.append((found, self.old_moments.clone()))
+        super().before_training(data)
 
-        def after_training(self, data: TrainingData) -> None:
-            new.append(torch.empty(0))  # what is measured at the end counts as neither
-            super().after_training(data)
-            new.pop()
-
-    return walk(loda(walked_with, Spied), max_epochs=1), new, old
+    @cached_property
+    def measured(self) -> list[tuple[Tensor, Tensor]]:
+        return []
 
 
 def test_general_rows_are_the_strongest_directions_of_old_and_new_inputs(
     backbone: Making, walk: Walking
 ) -> None:
-    walked, new, old = moments_of(backbone, walk)
-    assert len(new) == len(old) == 3
-    for learnt, of_new, of_old in zip(walked.learnt, new, old, strict=True):
-        for down, both in zip(learnt.down, of_new + of_old, strict=True):
+    strategy = Measured(backbone(), rank=4)
+    walked = walk(strategy, max_epochs=1)
+    assert len(strategy.measured) == 3
+    for learnt, (new, old) in zip(walked.learnt, strategy.measured, strict=True):
+        for general, both in zip(learnt.down[::2], new + old, strict=True):
             directions = torch.linalg.eigh(both)[1][:, -4:]
-            projector = 3 * down["general"].double().mT @ down["general"].double()
+            projector = 3 * general.double().mT @ general.double()
             torch.testing.assert_close(projector, directions @ directions.mT, atol=1e-5, rtol=0)
 
 
 def test_isolated_rows_span_what_scipy_finds_for_new_against_old_inputs(
     backbone: Making, walk: Walking
 ) -> None:
-    walked, new, old = moments_of(backbone, walk)
-    for learnt, of_new, of_old in list(zip(walked.learnt, new, old, strict=True))[1:]:
-        for down, ours, theirs in zip(learnt.down, of_new, of_old, strict=True):
+    strategy = Measured(backbone(), rank=4)
+    walked = walk(strategy, max_epochs=1)
+    for learnt, (new, old) in list(zip(walked.learnt, strategy.measured, strict=True))[1:]:
+        for isolated, ours, theirs in zip(learnt.down[1::2], new, old, strict=True):
             raised = theirs + 1e-12 * theirs.diagonal().mean() * torch.eye(32)
             solutions = scipy.linalg.eigh(ours.numpy(), raised.numpy())[1][:, -4:]
             directions = torch.linalg.qr(torch.from_numpy(solutions)).Q
-            projector = 3 * down["isolated"].double().mT @ down["isolated"].double()
+            projector = 3 * isolated.double().mT @ isolated.double()
             torch.testing.assert_close(projector, directions @ directions.mT, atol=1e-4, rtol=0)
 
 
-def test_rows_are_trained_in_the_first_experience_alone_and_only_in_the_general_branch(
+def test_only_the_rows_of_the_general_branch_are_trained_and_only_at_first(
     backbone: Making, walk: Walking
 ) -> None:
     first, *later = walk(loda(backbone)).learnt
-    assert not torch.equal(first.down[0]["general"], first.down_at_end[0]["general"])
-    assert torch.equal(first.down[0]["isolated"], first.down_at_end[0]["isolated"])
+    for general, at_end in zip(first.down[::2], first.down_at_end[::2], strict=True):
+        assert not torch.equal(general, at_end)
+    assert all(map(torch.equal, first.down[1::2], first.down_at_end[1::2]))
     for learnt in later:
-        for down, at_end in zip(learnt.down, learnt.down_at_end, strict=True):
-            assert all(torch.equal(down[name], at_end[name]) for name in down)
+        assert all(map(torch.equal, learnt.down, learnt.down_at_end))
 
 
 def test_finished_experiences_enter_the_old_moments_twice_as_released_or_once(
@@ -93,7 +89,7 @@ def test_finished_experiences_enter_the_old_moments_twice_as_released_or_once(
     torch.testing.assert_close(traces[True], 2 * traces[False])
 
 
-def test_without_margin_the_loss_is_a_softmax_of_scaled_cosines_to_the_current_classes(
+def test_without_margin_the_loss_is_a_softmax_of_scaled_cosines(
     backbone: Making,
 ) -> None:
     strategy = loda(backbone)
@@ -107,7 +103,7 @@ def test_without_margin_the_loss_is_a_softmax_of_scaled_cosines_to_the_current_c
     torch.testing.assert_close(strategy.loss(features, labels), expected)
 
 
-def test_the_first_experience_is_merged_as_trained_and_later_ones_as_recalibrated(
+def test_the_first_experience_is_merged_as_trained_and_later_ones_recalibrated(
     backbone: Making, walk: Walking
 ) -> None:
     checked: list[bool] = []
@@ -142,7 +138,7 @@ class Stepping(LoDA):
     steps = 0
     drift = 0.0
 
-    def _step(self, batch: Batch, ahead: Batch | None = None, share: float = 0.0) -> Tensor:
+    def _step(self, batch: Batch, ahead: Batch | None = None, length: float = 0.0) -> Tensor:
         self.steps += 1
         with torch.no_grad():
             before = [adapter.detach().clone() for layer in self.layers for adapter in layer.parameters()]
@@ -151,10 +147,10 @@ class Stepping(LoDA):
                 pass
         after = [adapter.detach() for layer in self.layers for adapter in layer.parameters()]
         self.drift += sum(float((one - other).abs().max()) for one, other in zip(before, after, strict=True))
-        return super()._step(batch, ahead, share)
+        return super()._step(batch, ahead, length)
 
 
-def test_every_batch_of_two_classes_takes_two_steps_and_looking_ahead_leaves_no_trace(
+def test_every_batch_takes_two_steps_and_looking_ahead_leaves_no_trace(
     backbone: Making, walk: Walking
 ) -> None:
     strategy = loda(backbone, Stepping)
@@ -164,29 +160,29 @@ def test_every_batch_of_two_classes_takes_two_steps_and_looking_ahead_leaves_no_
     assert strategy.drift == 0
 
 
-def test_a_step_takes_the_gradient_where_a_step_on_the_other_half_would_lead(
+def test_a_step_takes_its_gradient_where_a_step_on_the_other_half_leads(
     backbone: Making, walk: Walking
 ) -> None:
     """By hand, for plain SGD: the gradient there, the step from here, heads never moved ahead."""
     checked: list[bool] = []
 
     class Spied(LoDA):
-        def _step(self, batch: Batch, ahead: Batch | None = None, share: float = 0.0) -> Tensor:
+        def _step(self, batch: Batch, ahead: Batch | None = None, length: float = 0.0) -> Tensor:
             if ahead is None:
-                return super()._step(batch, ahead, share)
+                return super()._step(batch, ahead, length)
             trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
             here = {name: p.detach().clone() for name, p in trained.items()}
             tensors = list(trained.values())
-            ahead_of = torch.autograd.grad(self._loss_of(ahead), tensors)
+            ahead_of = torch.autograd.grad(self.batch_loss(ahead), tensors)
             gradients = dict(zip(trained, ahead_of, strict=True))
             for name, parameter in trained.items():
                 if "adapters" in name:
                     norm = gradients[name].norm() + 1e-12
-                    parameter.data.sub_(share * self.radius * gradients[name] / norm)
-            there = torch.autograd.grad(self._loss_of(batch), tensors)
+                    parameter.data.sub_(length * gradients[name] / norm)
+            there = torch.autograd.grad(self.batch_loss(batch), tensors)
             for name, parameter in trained.items():
                 parameter.data.copy_(here[name])
-            loss = super()._step(batch, ahead, share)
+            loss = super()._step(batch, ahead, length)
             for (name, parameter), gradient in zip(trained.items(), there, strict=True):
                 torch.testing.assert_close(parameter.detach(), here[name] - 0.05 * gradient)
             checked.append(True)
@@ -198,7 +194,7 @@ def test_a_step_takes_the_gradient_where_a_step_on_the_other_half_would_lead(
 
 def test_a_radius_of_zero_is_two_plain_steps_on_the_halves(backbone: Making, walk: Walking) -> None:
     class Plain(LoDA):
-        def _step(self, batch: Batch, ahead: Batch | None = None, share: float = 0.0) -> Tensor:
+        def _step(self, batch: Batch, ahead: Batch | None = None, length: float = 0.0) -> Tensor:
             return super()._step(batch)
 
     assert walk(loda(backbone, radius=0.0)).losses == walk(loda(backbone, Plain)).losses
@@ -209,15 +205,15 @@ def test_looking_ahead_goes_down_the_gradient_of_the_other_half(backbone: Making
     differences: list[float] = []
 
     class Spied(LoDA):
-        def _step(self, batch: Batch, ahead: Batch | None = None, share: float = 0.0) -> Tensor:
+        def _step(self, batch: Batch, ahead: Batch | None = None, length: float = 0.0) -> Tensor:
             if ahead is not None:
                 with torch.no_grad():
                     here = self.loss(self.features(ahead[0]), ahead[1])
                 with self._looking_ahead(ahead, 1e-2), torch.no_grad():
                     there = self.loss(self.features(ahead[0]), ahead[1])
-                if here > 0.1:  # of what is learnt already, nothing but rounding is left
+                if here > 0.1:  # below that, the rest of the loss is rounding
                     differences.append(float(there - here))
-            return super()._step(batch, ahead, share)
+            return super()._step(batch, ahead, length)
 
     walk(loda(backbone, Spied), max_epochs=1)
     assert differences and max(differences) < 0
@@ -244,3 +240,94 @@ def test_a_schedule_is_stepped_once_an_epoch(backbone: Making, walk: Walking) ->
             max_epochs=2,
         )
         assert rates == [0.05, 0.025] * 3
+
+
+# Halves of a batch, and looking ahead
+
+
+@pytest.mark.parametrize("classes", (2, 5, 8))
+def test_halves_share_no_class_and_hold_every_image(backbone: Making, classes: int) -> None:
+    labels = torch.arange(24) % classes
+    torch.manual_seed(0)
+    halves = loda(backbone).class_halves((torch.arange(24), labels))
+    assert halves is not None
+    (first, of_first), (second, of_second) = halves
+    assert sorted([*first.tolist(), *second.tolist()]) == list(range(24))
+    assert torch.equal(labels[first], of_first) and torch.equal(labels[second], of_second)
+    assert len(of_first.unique()) == classes // 2
+    assert not set(of_first.tolist()) & set(of_second.tolist())
+
+
+def test_halves_change_from_draw_to_draw(backbone: Making) -> None:
+    strategy, labels = loda(backbone), torch.arange(8)
+    drawn = [strategy.class_halves((labels, labels)) for _ in range(10)]
+    assert len({tuple(halves[0][1].tolist()) for halves in drawn if halves}) > 3
+
+
+def test_a_single_class_has_no_halves(backbone: Making) -> None:
+    assert loda(backbone).class_halves((torch.arange(3), torch.tensor([4, 4, 4]))) is None
+
+
+def test_tensors_come_back_bit_for_bit_even_after_an_error() -> None:
+    weight = torch.randn(5, generator=torch.Generator().manual_seed(0)) / 3
+    before = weight.clone()
+    with pytest.raises(RuntimeError), looking_ahead([weight], [torch.ones(5)], 0.7):
+        assert (weight - before).norm() == pytest.approx(0.7, rel=1e-5)
+        raise RuntimeError
+    assert torch.equal(weight, before)
+
+
+def test_a_gradient_of_zero_moves_nothing() -> None:
+    weight = torch.ones(3)
+    with looking_ahead([weight], [torch.zeros(3)], 0.7):
+        assert torch.equal(weight, torch.ones(3))
+
+
+# Recalibration
+
+EYE = torch.eye(4, dtype=torch.float64)
+GAMMA = 3.0
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moments(seed: int) -> Tensor:
+    inputs = normal(50, 32, seed=seed)
+    return inputs.mT @ inputs / 50
+
+
+OLD, NEW = moments(0), moments(1)
+UP, DOWN = normal(96, 4, seed=2), normal(4, 32, seed=3)
+
+
+def objective(scaling: Tensor) -> Tensor:
+    """Return how the product acts on old inputs, plus what new inputs miss of it, weighted."""
+
+    def energy(product: Tensor, second_moment: Tensor) -> Tensor:
+        return (product @ second_moment @ product.mT).trace()
+
+    return energy(UP @ scaling @ DOWN, OLD) + GAMMA * energy(UP @ (scaling - EYE) @ DOWN, NEW)
+
+
+def test_the_full_form_is_the_optimum_whatever_b() -> None:
+    scaling = recalibration(DOWN, OLD, NEW, GAMMA, "full").requires_grad_()
+    loss = objective(scaling)
+    (gradient,) = torch.autograd.grad(loss, scaling)
+    assert gradient.abs().max() < 1e-9 * loss.item()
+
+
+def test_the_diagonal_form_lies_between_the_optimum_and_none() -> None:
+    kinds: tuple[Recalibration, ...] = ("full", "diag", "none")
+    values = [float(objective(recalibration(DOWN, OLD, NEW, GAMMA, kind))) for kind in kinds]
+    assert values == sorted(values)
+    entries = recalibration(DOWN, OLD, NEW, GAMMA, "diag").diagonal()
+    assert bool(((entries >= 0) & (entries <= 1)).all())
+
+
+@pytest.mark.parametrize("kind", ("diag", "full"))
+def test_only_new_inputs_keep_the_product_and_only_old_ones_remove_it(kind: Recalibration) -> None:
+    torch.testing.assert_close(recalibration(DOWN, OLD, NEW, 1e9, kind), EYE, atol=1e-6, rtol=0)
+    torch.testing.assert_close(recalibration(DOWN, OLD, NEW, 1e-9, kind), 0 * EYE, atol=1e-6, rtol=0)
+    torch.testing.assert_close(recalibration(DOWN, 0 * OLD, NEW, GAMMA, kind), EYE, atol=1e-9, rtol=0)

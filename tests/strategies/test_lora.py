@@ -1,3 +1,8 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -6,6 +11,7 @@ from cl_bench.data.experience import Experience
 from cl_bench.network.backbones import Backbone
 from strategies.lora import LoRA
 
+Making = Callable[..., Backbone]
 FIRST, SECOND = Experience(0, 2, range(3)), Experience(1, 2, range(3, 5))
 
 
@@ -17,25 +23,20 @@ class NoData:
         return []
 
 
-def strategy(variant: str) -> LoRA:
-    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    return LoRA(Backbone("vision_transformer", "random", options), variant=variant, rank=2)  # type: ignore[arg-type]
-
-
 def trained(lora: LoRA) -> LoRA:
     """Stand in for training: fill every up-projection with noise."""
     generator = torch.Generator().manual_seed(0)
-    for layer in lora.layers:
-        for target in layer.rows:
-            up = layer.adapter(target).B
-            up.data.copy_(0.3 * torch.randn(up.shape, generator=generator))
+    for _, adapter in lora.adapters():
+        adapter.B.data.copy_(0.3 * torch.randn(adapter.B.shape, generator=generator))
     return lora
 
 
 @pytest.mark.parametrize("variant", ("merge", "shared"))
-def test_the_next_experience_starts_from_the_function_that_the_last_one_ended_with(variant: str) -> None:
+def test_the_next_experience_starts_from_the_function_that_the_last_one_ended_with(
+    variant: Literal["merge", "shared"], tiny_backbone: Making
+) -> None:
     images = torch.rand(5, 3, 8, 8)
-    lora = strategy(variant)
+    lora = LoRA(tiny_backbone(), variant=variant, rank=2)
     lora.expand(FIRST)
     before = lora.backbone(images)
     trained(lora)
@@ -46,21 +47,23 @@ def test_the_next_experience_starts_from_the_function_that_the_last_one_ended_wi
     torch.testing.assert_close(lora.backbone(images), learnt, atol=1e-5, rtol=0)
 
 
-def test_merge_starts_a_fresh_adapter_and_shared_keeps_the_one() -> None:
-    for variant, fresh in (("merge", True), ("shared", False)):
-        lora = strategy(variant)
-        lora.expand(FIRST)
-        adapter = trained(lora).layers[0].adapter("k")
-        down, up = adapter.A.detach().clone(), adapter.B.detach().clone()
-        lora.after_training(NoData())
-        lora.expand(SECOND)
-        assert torch.equal(adapter.A, down) is not fresh
-        assert torch.equal(adapter.B, up) is not fresh
-        assert not fresh or not adapter.B.any()
+@pytest.mark.parametrize(("variant", "fresh"), (("merge", True), ("shared", False)))
+def test_merge_starts_a_fresh_adapter_and_shared_keeps_its_own(
+    variant: Literal["merge", "shared"], fresh: bool, tiny_backbone: Making
+) -> None:
+    lora = LoRA(tiny_backbone(), variant=variant, rank=2)
+    lora.expand(FIRST)
+    adapter = trained(lora).layers[0].adapter("k")
+    down, up = adapter.A.detach().clone(), adapter.B.detach().clone()
+    lora.after_training(NoData())
+    lora.expand(SECOND)
+    assert torch.equal(adapter.A, down) is not fresh
+    assert torch.equal(adapter.B, up) is not fresh
+    assert not fresh or not adapter.B.any()
 
 
-def test_state_does_not_grow_with_merged_adapters() -> None:
-    lora = strategy("merge")
+def test_state_does_not_grow_with_merged_adapters(tiny_backbone: Making) -> None:
+    lora = LoRA(tiny_backbone(), rank=2)
     lora.expand(FIRST)
     keys = {name for name in lora.state_dict() if "adapters" in name}
     lora.after_training(NoData())

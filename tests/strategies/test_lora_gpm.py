@@ -27,27 +27,30 @@ def lora_gpm(backbone: Making, kind: type[LoRAGPM] = LoRAGPM, **changes: Any) ->
     return kind(backbone(), **settings | changes)
 
 
-def test_the_memory_holds_the_energy_of_plain_training_images(backbone: Making, walk: Walking) -> None:
+def test_the_memory_holds_the_energy_of_plain_training_images(
+    backbone: Making, walk: Walking, held_energy: Callable[..., list[float]]
+) -> None:
     held: list[float] = []
 
     class Spied(LoRAGPM):
         def after_training(self, data: TrainingData) -> None:
             moments = second_moments(self.features, self.layers, data.plain())
             super().after_training(data)
-            held.extend(self.memory.held_energy(moments).tolist())
+            held.extend(held_energy(self.memory, moments))
 
     walk(lora_gpm(backbone, Spied))
     assert len(held) == 6
     assert all(share >= bound for share, bound in zip(held, (0.8, 0.8, 0.83, 0.83, 0.86, 0.86), strict=True))
 
 
-def test_projecting_one_gradient_alone_does_not_keep_the_update_off_protected_directions(
+def test_projecting_only_one_gradient_lets_the_update_act_on_protected_directions(
     backbone: Making, walk: Walking
 ) -> None:
-    """That is the baseline; with safe rows it is kept off."""
+    """That is the baseline; with safe rows the update does not act on them."""
     free, safe = (walk(lora_gpm(backbone, row_space=rows)).learnt[-1] for rows in ("free", "safe"))
-    assert relative_violation(free.updates[0], free.bases[0].double()) > 1e-2
-    assert relative_violation(safe.updates[0], safe.bases[0].double()) < 1e-5
+    for projection in range(4):
+        assert relative_violation(free.updates[projection], free.bases[projection].double()) > 1e-2
+        assert relative_violation(safe.updates[projection], safe.bases[projection].double()) < 1e-5
 
 
 def test_the_gradient_of_a_has_no_protected_direction_at_any_step(backbone: Making, walk: Walking) -> None:
@@ -69,7 +72,7 @@ def test_the_gradient_of_a_has_no_protected_direction_at_any_step(backbone: Maki
     ("settings", "variant"),
     (({}, None), ({"rectification": True}, "GR"), ({"decoupled_margin": True}, "DML")),
 )
-def test_tables_say_which_parts_of_janus_lora_were_plugged_in(
+def test_the_variant_names_the_parts_of_janus_lora_that_are_plugged_in(
     backbone: Making, settings: dict[str, Any], variant: str | None
 ) -> None:
     assert lora_gpm(backbone, **settings).variant == variant
@@ -96,7 +99,7 @@ def test_rectification_plugs_in_and_keeps_the_composite_near_the_projected_gradi
     assert walk(lora_gpm(backbone, rectification=True)).losses[1:6] != plain[1:6]
 
 
-def test_the_margin_plugs_in_with_its_term_alone(backbone: Making, walk: Walking) -> None:
+def test_the_margin_plugs_in_by_adding_its_term(backbone: Making, walk: Walking) -> None:
     strategy = lora_gpm(backbone, decoupled_margin=True, margin_weight=0.7)
     walk(strategy)
     generator = torch.Generator().manual_seed(0)

@@ -1,3 +1,7 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,9 +25,8 @@ class Images:
 
 
 @pytest.fixture
-def backbone() -> Backbone:
-    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    return Backbone("vision_transformer", "random", options)
+def backbone(tiny_backbone: Callable[..., Backbone]) -> Backbone:
+    return tiny_backbone()
 
 
 def test_the_only_image_of_a_class_is_its_own_nearest_mean(backbone: Backbone) -> None:
@@ -37,7 +40,7 @@ def test_the_only_image_of_a_class_is_its_own_nearest_mean(backbone: Backbone) -
     assert strategy.head.means.shape == (4, backbone.feature_dim)
 
 
-def test_it_has_nothing_to_train(backbone: Backbone) -> None:
+def test_there_is_nothing_to_train_and_no_loss(backbone: Backbone) -> None:
     strategy = NearestClassMean(backbone)
     strategy.expand(Experience(0, 1, range(2)))
     assert not strategy.trains
@@ -45,6 +48,6 @@ def test_it_has_nothing_to_train(backbone: Backbone) -> None:
         strategy.loss(torch.zeros(1, 32), torch.tensor([0]))
 
 
-def test_the_name_says_which_similarity(backbone: Backbone) -> None:
+def test_the_variant_names_the_similarity_that_is_not_the_default(backbone: Backbone) -> None:
     assert NearestClassMean(backbone).variant is None
     assert NearestClassMean(backbone, similarity="cosine").variant == "cosine"

@@ -33,7 +33,7 @@ def vit() -> Backbone:
         (LoRAGPM, {}, 20, 384_020, 384_020),
         (JanusLoRA, {}, 20, 384_020, 384_020),
         (InfLoRA, {}, 10, 192_010, 192_010),  # CIFAR-100 and ImageNet-R, T=20: printed in the released logs
-        (InfLoRA, {}, 20, 199_700, 199_700),  # ImageNet-R, T=10: likewise
+        (InfLoRA, {}, 20, 199_700, 199_700),  # ImageNet-R, T=10: printed as well
         (InfLoRA, {}, 40, 215_080, 215_080),
         (InfLoRA, {"rank": 30}, 69, 606_021, 606_021),  # DomainNet
         (KeepLoRA, {"weight_threshold": 0.0}, 20, 589_824 + 20 * LINEAR, 589_824 + 20 * LINEAR),

@@ -1,7 +1,7 @@
-"""The whole comparison as one HTML file that opens from disk: data, scripts and Plotly inside it.
+"""The whole comparison as one HTML file that opens from disk; Plotly and DataTables are inside it.
 
-The page asks no host for anything, and its content security policy forbids it to. What it shows is computed
-here, from the same tables as the other formats; the script only sorts, filters and draws.
+The page contacts no host, and its content security policy forbids it. Everything it shows is computed here,
+from the same tables as the other formats; the scripts only sort, search and draw.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from cl_bench.report.records import finite, statistic_record
 from cl_bench.report.statistics import Contrast, statistic
 from cl_bench.report.tables import (
     COST_HEADINGS,
+    HOW_TO_READ_DIFFERENCES,
     INCOMPLETE,
     SHORT_NAMES,
     Table,
-    absences,
+    absent,
     compared,
     mixed_provenance,
     protocol_differences,
+    unnamed_differences,
 )
-from cl_bench.report.text import HOW_TO_READ_DIFFERENCES
 from cl_bench.results.metrics import DEFINITIONS, HIGHER_IS_BETTER, accuracy_matrix, incremental_accuracy
 from cl_bench.results.result import COSTS, Result
 
@@ -46,14 +47,14 @@ def page(tables: Sequence[Table], title: str, unreadable: Sequence[str] = ()) ->
     """Return ``tables`` as one self-contained HTML page.
 
     Args:
-        tables: What to show.
+        tables: Tables of the report.
         title: Name of the results.
         unreadable: A sentence for each file that could not be read.
 
     Raises:
         FileNotFoundError: If the package plotly or itables lacks its script.
     """
-    # A tag that ends within a text would end the script; JSON may write its slash with a backslash.
+    # A closing tag in a text would end the script element; JSON allows a backslash before the slash.
     data = json.dumps(_payload(tables, title, unreadable), ensure_ascii=False, separators=(",", ":"))
     parts = {
         "title": escape(title),
@@ -123,9 +124,8 @@ def _benchmark(table: Table, index: int) -> Json:
         "fingerprint": comparison.fingerprint,
         "identity": {key: _plain(value) for key, value in flat(comparison.identity).items()},
         "mixed": mixed_provenance(comparison),
-        "absent": [vars(absence) for absence in absences(comparison)],
-        "copies": comparison.copies,
-        "unnamed": comparison.unnamed_settings,
+        "absent": absent(comparison),
+        "unnamed": unnamed_differences(comparison),
         "entries": [_entry(entry, table.metrics) | marks[entry.label] for entry in comparison.entries],
         "differences": {
             name: [_difference(pair, order) for pair in pairs]
@@ -180,7 +180,7 @@ def _run(run: Result, entry: Entry, shown: Sequence[str]) -> Json:
 
 
 def _curve(entry: Entry) -> list[Json]:
-    """Accuracy over the classes seen after every experience, with its deviation and interval over runs."""
+    """Return the accuracy over the classes seen after every experience, as statistics over runs."""
     runs = np.array([incremental_accuracy(run.counts("correct"), run.totals) for run in entry.runs])
     return [statistic_record(statistic(values), bootstrap=False) for values in runs.T]
 
@@ -190,7 +190,7 @@ def _matrix(run: Result) -> Array:
 
 
 def _domains(entry: Entry) -> Json:
-    """Final accuracy by domain over runs, of those that counted their domains."""
+    """Return the final accuracy by domain, as statistics over the runs that counted domains."""
     by_domain: dict[str, list[float]] = {}
     for run in entry.runs:
         row = run.rows[-1] if run.rows else None
@@ -203,7 +203,7 @@ def _domains(entry: Entry) -> Json:
 
 
 def _inside(entry: Entry) -> Json | None:
-    """What the diagnostics of runs say, means over those that have them; None if none has."""
+    """Return the diagnostics as means over the runs that have them; None if none has."""
     measured = [run.diagnostics for run in entry.runs if run.diagnostics]
     if not measured:
         return None
@@ -244,7 +244,7 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
 
 
 def _mean_list(lists: Sequence[Sequence[float]]) -> list[float | None]:
-    """Means over runs by place, over the lists that are as long as the longest."""
+    """Return means over runs by position, using only the longest lists."""
     length = max(map(len, lists))
     full = [values for values in lists if len(values) == length]
     return [_mean_of(values) for values in zip(*full, strict=True)]

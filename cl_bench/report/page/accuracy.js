@@ -1,5 +1,5 @@
 "use strict";
-// Charts of what was reached: differences, accuracy over the stream, what it costs, and why a method loses.
+// Charts of the results: differences, accuracy over the stream, cost, and why a method loses.
 
 // ---- differences ---------------------------------------------------------------------------------
 
@@ -80,10 +80,7 @@ function forest() {
   );
   showPairs(made);
   const better = data.metrics[state.metric].higher ? "More is better" : "Less is better";
-  fill(
-    "differences-said",
-    `Each strategy minus ${state.reference}. ${better}. ${data.how.replace("the first line minus the second", "taken")}`,
-  );
+  fill("differences-description", `Each strategy minus ${state.reference}. ${better}. ${data.how}`);
 }
 
 // ---- accuracy ------------------------------------------------------------------------------------
@@ -152,7 +149,7 @@ function curves() {
     ? " A strategy with one run has no band: n too small."
     : "";
   fill(
-    "curves-said",
+    "curves-description",
     `Accuracy over the test images of all classes seen, after every experience; mean over runs.${single} The axis may cut wide bands.`,
   );
   plain(

@@ -50,8 +50,8 @@ function withLegend(height, names) {
 
 const LEGEND_ABOVE = { orientation: "h", x: 0, y: 1, yanchor: "bottom", traceorder: "normal", font: { size: 11.5 } };
 
-/** Draw a chart into an element, or write why it is empty. `said` is its name for a screen reader. */
-function draw(box, traces, more, said, without = NOTHING) {
+/** Draw a chart into an element, or write why it is empty. `label` is its name for screen readers. */
+function draw(box, traces, more, label, without = NOTHING) {
   if (!traces.length) {
     Plotly.purge(box);
     box.classList.remove("js-plotly-plot"); // purging leaves the class, and with it the look of a chart
@@ -60,13 +60,13 @@ function draw(box, traces, more, said, without = NOTHING) {
   }
   if (!box.classList.contains("js-plotly-plot")) box.replaceChildren();
   box.setAttribute("role", "img");
-  box.setAttribute("aria-label", said);
+  box.setAttribute("aria-label", label);
   Plotly.react(box, traces, layout(more), {
     responsive: true,
     displaylogo: false,
     displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
     modeBarButtons: [["toImage"]],
-    toImageButtonOptions: { format: "svg", filename: said.split(":")[0] },
+    toImageButtonOptions: { format: "svg", filename: label.split(":")[0] },
   });
 }
 
@@ -86,7 +86,7 @@ function panels(id, entries, remark, plot) {
   entries.forEach((entry, place) => plot(entry, figures[place].lastChild));
 }
 
-/** Return an axis of names. A phone has room for few characters beside a chart, so long names are cut. */
+/** Return an axis of names. Long names are cut, to fit next to a chart on a phone. */
 function named(labels, more = {}) {
   const most = isPhone() ? 16 : 40;
   const cut = (label) => (label.length > most ? `${label.slice(0, most - 1)}…` : label);
@@ -124,7 +124,7 @@ function whiskers(statistics, axisName) {
 }
 
 /** Draw a square heat map of `rows`, whose first is numbered `first`, on the colour scale from `low` to `high`. */
-function heatmap(box, rows, { low, high, first, down, hover }, said) {
+function heatmap(box, rows, { low, high, first, down, hover }, label) {
   const across = Math.max(...rows.map((row) => row.length));
   const size = box.clientWidth || 230;
   const numbered = Math.max(across, rows.length) <= MOST_NUMBERED && (size - 34) / across > 15;
@@ -160,6 +160,6 @@ function heatmap(box, rows, { low, high, first, down, hover }, said) {
         autorange: down ? "reversed" : true,
       }),
     },
-    said,
+    label,
   );
 }

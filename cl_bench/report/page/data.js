@@ -89,7 +89,7 @@ function pen(entry) {
   };
 }
 
-/** Return the symbol of an entry in its colour: beside its name it is the legend of all charts. */
+/** Return the symbol of an entry in its colour, which makes the table the legend of all charts. */
 function mark(entry) {
   const { colour, symbol } = pen(entry);
   return element("span", {

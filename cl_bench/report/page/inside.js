@@ -12,7 +12,7 @@ const INSIDE = {
 function inside() {
   const measured = benchmark().entries.filter((entry) => entry.inside);
   fill(
-    "inside-said",
+    "inside-description",
     measured.length
       ? `Measured by the diagnostics callback in ${measured.map((entry) => entry.label).join(", ")}; means over the runs that have it.`
       : "Not recorded: no run of this benchmark used the diagnostics callback.",

@@ -12,10 +12,10 @@ function opening() {
     element("h1", {}, data.title),
     element(
       "p",
-      { class: "said" },
+      { class: "description" },
       `${counted(finished, "finished run")} on ${counted(data.benchmarks.length, "benchmark")}.`,
     ),
-    alert("protocols", "Unequal protocols are kept apart.", data.protocols),
+    alert("protocols", "Unequal protocols are kept separate.", data.protocols),
     alert("unreadable", "Not read:", data.unreadable),
   );
   fill(
@@ -53,7 +53,7 @@ function enter() {
     ),
   );
   byId("band").value = finished.every((entry) => entry.n > 2) ? "interval" : "std"; // of two runs a t interval fills the axis
-  fill("results-said", benchmark().sentence);
+  fill("results-description", benchmark().sentence);
   showResults();
   showAbsent();
   showProtocol();

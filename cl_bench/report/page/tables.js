@@ -70,7 +70,7 @@ function valueColumn(name) {
   };
 }
 
-// What a search finds: the name, what became of runs that did not finish, and whether runs are missing.
+// A search finds the name, the statuses of unfinished runs, and rows that lack runs.
 const searched = (entry) =>
   escaped([entry.label, ...entry.statuses, ...(entry.n < benchmark().blocks ? ["incomplete"] : [])].join(" "));
 
@@ -109,7 +109,7 @@ function showResults() {
   results.clear().order([]).rows.add(entries).draw();
   const over = blocks === 1 ? "1 block (seed and class order)" : `${blocks} blocks (seeds and class orders)`;
   const bound = entries.some((entry) => entry.joint)
-    ? " † Upper bound: trained on all classes at once, so its course is undefined (–) and it is not ranked."
+    ? " † Upper bound: trained on all classes at once, so metrics over the stream are undefined (–) and it is not ranked."
     : "";
   const unranked = entries.some((entry) => entry.n && !entry.joint && !entry.ranked) ? ` ${data.incomplete}` : "";
   fill(
@@ -119,32 +119,15 @@ function showResults() {
 }
 
 function showAbsent() {
-  const { absent, copies, unnamed } = benchmark();
-  const lines = absent.map(
-    (one) =>
-      `${one.label}, seed ${one.seed}, class order ${one.order}: ${one.status}${one.error ? `: ${one.error}` : ""}`,
-  );
-  if (copies) lines.push(`${counted(copies, "more result file")} with a cell that is counted once`);
-  const settings = Object.entries(unnamed).map(([name, keys]) => `${name}: ${keys.join(", ")}`);
+  const { absent, unnamed } = benchmark();
+  const folded = (title, lines, attributes = {}) =>
+    lines.length
+      ? element("details", attributes, element("summary", {}, `${title} (${lines.length})`), list(lines))
+      : null;
   fill(
     "absent",
-    lines.length
-      ? element(
-          "details",
-          { class: "alert", open: lines.length <= 4 },
-          element("summary", {}, `In no mean: ${counted(lines.length, "run")}`),
-          list(lines.slice(0, 200)),
-          lines.length > 200 ? `and ${lines.length - 200} more` : null,
-        )
-      : null,
-    settings.length
-      ? element(
-          "details",
-          {},
-          element("summary", {}, "Further settings in which rows of one name differ"),
-          list(settings),
-        )
-      : null,
+    folded("In no mean", absent, { class: "alert", open: absent.length <= 4 }),
+    folded("Further settings in which rows of one name differ", unnamed),
   );
 }
 
@@ -184,13 +167,18 @@ function showPairs(pairs) {
 function showProtocol() {
   const { fingerprint, identity, mixed } = benchmark();
   fill(
-    "protocol-said",
-    `Protocol ${fingerprint}. Two results share a table only if all of it is equal; seeds and class orders are the blocks of the statistics.`,
+    "protocol-description",
+    `Protocol ${fingerprint}. Results share a table only if their protocols are equal; seeds and class orders are the blocks of the statistics.`,
   );
   fill(
     "mixed",
     mixed.length
-      ? element("div", { class: "alert" }, "Mixed provenance (number of runs); seconds may not compare:", list(mixed))
+      ? element(
+          "div",
+          { class: "alert" },
+          "Mixed provenance (number of runs); seconds may not be comparable:",
+          list(mixed),
+        )
       : null,
   );
   plain("identity", ["field", "value"], Object.entries(identity));

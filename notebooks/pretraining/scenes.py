@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from cl_bench.data.attractors import attractors, placed, random_systems
+from datamodules.fractals import attractors, placed, random_systems
 
 _TEXTURES = 3  # in a scene, shared by its leaves
 

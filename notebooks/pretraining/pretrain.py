@@ -1,4 +1,4 @@
-"""Pre-train the embedded transformer: ``python -m cl_bench.prepare.pretraining.pretrain --folder FOLDER``.
+"""Pre-train the embedded transformer: ``python -m pretraining.pretrain --folder FOLDER``.
 
 The transformer learns to predict the description of a scene. The same command resumes an interrupted run.
 """
@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Sampler
 
 from cl_bench.network.embedded import OPTIONS
-from cl_bench.prepare.pretraining.pool import Recipe, ScenePool
+from pretraining.pool import Recipe, ScenePool
 
 BATCH = 128
 STEPS_AN_EPOCH = 100
@@ -213,9 +213,7 @@ def pretrain(
 
 def main() -> None:
     """Pre-train with the options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cl_bench.prepare.pretraining.pretrain", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m pretraining.pretrain", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="folder for pool, checkpoint and weights")
     parser.add_argument("--scenes", type=int, default=Recipe.scenes, help="scenes in the pool (%(default)s)")
     parser.add_argument("--steps", type=int, default=700, help=f"steps of {BATCH} scenes (%(default)s)")

@@ -1,4 +1,4 @@
-"""The quality of frozen features: ``python -m cl_bench.prepare.pretraining.probing digits``.
+"""The quality of frozen features: ``python -m pretraining.probing digits``.
 
 The features of a backbone are compared with those of the same architecture with random weights, and with raw
 pixels. The nearest class mean measures how well the features separate classes as they are, a linear probe how
@@ -137,7 +137,7 @@ def table(
 def main() -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(
-        prog="python -m cl_bench.prepare.pretraining.probing", description=__doc__.partition("\n")[0]
+        prog="python -m pretraining.probing", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("dataset", help="config stem, such as digits; options of `cl-bench run` may follow")
     parser.add_argument("--backbone", default="embedded", help="a backbone with weights (%(default)s)")

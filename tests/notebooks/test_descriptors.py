@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from cl_bench.prepare.pretraining.descriptors import Descriptors
-from cl_bench.prepare.pretraining.scenes import random_scenes
+from pretraining.descriptors import Descriptors
+from pretraining.scenes import random_scenes
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cl_bench.data.attractors import seeded
 from cl_bench.network.embedded import OPTIONS
-from cl_bench.prepare.pretraining.descriptors import Descriptors
-from cl_bench.prepare.pretraining.scenes import random_scenes
+from datamodules.fractals import seeded
+from pretraining.descriptors import Descriptors
+from pretraining.scenes import random_scenes
 
 _BATCH = 100
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pretraining.probing import linear_probe_accuracy, nearest_mean_accuracy, table
 
 from cl_bench.data.sources import ArraySource, Sources
-from cl_bench.prepare.pretraining.probing import linear_probe_accuracy, nearest_mean_accuracy, table
 from datamodules.digits import Digits
 
 SOURCES = Digits.sources

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import torch
-
-from cl_bench.prepare.pretraining.scenes import random_scenes
+from pretraining.scenes import random_scenes
 
 
 def scenes(seed: int, number: int = 24) -> torch.Tensor:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from pretraining import pretrain
+from pretraining.pool import Recipe, ScenePool
 from timm.models.vision_transformer import VisionTransformer
 
 from cl_bench.network.embedded import OPTIONS
-from cl_bench.prepare.pretraining import pretrain
-from cl_bench.prepare.pretraining.pool import Recipe, ScenePool
 
 TINY = Recipe(scenes=48, fitted=250, entries=100, shard=32)
 CPU = torch.device("cpu")

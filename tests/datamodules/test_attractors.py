@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cl_bench.data.attractors import Systems, attractors, random_systems, varied
+from datamodules.fractals import Systems, attractors, random_systems, varied
 
 
 def generator(seed: int = 0) -> torch.Generator:
