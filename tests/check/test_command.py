@@ -54,9 +54,7 @@ def test_a_broken_claim_makes_the_status_1(capsys: pytest.CaptureFixture[str]) -
     assert "1 claim failed" in printed
 
 
-def test_a_file_or_a_config_next_to_it_is_checked(
-    file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_or_a_config_next_to_it_is_checked(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = file.with_suffix(".yaml")
     config.write_text(f"model: {{class_path: {file.stem}.Mine}}")
     for name in (f"{file}:Mine", str(config)):
