@@ -63,6 +63,9 @@ class StreamTrainer(Trainer):
         course: Where the run stands.
     """
 
+    callbacks: list[Callback]
+    fast_dev_run: int | bool
+
     # Lightning annotates some numbers with typing's unions, whose members change order with the order of
     # imports, so 1 would be read as 1 or as 1.0. The annotations here are read instead.
 
@@ -199,15 +202,14 @@ class StreamTrainer(Trainer):
     @contextmanager
     def _watched(self, course: Course, continuation: Continuation, *first: Callback) -> Iterator[None]:
         """Let callbacks of a run watch it: the ``first``, and the lifecycle after the guard."""
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
-        before = list(callbacks)
-        place = callbacks.index(self._guard) + 1
-        callbacks.insert(place, Lifecycle(course, continuation, self._guard))
-        callbacks[:0] = first
+        before = list(self.callbacks)
+        place = before.index(self._guard) + 1
+        lifecycle = Lifecycle(course, continuation, self._guard)
+        self.callbacks = [*first, *before[:place], lifecycle, *before[place:]]
         try:
             yield
         finally:
-            callbacks[:] = before
+            self.callbacks = before
 
     def _walk(
         self,
@@ -270,9 +272,9 @@ class StreamTrainer(Trainer):
     def _require_whole_epochs(self) -> None:
         """Refuse settings that would cut the stream short and leave numbers that look like results."""
         cut_short = {
-            "fast_dev_run": bool(self.fast_dev_run),  # type: ignore[attr-defined]
+            "fast_dev_run": bool(self.fast_dev_run),
             "max_steps": self.max_steps != -1,
-            "max_time": any(isinstance(callback, Timer) for callback in self.callbacks),  # type: ignore[attr-defined]
+            "max_time": any(isinstance(callback, Timer) for callback in self.callbacks),
             "max_epochs": self._epochs is None or self._epochs < 0,
         }
         for key, given in cut_short.items():
