@@ -27,7 +27,7 @@ class Sharpened(Strategy):
 
     Args:
         backbone: Pre-trained vision transformer.
-        factor: Of the features.
+        factor: Factor of the features.
         kwargs: Settings of every strategy.
     """
 
@@ -57,7 +57,7 @@ def only_result(folder: Path) -> Path:
     return path
 
 
-def test_a_run_leaves_counts_config_and_curves_in_its_folder(
+def test_a_run_writes_counts_config_and_curves_to_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path, "lora", "toy", "--seed", "1") == 0
@@ -73,7 +73,7 @@ def test_a_run_leaves_counts_config_and_curves_in_its_folder(
     assert str(path) in printed
 
 
-def test_the_same_command_gives_the_same_counts_and_does_nothing_once_it_is_done(
+def test_the_same_command_gives_the_same_counts_and_a_done_cell_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["lora", "toy", "--seed", "1", "--max_epochs", "3", "--model.optimizer.lr", "0.01"]
@@ -89,13 +89,13 @@ def test_the_same_command_gives_the_same_counts_and_does_nothing_once_it_is_done
     assert one.stat().st_mtime_ns == before
 
 
-def test_a_changed_setting_goes_to_another_folder(tmp_path: Path) -> None:
+def test_a_changed_setting_has_its_own_folder(tmp_path: Path) -> None:
     for rank in ("2", "3"):
         assert run(tmp_path, "lora", "toy", "--rank", rank) == 0
     assert len(list(tmp_path.rglob(FILE_NAME))) == 2
 
 
-def test_the_printed_config_runs_alone_as_the_same_cell(
+def test_the_printed_config_runs_from_a_file_as_the_same_cell(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["ncm", "toy", "--order", "numpy:1993", "--seed", "4"]
@@ -165,7 +165,7 @@ def test_bad_input_is_one_sentence(
 
 
 @pytest.mark.parametrize("flags", [[], ["--print_protocol"]])
-def test_data_that_are_not_there_are_said_before_weights_are_looked_for(
+def test_missing_data_are_reported_before_weights_are_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
 ) -> None:
     absent = ["--root", str(tmp_path / "absent"), "--backbone.weights", str(tmp_path / "weights.safetensors")]
@@ -220,7 +220,7 @@ def test_an_empty_class_folder_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert "class2" in refusal(capsys)
 
 
-def test_a_checkpoint_of_another_shape_says_what_differs(
+def test_the_error_of_weights_with_another_shape_names_what_differs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from safetensors.torch import save_file
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_another_shape_says_what_differs(
     assert "embed_dim" in refusal(capsys)
 
 
-def test_a_results_folder_that_cannot_be_written_is_said(
+def test_a_results_folder_that_cannot_be_written_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -243,7 +243,7 @@ def test_a_results_folder_that_cannot_be_written_is_said(
     assert "choose another with --results" in refusal(capsys)
 
 
-def test_a_run_that_diverges_says_where_and_keeps_its_result(
+def test_a_diverged_run_suggests_a_remedy_and_keeps_its_result(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     huge = ["--model.optimizer=torch.optim.SGD", "--model.optimizer.lr=1e38"]
@@ -254,7 +254,7 @@ def test_a_run_that_diverges_says_where_and_keeps_its_result(
     assert "Traceback" in (path.parent / "error.txt").read_text()
 
 
-def test_an_unreadable_result_of_a_cell_is_run_again(tmp_path: Path) -> None:
+def test_a_cell_with_an_unreadable_result_runs_again(tmp_path: Path) -> None:
     assert run(tmp_path, "ncm", "toy") == 0
     path = only_result(tmp_path)
     path.write_text("broken")
@@ -262,7 +262,7 @@ def test_an_unreadable_result_of_a_cell_is_run_again(tmp_path: Path) -> None:
     assert read(path).status == "done"
 
 
-def test_an_accelerator_that_is_not_there_is_one_sentence(
+def test_a_missing_accelerator_is_refused_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if torch.cuda.is_available():
@@ -318,9 +318,9 @@ def test_wandb_files_hold_curves_with_the_experience_as_step(
     tmp_path: Path, wandb_records: Callable[[Path], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    wandb.teardown()  # W&B keeps the settings that it was first asked for
+    wandb.teardown()  # W&B keeps the settings of its first run
     assert run(tmp_path, "lora", "toy", "--wandb") == 0
-    wandb.teardown()  # its own process may still be writing, as it is until the command ends
+    wandb.teardown()  # otherwise its own process may still be writing
     folder = only_result(tmp_path).parent
     (kept,) = folder.glob("wandb/offline-run-*")
     records = wandb_records(kept)
@@ -359,7 +359,7 @@ def test_wandb_files_hold_curves_with_the_experience_as_step(
     assert len([*folder.glob("wandb/offline-run-*/files/media/table/accuracy_matrix*.json")]) == 1
 
 
-def test_a_run_that_goes_on_continues_its_wandb_run(
+def test_a_resumed_run_continues_its_wandb_run(
     tmp_path: Path, wandb_records: Callable[[Path], list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def power_cut(metrics: StreamMetrics, *_: Any) -> None:

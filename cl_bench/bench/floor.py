@@ -1,21 +1,18 @@
-"""The shortest loop that one can write by hand: what our training step is held against.
+"""The floor: the shortest training loop that one can write by hand for the adapters of a strategy.
 
-The same transformer with the same adapters and the layers of PyTorch and timm: no Lightning, no strategy, no
-hook. All adapters of a layer are one ``A`` and one ``B``, so that no step has to put anything together; where
-``B`` belongs to no adapter, it stays zero. In half precision the weights of frozen layers are rounded once,
-and nothing else is kept of them.
+It has the same transformer and adapters, made of the layers of PyTorch and timm, and neither Lightning nor
+hooks. All adapters of a layer share one ``A`` and one ``B``, so a step does not assemble them; ``B`` stays
+zero where it belongs to no adapter. In half precision the floor keeps frozen weights only in half precision.
 """
 
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_bench.bench.memory import held_bytes
 from cl_bench.contracts.datamodule import Batch
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.network.adapters import AdaptedLinear
@@ -26,15 +23,15 @@ _COPIES = 3  # of a trained tensor: itself, and the two averages of Adam
 
 
 class Floor:
-    """A hand-written training of the adapters that a strategy has at the moment, and of a head.
+    """A hand-written training of the adapters that a strategy currently has, and of a head.
 
     Args:
-        strategy: What is copied: the transformer, its adapters and which of their factors are trained.
+        strategy: What to copy: the transformer, its adapters, and which of their factors are trained.
         classes: Columns of the head.
-        half: Whether products are taken in bfloat16, by autocast.
+        half: Whether autocast multiplies in bfloat16.
 
     Attributes:
-        model: The transformer, and the head after it.
+        model: The transformer, followed by the head.
         optimizer: Adam in one kernel, over what is trained.
     """
 
@@ -46,7 +43,7 @@ class Floor:
         head = nn.Linear(strategy.backbone.feature_dim, classes, device=strategy.device)
         self.model = nn.Sequential(vit, head)
         self._adapted = [module for module in vit.modules() if isinstance(module, _Adapted)]
-        self._belongs = [layer.belongs() for layer in self._adapted]
+        self._belongs = [layer.belongs for layer in self._adapted]
         self.half = half
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=_LEARNING_RATE, fused=True)
@@ -54,7 +51,7 @@ class Floor:
     def step(self, batch: Batch) -> None:
         """Take one step on images and labels, which count from 0."""
         images, labels = batch
-        with self.precision(images.device.type):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
             loss = F.cross_entropy(self.model(images), labels)
         loss.backward()
         gradients = [layer.B.grad for layer in self._adapted if layer.B.grad is not None]
@@ -63,31 +60,23 @@ class Floor:
         self.optimizer.zero_grad()
 
     @property
-    def held_bytes(self) -> int:
-        """Bytes of what it keeps from step to step, as separate factors would take them.
-
-        Whatever there is where ``B`` belongs to no adapter is left out, and so is what says where that is:
-        both save time, and whoever has little memory would do without.
-        """
-        unused = sum(int((belongs == 0).sum()) * belongs.element_size() for belongs in self._belongs)
-        return held_bytes(self.model, self.optimizer) - _COPIES * unused
-
-    def precision(self, kind: str) -> AbstractContextManager[object]:
-        """Return the context of its forward pass on a ``kind`` of device."""
-        return torch.autocast(kind, torch.bfloat16) if self.half else nullcontext()
+    def unused_bytes(self) -> int:
+        """Bytes kept only to save time: where ``B`` belongs to no adapter, and the tensor that marks it."""
+        unused = sum(int((one == 0).sum()) * one.element_size() for one in self._belongs)
+        return _COPIES * unused + sum(one.nbytes for one in self._belongs)
 
 
 def _plain(layer: Frozen, dtype: torch.dtype) -> nn.Module:
-    """Return what computes the same as ``layer`` by PyTorch's own means, with weights in ``dtype``."""
+    """Return PyTorch's own layer for ``layer``, with weights in ``dtype``."""
     if isinstance(layer, AdaptedLinear):
         return _Adapted(layer, dtype)
-    plain: nn.Linear | nn.Conv2d
+    plain: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Conv2d):  # over patches, which neither overlap nor are padded
         sizes = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride
-        plain = nn.Conv2d(*sizes, bias=layer.bias is not None, device="meta")  # type: ignore[arg-type]
+        plain = nn.Conv2d(*sizes, device="meta")  # type: ignore[arg-type]
     else:
         out_features, in_features = layer.weight.shape
-        plain = nn.Linear(in_features, out_features, layer.bias is not None, device="meta")
+        plain = nn.Linear(in_features, out_features, device="meta")
     plain.weight, plain.bias = _in_type(layer, dtype)
     return plain
 
@@ -109,25 +98,19 @@ class _Adapted(nn.Module):
         super().__init__()
         adapters = [(rows, layer.adapter(name)) for name, rows in layer.rows.items()]
         self.weight, self.bias = _in_type(layer, dtype)
-        # The scale goes into A, so that B learns as fast as ours does where A is frozen.
+        # The scale goes into A, so that B learns as fast as the strategy's does where A is frozen.
         self.A = nn.Parameter(
             torch.cat([adapter.scale * adapter.A.detach() for _, adapter in adapters]),
             requires_grad=any(adapter.A.requires_grad for _, adapter in adapters),
         )
         self.B = nn.Parameter(layer.weight.new_zeros(len(layer.weight), len(self.A)))
-        self._blocks: list[tuple[slice, slice]] = []
+        self.belongs = torch.zeros_like(self.B, requires_grad=False)  # 1 where an adapter has its B
         start = 0
         for rows, adapter in adapters:
-            self._blocks.append((rows, slice(start, start + len(adapter.A))))
-            self.B.data[self._blocks[-1]] = adapter.B.detach()
+            block = rows, slice(start, start + len(adapter.A))
+            self.B.data[block] = adapter.B.detach()
+            self.belongs[block] = 1
             start += len(adapter.A)
-
-    def belongs(self) -> Tensor:
-        """Return 1 where an element of ``B`` belongs to an adapter, and 0 elsewhere."""
-        belongs = torch.zeros_like(self.B, requires_grad=False)
-        for block in self._blocks:
-            belongs[block] = 1
-        return belongs
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.A), self.B)

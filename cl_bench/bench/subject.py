@@ -1,202 +1,242 @@
-"""A strategy in the middle of a stream, ready to take one training step after the other."""
+"""A strategy in one experience of a stream of noise: Lightning takes the steps that a bench asks for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.benchmark import timer
+from torch.utils.data import DataLoader
 
-from cl_bench.bench.handover import SteppedTraining
-from cl_bench.bench.memory import Peak, held_bytes
-from cl_bench.bench.stream import NoiseStream
-from cl_bench.contracts.datamodule import Batch
+from cl_bench.contracts.datamodule import Batch, StreamDataModule
 from cl_bench.contracts.low_rank import memory_of
-from cl_bench.loop.callbacks import StreamMetrics
+from cl_bench.data.experience import Experience
+from cl_bench.data.sources import PixelSource, Sources
+from cl_bench.data.stream import Stream, Transform
+from cl_bench.data.views import preset
+from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.maths.memory import GPM
-from cl_bench.results.result import Protocol, Result
 from cl_bench.run.configs import CONFIGS, Config, config_file, load
-from cl_bench.run.configuration import Configuration, resolve
+from cl_bench.run.configuration import resolve
 
-_PROTECTED = 0.75  # of all directions, after the last experience
-_ROUNDING = 1e-6  # a share of energy that a basis kept in float32 may miss of itself
+RECIPES = CONFIGS / "recipes" / "imagenet_r"
+"""The published settings that a bench measures with."""
+
+CLASSES = 2
+"""Classes of an experience."""
+
+_LENGTH = 20  # experiences of the stream
+_STORED = 256 / 224  # height of an image in the cache, over that of a view
+_ENDLESS = 10**9  # batches; without a length, Lightning fetches each batch before the step on the one before
+_EVALUATED = 4  # batches of an evaluation
+_CHECKPOINTS = 4  # of an experience: one before each of its phases, as its only epoch adds none
+_PROTECTED = 0.75  # share of the directions that a memory holds after the last experience
+
+
+class NoiseStream(StreamDataModule):
+    """Images of noise, without a download and without Avalanche, of all old classes at once and of two more.
+
+    Data passes and evaluation see batches that are in memory already.
+
+    Args:
+        number: Number of the last experience, from 2.
+        kwargs: As in every dataset.
+
+    Attributes:
+        steps: The batches of the last experience.
+        device: Where the batches are.
+        pass_seconds: How long the data passes of the current experience took in all.
+        entered: When it began, in seconds.
+    """
+
+    name = "noise"
+    decoding = "generated, uint8 RGB"
+    steps: Iterator[Batch]
+    device = torch.device("cpu")
+
+    def __init__(self, *, number: int, **kwargs: Any) -> None:
+        super().__init__(num_experiences=2, **kwargs)
+        self.number = number
+
+    def batch(self, size: int) -> Batch:
+        """Return ``size`` images with labels of the current experience, the same for the same size."""
+        generator = torch.Generator().manual_seed(size)
+        images = torch.rand(size, 3, self.image_size, self.image_size, generator=generator)
+        classes = self.experience.classes
+        labels = classes.start + torch.arange(size) % len(classes)
+        return images.to(self.device), labels.to(self.device)
+
+    def sources(self) -> Sources:
+        """Generate a batch of the last experience, in the size in which a cache stores images."""
+        size, number, classes = round(_STORED * self.image_size), self.batch_size, CLASSES * self.number
+        pixels = np.random.RandomState(0).randint(256, size=(number, size, size, 3), dtype=np.uint8)
+        images = PixelSource(pixels, [classes - 1 - index % CLASSES for index in range(number)])
+        return Sources(images, images, [f"noise {label}" for label in range(classes)])
+
+    def train_transform(self) -> Transform:
+        """Return the random crops of InfLoRA's code and its relatives."""
+        return preset("inflora", self.image_size, whole=False).train
+
+    def test_transform(self) -> Transform:
+        """Return their transform at test time."""
+        return preset("inflora", self.image_size, whole=False).test
+
+    @property
+    def test_images(self) -> list[int]:
+        """As many of each class, in four batches or one image of each."""
+        classes = len(self.class_names)
+        return [max(1, _EVALUATED * self.batch_size // classes)] * classes
+
+    def enter(self, experience: Experience) -> None:
+        """Serve ``experience`` from now on."""
+        super().enter(experience)
+        images, _ = self.batch(self.batch_size)
+        places = torch.arange(max(self.batch_size, experience.num_classes), device=self.device)
+        labels = experience.classes.start + places % experience.num_classes
+        self._at_hand = images[places % self.batch_size], labels  # of every class, from as many images
+        self.pass_seconds, self.entered = 0.0, timer()
+
+    def train_dataloader(self) -> Any:
+        """Serve one batch in the first experience, and the steps in the last."""
+        return _Batches(iter([self._at_hand]) if self.experience.is_first else self.steps)
+
+    def loading(self) -> DataLoader[Batch]:
+        """Serve one batch of training as a run does: cropped, resized and stacked."""
+        return super().train_dataloader()
+
+    def augmented_dataloader(self, pass_index: int) -> Any:
+        """Serve one batch."""
+        return self.plain_dataloader()
+
+    def plain_dataloader(self) -> Any:
+        """Serve one batch, and time what is done with it."""
+        began = timer()
+        yield self._at_hand
+        self.pass_seconds += timer() - began
+
+    def test_dataloader(self) -> Any:
+        """Serve the test images of the classes seen."""
+        images, labels = self._at_hand[0], torch.arange(self.experience.num_classes_seen, device=self.device)
+        parts = labels.repeat(self.test_images[0]).split(self.batch_size)
+        return _Batches((images[: len(part)], part) for part in parts)
+
+    def _dealt_stream(self, sources: Sources) -> Stream:
+        old, order = range(len(sources.class_names) - CLASSES), tuple(range(len(sources.class_names)))
+        last = range(len(old), len(order))
+        experiences = Experience(0, _LENGTH, old), Experience(1, _LENGTH, last)
+        return Stream(experiences, train_indices=(), test_indices=(), order=order, benchmark=None)
+
+
+class _Batches:
+    """A loader of batches; Lightning is done with each before it asks for the next."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches
 
 
 @dataclass(frozen=True)
-class Between:
-    """What the hooks around a training took, in seconds.
+class Setup:
+    """What a bench measures with.
 
     Attributes:
-        passes: Of each data pass over one batch.
-        work: Everything else: decompositions, projections, merging.
+        backbone: Arguments of the backbone.
+        image_size: Height and width of its images.
+        device: Where to measure.
+        precisions: As the Trainer names them.
+        batches: Numbers of images, smallest first.
+        rounds: How often each call is timed.
+        folder: Where curves, checkpoints and results are written.
     """
 
-    passes: list[float]
-    work: float
+    backbone: Config
+    image_size: int
+    device: torch.device
+    precisions: Sequence[str]
+    batches: Sequence[int]
+    rounds: int
+    folder: Path
 
 
 class Subject:
-    """A strategy, as its recipe for ImageNet-R sets it, that waits before a step of one experience.
+    """A strategy, set as its recipe for ImageNet-R sets it, in a run up to one experience of a stream of 20.
 
-    One step of the first experience has been taken. What is kept of the others before this one is random:
-    heads, prototypes, and a memory that fills up to three quarters by the last.
+    The older experiences are one batch with all of their classes, and a method with a memory has random
+    directions in it, three quarters of all by the end of the stream.
 
     Args:
         stem: Config of the strategy.
-        number: Number of the experience, from 2 on.
-        stream: Where batches come from.
-        backbone: Arguments of the backbone.
-        trainer: Arguments of the trainer, such as its precision.
-        images: Images of the batch that a data pass sees, and the step before.
-        folder: Where curves are logged, as in every run.
+        number: Number of the experience, from 2: it decides what is old, and not where schedules stand.
+        precision: As the Trainer names it.
+        setup: What to measure with.
 
     Raises:
-        ValueError: If there is no such config, or the strategy trains nothing.
-
-    Attributes:
-        strategy: As it is at the moment.
-        before: What came between the experience before and the first step.
+        ValueError: If there is no such config.
     """
 
-    def __init__(
-        self,
-        stem: str,
-        number: int,
-        *,
-        backbone: Config,
-        trainer: Config,
-        stream: Config,
-        images: int,
-        folder: Path,
-    ) -> None:
-        configuration = configured(stem, NoiseStream, backbone=backbone, trainer=trainer, stream=stream)
-        curves = CSVLogger(folder, name=stem)
-        self.strategy, self.trainer = configuration.build([], [curves])
-        self.stem = stem
-        self.number = number
-        datamodule = configuration.datamodule
-        assert isinstance(datamodule, NoiseStream)
-        self.stream = datamodule
-        self.stream.setup()
-        self._learn_first(images)
-        self._pretend()
-        self.stream.at_hand = [self.batch(images)]
-        self._training = self._stepped(number - 1)
-        self._training.start()
-        self.before = self._between(0.0)
-
-    def batch(self, size: int) -> Batch:
-        """Return ``size`` images of the experience, on the device."""
-        experience = self.stream.experiences[self.number - 1]
-        return self.stream.batch(size, experience, self.trainer.strategy.root_device)
-
-    def step(self, batch: Batch, around: AbstractContextManager[object] | None = None) -> None:
-        """Take one training step on ``batch``, as Lightning does with all hooks, inside of ``around``."""
-        self._training.step(batch, around)
-
-    def peak_bytes(self, batch: Batch) -> int:
-        """Take one step, and return the most memory that strategy and step need together."""
-        peak = Peak(self.trainer.strategy.root_device)
-        held = held_bytes(self.strategy, self.trainer.optimizers[0])
-        self.step(batch, peak.watching())
-        return held + peak.bytes
-
-    def flops(self, batch: Batch) -> int:
-        """Take one step, and return how many floating-point operations its products have.
-
-        They are counted in attention as products and in code that is not compiled: the counter does not know
-        every kernel that does the same.
-        """
-        counter = FlopCounterMode(display=False)
-        self.step(batch, _counting(counter))
-        return int(counter.get_total_flops())
-
-    @torch.no_grad()
-    def forward(self, batch: Batch) -> None:
-        """Send the images of ``batch`` through the backbone."""
-        self.strategy.features(batch[0])
-
-    def finish(self) -> Between:
-        """End the experience; return what came after the last step."""
-        before = self.trainer.course.seconds["data_passes"]
-        self.stream.pass_seconds.clear()
-        self._training.finish()
-        return self._between(before)
-
-    def evaluate(self, batches: int, size: int) -> None:
-        """Test on so many batches of ``size`` images, as after every experience of a run."""
-        images, labels = self.batch(size)
-        seen = self.stream.experience.num_classes_seen
-        labels = torch.arange(size, device=labels.device) % seen
-        self.stream.at_hand = [(images, labels)] * batches
-        test_images = torch.ones(len(self.stream.class_names), dtype=torch.int64)  # of classes not yet seen
-        test_images[:seen] = batches * labels.bincount(minlength=seen).cpu()
-        counting = StreamMetrics(self._result(test_images))
-        self.trainer.callbacks.append(counting)  # type: ignore[attr-defined]
-        self.trainer.test(self.strategy, datamodule=self.stream, verbose=False)
-        self.trainer.callbacks.remove(counting)  # type: ignore[attr-defined]
-
-    def _result(self, test_images: Tensor) -> Result:
-        """Return a result to count into, of a stream with so many ``test_images`` (C,) of each class."""
-        return Result(
-            strategy=self.stem,
-            dataset=self.stream.name,
-            experiences=[(one.classes.start, one.classes.stop) for one in self.stream.experiences],
-            class_names=self.stream.class_names,
-            test_images=test_images.tolist(),
-            order=self.stream.order_name,
-            seed=self.stream.seed,
-            regime="sequential",
-            protocol=Protocol({}, {}, {}),
+    def __init__(self, stem: str, number: int, precision: str, setup: Setup) -> None:
+        torch.compiler.reset()  # the compiled code of other strategies counts towards torch's limit
+        recipe = RECIPES / f"{stem}.yaml"
+        published: Config = {"model": load(recipe)["model"]} if recipe.exists() else {}
+        accelerator = "gpu" if setup.device.type == "cuda" else "cpu"
+        stream = {"number": number, "image_size": setup.image_size, "batch_size": setup.batches[-1]}
+        given: Config = {
+            "backbone": setup.backbone,
+            "trainer": {"max_epochs": 1, "precision": precision, "accelerator": accelerator},
+            "data": {"class_path": f"{__name__}.NoiseStream", "init_args": stream},
+        }
+        configuration = resolve(
+            [config_file("strategies", stem), published, given], ["--model.scheduler=null"]
         )
+        remembering = LambdaCallback(on_fit_start=lambda trainer, strategy: self._remember())
+        curves = CSVLogger(setup.folder, name=stem)
+        self.strategy, self.trainer = configuration.build([remembering], [curves])
+        assert isinstance(configuration.datamodule, NoiseStream)
+        self.stream = configuration.datamodule
+        self.stream.device = self.trainer.strategy.root_device
+        self._folder = setup.folder
 
-    def _between(self, before: float) -> Between:
-        passes = list(self.stream.pass_seconds)
-        return Between(passes, self.trainer.course.seconds["data_passes"] - before - sum(passes))
+    def run(self, steps: Iterator[Batch]) -> dict[str, float]:
+        """Run from end to end; Lightning takes a step, with all hooks, on each of ``steps`` before the next.
 
-    def _stepped(self, index: int) -> SteppedTraining:
-        """Return the training of one experience, not yet started."""
-        experience = self.stream.experiences[index]
-        self.stream.pass_seconds.clear()
+        Returns:
+            Seconds of the last experience: its data ``passes``; the other ``work`` of the hooks around
+            training; ``evaluation``; one ``checkpoint``; and ``overhead``, the checkpoints with all else but
+            passes, work, evaluation and training.
+        """
+        self.stream.steps = steps
+        checkpoints = Checkpoints(self._folder / FOLDER_NAME, cell="bench")
+        result = self.trainer.run(self.strategy, self.stream, folder=self._folder, checkpoints=checkpoints)
+        whole, spent = timer() - self.stream.entered, result.costs[-1].seconds
+        passes = self.stream.pass_seconds
+        return {
+            "passes": passes,
+            "work": spent["data_passes"] - passes,
+            "evaluation": spent["evaluation"],
+            "checkpoint": spent["checkpoints"] / _CHECKPOINTS,
+            "overhead": whole - spent["data_passes"] - spent["evaluation"] - spent["training"],
+        }
 
-        def learn() -> None:
-            self.trainer.learn(self.strategy, self.stream, experience)
-
-        return SteppedTraining(learn, self.stream.handover)
-
-    def _learn_first(self, images: int) -> None:
-        first = self.stream.experiences[0]
-        batch = self.stream.batch(images, first, self.trainer.strategy.root_device)
-        self.stream.at_hand = [batch]
-        training = self._stepped(0)
-        training.start()
-        training.step(batch)
-        training.finish()
-
-    def _pretend(self) -> None:
-        """Fill what the experiences in between would have left."""
-        for experience in self.stream.experiences[1 : self.number - 1]:
-            self.strategy.expand(experience)
-        if (memory := memory_of(self.strategy)) is not None:
-            last = len(self.stream.experiences) - 1
-            fill(memory, _PROTECTED * (self.number - 1) / last)
-
-
-@contextmanager
-def _counting(counter: FlopCounterMode) -> Iterator[None]:
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
-        yield
+    def _remember(self) -> None:
+        memory = memory_of(self.strategy)
+        if memory is not None and not self.strategy.experience.is_first:
+            fill(memory, _PROTECTED * (self.stream.number - 1) / (_LENGTH - 1))
 
 
-def fill(memory: GPM, share: float, seed: int = 0) -> None:
-    """Protect random directions besides those that ``memory`` holds, until they are ``share`` of all."""
-    generator = torch.Generator().manual_seed(seed)
+def fill(memory: GPM, share: float) -> None:
+    """Protect random directions until ``memory`` holds ``share`` of all."""
+    generator = torch.Generator().manual_seed(0)
     wanted = round(share * memory.dim)
     for number in range(memory.num_bases):
         projection = memory.projections.index(number)
@@ -204,29 +244,3 @@ def fill(memory: GPM, share: float, seed: int = 0) -> None:
         drawn = torch.randn(memory.dim, max(wanted - basis.shape[1], 0), generator=generator).to(basis)
         new = torch.linalg.qr(drawn - basis @ (basis.mT @ drawn)).Q
         memory.replace(projection, torch.cat([basis, new], dim=1))
-
-
-def configured(
-    stem: str, kind: type[NoiseStream], *, backbone: Config, trainer: Config, stream: Config
-) -> Configuration:
-    """Return how a strategy runs on noise, as its recipe for ImageNet-R sets it.
-
-    Args:
-        stem: Config of the strategy.
-        kind: Class of the stream.
-        backbone: Arguments of the backbone.
-        trainer: Arguments of the trainer.
-        stream: Arguments of the stream.
-
-    Raises:
-        ValueError: If there is no such config.
-    """
-    data = {"class_path": f"{kind.__module__}.{kind.__name__}", "init_args": stream}
-    given: Config = {"backbone": backbone, "trainer": {"max_epochs": 1} | trainer, "data": data}
-    return resolve([config_file("strategies", stem), _recipe(stem), given], ["--model.scheduler=null"])
-
-
-def _recipe(stem: str) -> Config:
-    """Return the published settings of the strategy itself, where there are any."""
-    file = CONFIGS / "recipes" / "imagenet_r" / f"{stem}.yaml"
-    return {"model": load(file)["model"]} if file.exists() else {}

@@ -7,5 +7,6 @@ data.py           no task id at test time, no data of other experiences
 reproduction.py   the same bits from the same seed and after a resumption; float32 and bfloat16
 cost.py           stored state and the operations of a step, on a long stream
 claims.py         all claims in order
+options.py        the options of the verb, read without torch
 command.py        the verb ``cl-bench check``
 """

@@ -59,7 +59,8 @@ def _stages(run: Run, index: int, holdings: _Holdings) -> Stages:
     ):
         run.learn(run.experiences[index])
     observe()
-    return Stages(*moments, mismatches=list(dict.fromkeys(holdings.mismatches)))
+    before, ready, trained, finished = moments
+    return Stages(before, ready, trained, finished, list(dict.fromkeys(holdings.mismatches)))
 
 
 class _Holdings(Callback):

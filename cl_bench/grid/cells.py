@@ -63,8 +63,7 @@ class Grid:
     Attributes:
         strategies: Config stems or paths.
         datasets: Config stems or paths.
-        settings: Named sets of overrides for each strategy; a strategy without any runs once, without
-        overrides.
+        settings: Named sets of overrides for each strategy; a strategy without any runs once.
         orders: Class orders.
         seeds: Seeds.
         results: Folder of all results.

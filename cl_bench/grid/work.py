@@ -30,7 +30,7 @@ _REAPING_SECONDS = 1.0  # a killed forkserver is replaced after it has left the 
 
 @dataclass(frozen=True)
 class Job:
-    """One cell to run.
+    """A cell to run.
 
     Attributes:
         cell: The words of its command.

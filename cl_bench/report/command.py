@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cl_bench.errors import suggestion
-from cl_bench.report.comparison import Comparison, comparisons
+from cl_bench.report.comparison import comparisons
 from cl_bench.report.page import page
 from cl_bench.report.pictures import pictures
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
@@ -79,18 +79,17 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     laid_out = tables(compared, shown)
     folder = results_folder / FOLDER
     folder.mkdir(exist_ok=True)
-    _remove_earlier(folder, format)
-    if format == "html":
-        path = _written(folder / PAGE, page(laid_out, results_folder.resolve().name, unreadable))
-        return Report(f"Open {path} in a browser.\n{_unread(unreadable)}".rstrip(), [path])
-    texts = _texts(laid_out, format)
-    files = [_written(folder / name, text) for name, text in texts.items()]
-    files += _drawn(compared, folder) if format in ("md", "latex") else []
-    return Report(next(iter(texts.values())) + _unread(unreadable), files)
-
-
-def _unread(unreadable: Sequence[str]) -> str:
-    return "".join(f"Not read: {line}\n" for line in unreadable)
+    for pattern in _OURS[format]:  # no picture of results that are gone may remain with the new table
+        for path in folder.glob(pattern):
+            path.unlink()
+    texts = _texts(laid_out, format, results_folder.resolve().name, unreadable)
+    files = [folder / name for name in texts]
+    for path, text in zip(files, texts.values(), strict=True):
+        path.write_text(text, encoding="utf-8")
+    if format in ("md", "latex"):
+        files += [path for comparison in compared for path in pictures(comparison, folder)]
+    text = f"Open {files[0]} in a browser.\n" if format == "html" else next(iter(texts.values()))
+    return Report(text + "".join(f"Not read: {line}\n" for line in unreadable), files)
 
 
 def results_below(folder: Path) -> tuple[list[Result], list[str]]:
@@ -120,8 +119,15 @@ def defined(metrics: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(metrics))
 
 
-def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa: A002
-    """Return the tables by file name; CSV has separate files for differences and for runs in no mean."""
+def _texts(
+    laid_out: Sequence[Table],
+    format: Format,  # noqa: A002
+    title: str,
+    unreadable: Sequence[str],
+) -> dict[str, str]:
+    """Return the report by file name; CSV has separate files for differences and for runs in no mean."""
+    if format == "html":
+        return {PAGE: page(laid_out, title, unreadable)}
     if format == "md":
         return {"table.md": markdown(laid_out)}
     if format == "latex":
@@ -130,19 +136,3 @@ def _texts(laid_out: Sequence[Table], format: Format) -> dict[str, str]:  # noqa
         return {"table.json": tree(laid_out)}
     further = {"differences.csv": tidy_differences(laid_out), "absent.csv": tidy_absences(laid_out)}
     return {"table.csv": tidy(laid_out)} | {name: text for name, text in further.items() if text}
-
-
-def _remove_earlier(folder: Path, format: Format) -> None:  # noqa: A002
-    """Remove the earlier report, so that no picture of results that are gone remains with the new table."""
-    for pattern in _OURS[format]:
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def _written(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def _drawn(compared: Sequence[Comparison], folder: Path) -> list[Path]:
-    return [path for comparison in compared for path in pictures(comparison, folder)]

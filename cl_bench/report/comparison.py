@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -372,7 +372,10 @@ def distinguishing(table: Mapping[str, Sequence[str | None]]) -> list[str]:
     candidates = sorted(table, key=lambda key: (len(key.rpartition(".")[2]), key))
     columns: list[tuple[str | None, ...]] = [()] * max((len(values) for values in table.values()), default=0)
     while candidates:
-        extended = {key: _extended(columns, table[key]) for key in candidates}
+        extended = {
+            key: [(*column, value) for column, value in zip(columns, table[key], strict=True)]
+            for key in candidates
+        }
         best = max(candidates, key=lambda key: len(set(extended[key])))
         if len(set(extended[best])) == len(set(columns)):
             break
@@ -388,7 +391,8 @@ def short_names(keys: Sequence[str]) -> list[str]:
     >>> short_names(["strategy.rank", "head.lr", "adapter.lr"])
     ['rank', 'head.lr', 'adapter.lr']
     """
-    endings = [list(_endings(key)) for key in keys]
+    parts = [key.split(".") for key in keys]
+    endings = [[".".join(own[start:]) for start in reversed(range(len(own)))] for own in parts]
     taken = [ending for own in endings for ending in own]
     return [next((ending for ending in own if taken.count(ending) == 1), own[-1]) for own in endings]
 
@@ -419,15 +423,3 @@ def plain(value: str) -> str:
 def _first_difference(texts: Sequence[str]) -> int:
     alike = (len(set(characters)) == 1 for characters in zip(*texts, strict=False))
     return next((place for place, same in enumerate(alike) if not same), min(map(len, texts)))
-
-
-def _extended(
-    columns: Sequence[tuple[str | None, ...]], values: Sequence[str | None]
-) -> list[tuple[str | None, ...]]:
-    return [(*column, value) for column, value in zip(columns, values, strict=True)]
-
-
-def _endings(key: str) -> Iterator[str]:
-    parts = key.split(".")
-    for start in range(len(parts) - 1, -1, -1):
-        yield ".".join(parts[start:])

@@ -6,10 +6,10 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cl_bench.report.comparison import Comparison, Entry
+from cl_bench.report.comparison import Entry
 from cl_bench.report.statistics import CONFIDENCE, Contrast, Interval, Statistic
 from cl_bench.report.tables import Table, absences, definitions, mixed_provenance, protocol_differences
 from cl_bench.results.result import COSTS
@@ -32,7 +32,9 @@ def tidy(tables: Sequence[Table]) -> str:
             *_summary(entry.statistic(name)),
             *_ends(entry.statistic(name).bootstrap),
         ]
-        for entry, comparison, table in _entries(tables)
+        for table in tables
+        for comparison in table.comparisons
+        for entry in comparison.entries
         for name in (*table.metrics, *COSTS)
     ]
     return _csv([*_KEYS, "strategy", "label", "group", "metric", *_SUMMARY, *_BOOTSTRAP], lines)
@@ -51,11 +53,13 @@ def tidy_differences(tables: Sequence[Table]) -> str | None:
             pair.wins,
             pair.ties,
             pair.losses,
-            _number(pair.p),
-            _number(pair.p_holm),
+            finite(pair.p),
+            finite(pair.p_holm),
             pair.verdict,
         ]
-        for comparison, name, pairs in _contrasts(tables)
+        for table in tables
+        for comparison, by_metric in zip(table.comparisons, table.contrasts, strict=True)
+        for name, pairs in by_metric.items()
         for pair in pairs
     ]
     header = [*_KEYS, "first", "second", "metric", *_SUMMARY]
@@ -147,13 +151,15 @@ def _difference(pair: Contrast) -> dict[str, Any]:
 
 def statistic_record(value: Statistic, *, bootstrap: bool = True) -> dict[str, Any]:
     """Return ``value`` as plain JSON, with null for NaN; leaving out the bootstrap saves time."""
-    record = {
+    record: dict[str, Any] = {
         "mean": finite(value.mean),
         "std": finite(value.std),
         "n": value.n,
-        "interval": _pair(value.interval),
+        "interval": _ends(value.interval) if value.interval.exists else None,
     }
-    return record | ({"bootstrap": _pair(value.bootstrap)} if bootstrap else {})
+    if bootstrap:
+        record["bootstrap"] = _ends(value.bootstrap) if value.bootstrap.exists else None
+    return record
 
 
 def finite(value: float) -> float | None:
@@ -165,34 +171,12 @@ def finite(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 6)
 
 
-def _pair(interval: Interval) -> list[float | None] | None:
-    return [finite(interval.low), finite(interval.high)] if interval.exists else None
+def _summary(value: Statistic) -> list[float | None]:
+    return [finite(value.mean), finite(value.std), value.n, *_ends(value.interval)]
 
 
-def _summary(value: Statistic) -> list[float | int | str]:
-    return [_number(value.mean), _number(value.std), value.n, *_ends(value.interval)]
-
-
-def _ends(interval: Interval) -> list[float | str]:
-    return [_number(interval.low), _number(interval.high)]
-
-
-def _entries(tables: Sequence[Table]) -> Iterator[tuple[Entry, Comparison, Table]]:
-    for table in tables:
-        for comparison in table.comparisons:
-            for entry in comparison.entries:
-                yield entry, comparison, table
-
-
-def _contrasts(tables: Sequence[Table]) -> Iterator[tuple[Comparison, str, list[Contrast]]]:
-    for table in tables:
-        for comparison, by_metric in zip(table.comparisons, table.contrasts, strict=True):
-            for name, pairs in by_metric.items():
-                yield comparison, name, pairs
-
-
-def _number(value: float) -> float | str:
-    return "" if math.isnan(value) else round(value, 6)
+def _ends(interval: Interval) -> list[float | None]:
+    return [finite(interval.low), finite(interval.high)]
 
 
 def _csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -126,7 +125,9 @@ def t_interval(mean: float, std: float, n: int) -> Interval:
     """
     if n < 2:
         return Interval()
-    half = float(_t_quantile(n - 1)) * std / math.sqrt(n)
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * std / math.sqrt(n)
     return Interval(mean - half, mean + half)
 
 
@@ -173,7 +174,7 @@ def permutation_p(differences: Array) -> Array:
     # For one sample, `samples` flips signs; with as many resamples as patterns, SciPy uses every pattern
     # once.
     found = permutation_test(
-        (differences,), _mean, permutation_type="samples", vectorized=True, axis=-1, n_resamples=2**n
+        (differences,), np.mean, permutation_type="samples", vectorized=True, axis=-1, n_resamples=2**n
     )
     return np.atleast_1d(np.asarray(found.pvalue, dtype=np.float64))
 
@@ -313,13 +314,3 @@ def tested(differences: Sequence[Statistic]) -> list[float]:
             for place, value in zip(places, found, strict=True):
                 p[place] = float(value)
     return p
-
-
-def _t_quantile(freedom: int) -> Any:
-    from scipy.special import stdtrit
-
-    return stdtrit(freedom, 0.5 + CONFIDENCE / 2)
-
-
-def _mean(values: Array, axis: int = -1) -> Array:
-    return np.asarray(values.mean(axis=axis))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,11 +81,6 @@ class Wanted:
             )
         return lengths.pop()
 
-    @property
-    def strategies(self) -> list[str]:
-        """The strategy, and the one it is compared with."""
-        return list(dict.fromkeys(name for name in (self.strategy, self.against) if name))
-
     def cells(self, strategy: str) -> list[Cell]:
         """Return the cells of one strategy, one for each seed and class order."""
         common = (f"--num_experiences={self.length}", f"--results={self.results}", *self.overrides)
@@ -109,11 +105,10 @@ def reproduce(wanted: Wanted, engine: Callable[[Path], Engine], *, dry_run: bool
         ValueError: If no such number was published, or a cell is not valid.
     """
     console = Console(highlight=False, soft_wrap=True)
-    rows = {
-        name: published.rows(name, wanted.benchmark, wanted.length)
-        for name in wanted.strategies
-        if name == wanted.strategy or _is_published(name, wanted)
-    }
+    rows = {wanted.strategy: published.rows(wanted.strategy, wanted.benchmark, wanted.length)}
+    if wanted.against is not None:
+        with suppress(ValueError):  # no number of the other strategy is known: there is no contrast
+            rows[wanted.against] = published.rows(wanted.against, wanted.benchmark, wanted.length)
     found, missing = _found(wanted, rows)
     complete = dry_run or missing is None
     if missing is not None:
@@ -131,13 +126,6 @@ def reproduce(wanted: Wanted, engine: Callable[[Path], Engine], *, dry_run: bool
     }
     console.print(_page(wanted, rows, results), markup=False)
     return complete
-
-
-def _is_published(strategy: str, wanted: Wanted) -> bool:
-    try:
-        return bool(published.rows(strategy, wanted.benchmark, wanted.length))
-    except ValueError:
-        return False
 
 
 def _found(wanted: Wanted, strategies: Iterable[str]) -> tuple[dict[str, list[CellEntry]], str | None]:

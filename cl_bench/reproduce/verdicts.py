@@ -121,21 +121,15 @@ def _standing(strategy: str, parts: Sequence[str], levels: Sequence[Level], depa
             "Agreement of numbers confirms none of these."
             + ("" if levels else " No number of its own paper or code is known here.")
         )
+    follows = f"{strategy} follows its source in all parts"
     if not levels:
-        return (
-            f"{strategy} follows its source in all parts; no number of its own paper or code is known here."
-        )
+        return f"{follows}; no number of its own paper or code is known here."
     if any(level.verdict == NOT_RUN for level in levels):
-        return f"{strategy} follows its source in all parts; not all of it was run."
+        return f"{follows}; not all of it was run."
+    if any(level.verdict != MET for level in levels):
+        return f"{follows}; not every level is met."
     if departures:
-        met = (
-            "every level is met"
-            if all(level.verdict == MET for level in levels)
-            else "not every level is met"
-        )
-        return f"{strategy} follows its source in all parts; {met}."
-    if all(level.verdict == MET and level.ours.n >= (level.published.source.runs or 3) for level in levels):
-        return f"{strategy} follows its source in all parts, and every level is met: reproduced."
-    if all(level.verdict == MET for level in levels):
-        return f"{strategy} follows its source in all parts; levels are met, on fewer runs than published."
-    return f"{strategy} follows its source in all parts; not every level is met."
+        return f"{follows}; every level is met."
+    if any(level.ours.n < (level.published.source.runs or 3) for level in levels):
+        return f"{follows}; levels are met, on fewer runs than published."
+    return f"{follows}, and every level is met: reproduced."

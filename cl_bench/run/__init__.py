@@ -1,1 +1,1 @@
-"""One cell, from the words of a command to its result file."""
+"""A cell, from the words of a command to its result file."""

@@ -74,7 +74,7 @@ _PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16
 
 @dataclass(frozen=True, eq=False)
 class Configuration:
-    """One resolved run.
+    """A resolved run.
 
     Attributes:
         strategy_class: The method.

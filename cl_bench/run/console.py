@@ -41,7 +41,7 @@ class RunConsole(Callback):
         """Print once from where an interrupted run is resumed."""
         assert isinstance(trainer, StreamTrainer)
         if not self._announced:
-            self._announced = True
+            self._announced, self._began = True, time.perf_counter()
             if (line := resumption(trainer.result)) is not None:
                 self.console.print(line, markup=False)
 

@@ -22,7 +22,7 @@ _USAGE = "cl-bench run STRATEGY DATASET [--seed 1] [--order numpy:1993] [--KEY V
 
 
 def run(words: list[str]) -> int:
-    """Run the cell that the ``words`` of a command describe, or print what they ask for.
+    """Run the cell that ``words`` describe, or print its help, config or protocol.
 
     Return the exit status: 0 if the cell is done, 1 if it failed.
 

@@ -1,4 +1,4 @@
-"""One run, from its configuration to a finished result file."""
+"""A run, from its configuration to a finished result file."""
 
 from __future__ import annotations
 

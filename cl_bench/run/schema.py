@@ -32,6 +32,8 @@ _MOST_THREADS = 256  # with more than the machine can start, OpenMP kills the pr
 _SWITCHES = ("wandb", "diagnostics", "resume")  # need no value
 
 # Arguments that are set under another key.
+# What words of other code bases are called here.
+_MEANT = {"lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay", "epochs": "max_epochs"}
 _LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
 
 # Lines of jsonargparse's messages that start like this contain no reason.
@@ -139,7 +141,9 @@ class Schema:
         keys = self.keys
         if plain in keys or any(plain.startswith(f"{known}.") for known in keys if "." in known):
             return plain
-        in_groups = [known for known in keys if "." in known and known.partition(".")[2] == plain]
+        first, dot, rest = plain.partition(".")  # as in optimizer.lr
+        first = plain if first in GROUPS else first
+        in_groups = [f"{known}{dot}{rest}" for known in keys if known.partition(".")[2] == first]
         if len(in_groups) == 1:
             return in_groups[0]
         if in_groups:
@@ -147,8 +151,8 @@ class Schema:
         raise ValueError(f"There is no key {name or key}. {self._remedy(plain, keys)}")
 
     def _remedy(self, key: str, keys: list[str]) -> str:
-        if key in _LINKS:
-            return f"Did you mean {_LINKS[key]}?"
+        if key in _LINKS | _MEANT:
+            return f"Did you mean {(_LINKS | _MEANT)[key]}?"
         for group, class_, base in (
             ("model", self._strategy, Strategy),
             ("data", self._datamodule, StreamDataModule),

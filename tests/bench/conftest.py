@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from cl_bench.bench.subject import Subject
-from cl_bench.run.configs import Config
+from cl_bench.bench.subject import Setup, Subject
+from cl_bench.contracts.datamodule import Batch
 from cl_bench.run.run import quiet
 
 
 @pytest.fixture
-def backbone() -> Config:
-    """The arguments of that transformer."""
-    options = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
-    return {"model": "vision_transformer", "weights": "random", "options": options}
+def subject(tmp_path: Path) -> Callable[..., Subject]:
+    """Makes a subject whose batches have four images."""
+
+    def made(stem: str, number: int = 2, precision: str = "32-true", compiler: str | None = None) -> Subject:
+        options = {"img_size": 16, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
+        backbone = {"model": "vision_transformer", "weights": "random", "options": options}
+        setup = Setup(
+            backbone | {"compiler": compiler}, 16, torch.device("cpu"), [precision], [4], 1, tmp_path
+        )
+        with quiet():
+            return Subject(stem, number, precision, setup)
+
+    return made
 
 
 @pytest.fixture
-def subject(tmp_path: Path, backbone: Config) -> Callable[..., Subject]:
-    """Makes a subject that waits before its first step."""
+def during() -> Callable[[Subject, Callable[[], None]], None]:
+    """Calls a function before the first of two steps of a subject."""
 
-    def made(stem: str, number: int = 2, precision: str = "32-true", compiler: str | None = None) -> Subject:
+    def called(subject: Subject, function: Callable[[], None]) -> None:
+        calls: list[str] = []
+
+        def steps() -> Iterator[Batch]:
+            function()
+            calls.append("once")
+            yield subject.stream.batch(4)
+            yield subject.stream.batch(4)
+
         with quiet():
-            return Subject(
-                stem,
-                number,
-                backbone=backbone | {"compiler": compiler},
-                trainer={"precision": precision, "accelerator": "cpu"},
-                stream={"image_size": 16, "batch_size": 4},
-                images=4,
-                folder=tmp_path,
-            )
+            subject.run(steps())
+        assert calls == ["once"]
 
-    return made
+    return called

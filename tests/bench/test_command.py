@@ -2,231 +2,173 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from itertools import count
 
 import pytest
 import torch
-from torch.utils.benchmark import Measurement, TaskSpec
+from torch import nn
 
-from cl_bench.__main__ import REFUSED, main
-from cl_bench.bench import command, group, timing
-from cl_bench.bench.command import Wanted, bench
-from cl_bench.bench.table import Bench, Row
+from cl_bench.bench import command
+from cl_bench.bench.command import Bench, Row, bench, ratios, turns, watched
+from cl_bench.bench.options import add_arguments
 
-BACKBONE = {
-    "model": "vision_transformer",
-    "options": {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2},
-}
-KEYS = ["name", "strategy", "experience", "precision", "batch", "median_s", "ratio_to_floor", "images_per_s"]
-KEYS.append("peak_bytes")
+KEYS = [
+    *("name", "strategy", "experience", "precision", "batch", "median_s", "images_per_s", "of_matrix_rate"),
+    *("ratio_to_floor", "ratio_low", "ratio_high", "peak_to_floor", "rest_to_floor"),
+    *("peak_bytes", "kept_bytes", "master_bytes"),
+]
+MEGA = 250_000  # floats in a megabyte
+DEPTH, WIDTH, TOKENS, RANK, CLASSES = 2, 64, 17, 10, 2
 
-
-# What each call is said to take, in seconds, whatever the batch: by name, experience and precision.
+# Seconds that each call is said to take, whatever the batch.
 SECONDS = {
-    ("floor", None, "32-true"): 2.0,
-    ("step", 2, "32-true"): 2.2,
-    ("step", 20, "32-true"): 2.31,
-    ("forward", 2, "32-true"): 0.8,
-    ("second moments", 2, "32-true"): 4 * 0.88,  # of four batches
-    ("floor", None, "bf16-mixed"): 0.8,
-    ("step", 2, "bf16-mixed"): 1.0,
-    ("step", 20, "bf16-mixed"): 1.02,
-    ("forward", 2, "bf16-mixed"): 0.4,
-    ("second moments", 2, "bf16-mixed"): 4 * 0.6,
-    "evaluation": 16.0,
-    "data": 0.5,
+    "32-true": {"floor": 2.0, "step": 2.2, "forward": 0.8, "second moments": 4 * 0.88, "loading": 0.5},
+    "bf16-mixed": {"floor": 0.8, "step": 1.0, "forward": 0.4, "second moments": 4 * 0.6, "loading": 0.5}
+    | {"fp32 floor": 2.0},
 }
+LATE = 1.05  # times as long does a late step take
 
 
-def timed(
-    calls: Mapping[Any, Callable[[], object]], rounds: int, batches: Mapping[Any, int] | None = None
-) -> dict[Any, Measurement]:
-    """Make every call, and say what it took; the machine is ten times as slow in the last of three rounds."""
-    for call in calls.values():
-        call()
-    return {
-        key: Measurement(number, [SECONDS[key], SECONDS[key], 10 * SECONDS[key]], TaskSpec("", ""))
-        for key in calls
-        for number in [(batches or {}).get(key, 1)]
-    }
+def told(seconds: dict[str, list[float]], rounds: int) -> Iterator[str]:
+    """Yield every name once, and make up its times; the machine is ten times as slow in the last round."""
+    precision, late = "bf16-mixed" if "fp32 floor" in seconds else "32-true", "forward" not in seconds
+    for name in seconds:
+        yield name
+        second = SECONDS[precision][name] * (LATE if late and name == "step" else 1)
+        seconds[name] += [second, second, 10 * second]
 
 
 @pytest.fixture(scope="module")
 def found() -> Bench:
+    parser = ArgumentParser()
+    add_arguments(parser)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "_SIDE", {"cpu": 64})
-        patch.setattr(timing, "_SECONDS", 0.01)
-        patch.setattr(group, "alternating", timed)
-        return bench(Wanted(strategies=["inflora", "loda"], backbone=BACKBONE, batches=[8, 4]))
+        patch.setattr(command, "_SMALL", {"model": "vision_transformer", "options": options})
+        patch.setattr(command, "matrix_rate", lambda device, dtype: 1.0)
+        patch.setattr(command, "turns", told)
+        words = ["--backbone", "small", "--batch", "8", "4", "--strategy", "inflora", "lora"]
+        return bench(parser.parse_args(words))
 
 
 def rows(found: Bench, *names: str, precision: str = "32-true", strategy: str = "inflora") -> list[Row]:
-    return [
-        row
-        for row in found.rows
-        if (row.precision, row.strategy) == (precision, strategy) and row.name in names
-    ]
+    own = (row for row in found.rows if (row["precision"], row["strategy"]) == (precision, strategy))
+    return [row for row in own if row["name"] in names]
 
 
-def test_json_holds_what_was_promised_and_nothing_else(found: Bench) -> None:
+def test_json_holds_the_columns_of_the_table_and_nothing_else(found: Bench) -> None:
     content = json.loads(found.json())
     assert list(content) == ["rows", "device", "matrix_tflops"]
     assert content["device"].startswith("cpu") and content["matrix_tflops"] > 0
     assert all(list(row) == KEYS for row in content["rows"])
+    assert found.text().splitlines()[2].split() == KEYS
 
 
-@pytest.mark.parametrize(
-    ("precision", "ratios"), [("32-true", (1.0, 1.1, 1.155)), ("bf16-mixed", (1.0, 1.25, 1.275))]
-)
-def test_steps_are_held_against_the_floor_of_their_precision(
-    found: Bench, precision: str, ratios: tuple[float, float, float]
+@pytest.mark.parametrize(("precision", "ratio"), [("32-true", 1.1), ("bf16-mixed", 1.25)])
+def test_steps_are_compared_with_the_floor_of_their_precision(
+    found: Bench, precision: str, ratio: float
 ) -> None:
     steps = rows(found, "floor", "step", precision=precision)
-    assert [(row.experience, row.batch) for row in steps] == [(None, 4), (2, 4), (20, 4), (None, 8), (2, 8)]
-    assert [row.ratio_to_floor for row in steps] == pytest.approx([*ratios, *ratios[:2]])
+    places = [(row["name"], row["experience"], row["batch"]) for row in steps]
+    assert places == [(name, *at) for at in ((2, 4), (2, 8), (20, 4)) for name in ("floor", "step")]
+    wanted = [1, ratio, 1, ratio, 1, LATE * ratio]
+    assert [row["ratio_to_floor"] for row in steps] == pytest.approx(wanted)
 
 
-def test_images_a_second_are_those_of_the_median_round(found: Bench) -> None:
-    speeds = {(row.experience, row.batch): row.images_per_s for row in rows(found, "step")}
-    assert speeds == pytest.approx({(2, 4): 4 / 2.2, (20, 4): 4 / 2.31, (2, 8): 8 / 2.2})
-    (evaluation,) = rows(found, "evaluation")
-    assert evaluation.images_per_s == pytest.approx(4 * 8 / 16)
-    assert {row.batch for row in rows(found, "work before", "work after", "turn", "checkpoint")} == {0}
+def test_the_operations_of_a_step_are_those_of_all_its_products(found: Bench) -> None:
+    def operations(batch: int) -> int:
+        patches = batch * (TOKENS - 1) * 3 * 8 * 8 * WIDTH
+        tokens, factors = batch * TOKENS, 2 * RANK  # of keys and values together
+        mlp_and_projection = tokens * (4 + 4 + 1) * WIDTH**2
+        qkv, down, up = tokens * 3 * WIDTH**2, tokens * WIDTH * factors, tokens * factors * 3 * WIDTH
+        attention, head = 2 * batch * TOKENS**2 * WIDTH, batch * WIDTH * CLASSES
+        forward = patches + DEPTH * (mlp_and_projection + qkv + down + up + attention) + head
+        # To inputs and to both factors: nothing before the first adapter needs a gradient.
+        backward = DEPTH * (mlp_and_projection + 2 * attention + up + up + down) + (qkv + down) + 2 * head
+        return 2 * (forward + backward)
+
+    for precision in SECONDS:
+        steps = rows(found, "step", precision=precision, strategy="lora")
+        assert [row["of_matrix_rate"] * row["median_s"] for row in steps] == pytest.approx(
+            [operations(4), operations(8), operations(4)]
+        )
 
 
 def test_the_peak_is_close_to_that_of_the_floor_and_grows_by_what_a_batch_needs(found: Bench) -> None:
-    peaks = {(row.experience, row.batch): row.peak_bytes or 0 for row in rows(found, "floor", "step")}
-    for experience in (None, 2):
+    for name in ("floor", "step"):
+        small, large, _ = (row["peak_bytes"] for row in rows(found, name))
         # What every backward pass needs of an image: inputs of both norms, of attention and of GELU.
-        tokens, width, depth = 17, 64, 2
-        needed = 4 * tokens * depth * (2 + 3 + 4) * width
-        assert 4 * needed < peaks[experience, 8] - peaks[experience, 4] < 3 * 4 * needed
-    to_floor = {(row.experience, row.batch): row.peak_to_floor for row in rows(found, "floor", "step")}
-    assert to_floor[None, 4] == 1.0
-    assert to_floor[2, 4] == pytest.approx(peaks[2, 4] / peaks[None, 4])
-    assert to_floor[2, 8] == pytest.approx(1.0, abs=0.05)
+        needed = 4 * TOKENS * DEPTH * (2 + 3 + 4) * WIDTH
+        assert 4 * needed < large - small < 3 * 4 * needed
+    small, large, _ = (row["peak_to_floor"] for row in rows(found, "step"))
+    assert large == pytest.approx(1.0, abs=0.05)
+    assert small == rows(found, "step")[0]["peak_bytes"] / rows(found, "floor")[0]["peak_bytes"]
 
 
-def test_the_text_says_what_a_late_step_costs_beside_an_early_one(found: Bench) -> None:
-    text = found.text()
-    said = "inflora, 32-true, batch 4: a step in experience 20 over one in 2:"
-    assert f"{said} 1.050 [1.050, 1.050]" in text
-    whole, apart = map(float, re.findall(rf"{re.escape(said)}.* memory (\S+), and (\S+) apart", text)[0])
-    assert whole > 1.01  # heads of twenty experiences, and a basis
-    assert apart == pytest.approx(1.0, abs=0.002)
+def test_the_rest_of_a_peak_is_without_what_the_floor_does_without(found: Bench) -> None:
+    step, floor = (rows(found, name, precision="bf16-mixed")[-1] for name in ("step", "floor"))
+    patch = 3 * 8 * 8
+    assert step["master_bytes"] == 4 * ((patch + 1) * WIDTH + DEPTH * (12 * WIDTH**2 + 9 * WIDTH))
+    assert rows(found, "step")[-1]["master_bytes"] == 0
+    heads = 4 * 20 * CLASSES * (WIDTH + 1)
+    assert heads < step["kept_bytes"] <= heads + 4 * DEPTH * WIDTH**2  # and a basis
+    own = step["kept_bytes"] + step["master_bytes"]
+    assert step["peak_to_floor"] - step["rest_to_floor"] == pytest.approx(own / floor["peak_bytes"])
+    early, late = rows(found, "step")[0], rows(found, "step")[-1]
+    assert late["peak_to_floor"] > 1.01 * early["peak_to_floor"]  # heads of twenty experiences, and a basis
+    assert late["rest_to_floor"] == pytest.approx(early["rest_to_floor"], abs=0.002)
 
 
-def test_the_text_says_how_much_of_the_peak_the_floor_does_without(found: Bench) -> None:
-    said = (
-        r"inflora, bf16-mixed, batch 4, experience 20: peak memory (\S+) of the floor's, and (\S+) apart from"
-    )
-    (numbers,) = re.findall(rf"{said} the (\S+) MB that the method itself keeps and (\S+) MB", found.text())
-    whole, apart, kept, masters = map(float, numbers)
-    (step,) = [row for row in rows(found, "step", precision="bf16-mixed") if row.experience == 20]
-    width, patch, depth = 64, 3 * 8 * 8, 2
-    assert masters == pytest.approx(
-        4e-6 * ((patch + 1) * width + depth * (12 * width**2 + 9 * width)), abs=0.01
-    )
-    basis = 4e-6 * depth * width * width  # of all dimensions, at most
-    assert 0 < kept < basis + 0.01
-    assert step.floor_peak_bytes is not None
-    assert whole == pytest.approx(step.peak_to_floor, abs=6e-4)
-    printed = 2 * 0.005e6 / step.floor_peak_bytes + 1e-3  # what rounding to two and three digits leaves open
-    assert whole - apart == pytest.approx(1e6 * (kept + masters) / step.floor_peak_bytes, abs=printed)
-
-
-def test_what_happens_once_an_experience_has_rows_of_its_own_for_each(found: Bench) -> None:
-    names = ("passes before", "work before", "passes after", "work after", "turn", "checkpoint")
-    places = [(row.name, row.experience) for row in rows(found, *names)]
-    assert places == [
-        *((name, number) for number in (2, 20) for name in names[:4]),
-        ("turn", 2),
-        ("checkpoint", 2),
+def test_what_happens_once_an_experience_has_rows_of_its_own(found: Bench) -> None:
+    names = ("passes", "work", "evaluation", "checkpoint", "overhead")
+    own = rows(found, *names)
+    assert [(row["name"], row["experience"]) for row in own] == [
+        (name, at) for at in (2, 20) for name in names
     ]
+    assert [row["batch"] for row in own] == [8, 0, 32, 0, 0, 8, 0, 40, 0, 0]
 
 
-def test_findings_speak_of_precision_passes_and_whole_runs(found: Bench) -> None:
+def test_findings_compare_experiences_precisions_and_passes(found: Bench) -> None:
     text = found.text()
-    assert "inflora, batch 8: a step in fp32 over one in bf16: 2.200 [2.200, 2.200]" in text
-    assert "32-true, batch 8: a second-moment pass over a forward pass: 1.100 [1.100, 1.100]" in text
-    assert "bf16-mixed, batch 4: a second-moment pass over a forward pass: 1.500 [1.500, 1.500]" in text
+    for sentence in (
+        "inflora, 32-true, batch 4: a step in experience 20 over one in 2: 1.050 [1.050, 1.050]",
+        "inflora, batch 8: a step in fp32 over one in bf16: 2.200 [2.200, 2.200]",
+        "32-true, batch 8: a second-moment pass over a forward pass: 1.100 [1.100, 1.100]",
+        "bf16-mixed, batch 4: a second-moment pass over a forward pass: 1.500 [1.500, 1.500]",
+    ):
+        assert sentence in text
 
 
-def test_a_whole_run_is_its_steps_and_evaluations_and_a_little_more(found: Bench) -> None:
-    said = "inflora, 32-true: ImageNet-R in 10 experiences of 50 epochs would take"
-    steps = 24_000 * 50 / 8 * 2.2
-    evaluations = 6_000 * 5.5 / 32 * 16.0
+def test_an_experience_costs_its_steps_and_a_little_more(found: Bench) -> None:
+    said = "inflora, 32-true: an experience of ImageNet-R, 2400 images and 50 epochs, takes"
     (minutes,) = map(float, re.findall(rf"{said} (\S+) min", found.text()))
-    assert (steps + evaluations) / 60 < minutes < 1.02 * (steps + evaluations) / 60
+    steps = 2_400 * 50 / 8 * 2.2 / 60
+    assert steps < minutes < 1.05 * steps
 
 
-def test_a_turn_is_dearer_than_its_checkpoints(found: Bench) -> None:
-    (seconds,), (checkpoint,) = rows(found, "turn"), rows(found, "checkpoint")
-    assert 0 < 4 * checkpoint.median_s < seconds.median_s
+def test_every_call_is_made_once_a_round_and_once_to_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, slow = [0.0], count(1)
+    monkeypatch.setattr(command, "timer", lambda: clock[0])
+    seconds: dict[str, list[float]] = {"a": [], "b": [], "c": []}
+    made = []
+    for name in turns(seconds, rounds=4):
+        made.append(name)
+        clock[0] += {"a": 3.0, "b": 2.0, "c": 1.0}[name] * (10 if next(slow) > 12 else 1)
+    assert all(sorted(made[start : start + 3]) == list("abc") for start in range(0, 15, 3))
+    assert len({tuple(made[start : start + 3]) for start in range(0, 15, 3)}) > 1
+    assert seconds["c"] == [1.0, 1.0, 1.0, 10.0]
+    # What slows the machine for a round leaves the ratio as it is.
+    assert ratios(seconds["a"], seconds["b"]) == pytest.approx([1.5] * 4)
 
 
-def test_the_verb_needs_neither_data_nor_avalanche(checkout: Path) -> None:
-    code = (
-        "import sys; from cl_bench.__main__ import main\n"
-        "words = '--strategy lora --backbone small --batch 4 --rounds 1 --precision 32-true --threads 1'\n"
-        "assert main(['bench', *words.split(), '--json']) == 0\n"
-        "assert 'avalanche' not in sys.modules"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["rows"]
-    assert "of the floor" in done.stderr and "profiler" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "wanted"),
-    [
-        ("", Wanted()),
-        (
-            "--strategy lora loda --backbone small --device cpu --precision 32-true --batch 4 8 --compile",
-            Wanted(["lora", "loda"], "small", "cpu", ["32-true"], [4, 8], compiled=True),
-        ),
-    ],
-)
-def test_what_the_verb_is_not_told_is_left_to_the_bench(
-    words: str, wanted: Wanted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Wanted] = []
-
-    def listening(wanted: Wanted, say: Callable[[str], None]) -> Bench:
-        asked.append(wanted)
-        return Bench("cpu", {"32-true": 1.0})
-
-    monkeypatch.setattr(command, "bench", listening)
-    assert main(["bench", *words.split()]) == 0
-    assert asked == [wanted]
-
-
-@pytest.mark.parametrize(
-    ("words", "answer"),
-    [
-        ("--strategy lroa", "There is no strategy 'lroa'. Did you mean lora?"),
-        ("--backbone vit_bse_patch16_224", "Did you mean vit_base_patch16_224?"),
-        ("--precision bf16", "There is no precision 'bf16' here. Choose among 32-true, bf16-mixed."),
-        ("--device gpu", "There is no device 'gpu'. Did you mean cpu?"),
-        ("--batch 1", "A batch shows images of four classes: give --batch 4 or more."),
-        ("--rounds 0", "0 rounds measure nothing: give --rounds 1 or more."),
-    ],
-)
-def test_what_cannot_be_measured_is_answered_in_a_sentence(
-    words: str, answer: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["bench", *words.split()]) == REFUSED
-    assert answer in capsys.readouterr().err
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "--device", "cuda"]) == REFUSED
-    assert "choose --device cpu" in capsys.readouterr().err
+def test_the_peak_counts_what_is_alive_at_one_time() -> None:
+    model = nn.Linear(MEGA, 1, bias=False)
+    with watched(model, torch.optim.Adam(model.parameters())) as peak:
+        first = torch.ones(2 * MEGA)
+        second = first + 1
+        del first
+        third = torch.ones(MEGA)
+        del second, third
+    assert 5e6 <= peak[0] < 5.01e6

@@ -1,50 +1,65 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from cl_bench.bench.command import held_bytes
 from cl_bench.bench.floor import Floor
 from cl_bench.bench.subject import Subject
+from cl_bench.contracts.datamodule import Batch
 from cl_bench.network.heads import GrowingLinear
+
+During = Callable[[Subject, Callable[[], None]], None]
 
 
 @pytest.mark.parametrize("stem", ["lora", "inflora", "keeplora"])
 def test_the_floor_learns_what_the_strategy_learns(subject: Callable[..., Subject], stem: str) -> None:
     ours = subject(stem)
-    floor = Floor(ours.strategy, 2, half=False)
-    images, labels = ours.batch(4)
-    (optimizer,) = ours.trainer.optimizers
-    for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = floor.optimizer.param_groups[0]["lr"], 0.0
-    assert isinstance(ours.strategy.head, GrowingLinear)
-    floor.model[1].load_state_dict(ours.strategy.head.parts[-1].state_dict())
+    distances: list[float] = []
 
-    with torch.no_grad():
-        before = ours.strategy.features(images)
-    for _ in range(20):
-        ours.step((images, labels))
-        floor.step((images, labels - 2))
-    with torch.no_grad():
-        theirs, own = floor.model[0](images), ours.strategy.features(images)
-    moved = (own - before).norm()
+    def steps() -> Iterator[Batch]:
+        strategy, floor = ours.strategy, Floor(ours.strategy, 2, half=False)
+        images, labels = ours.stream.batch(4)
+        (optimizer,) = ours.trainer.optimizers
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = floor.optimizer.param_groups[0]["lr"], 0.0
+        assert isinstance(strategy.head, GrowingLinear)
+        floor.model[1].load_state_dict(strategy.head.parts[-1].state_dict())
+        before = strategy.features(images).detach()
+        for _ in range(20):
+            yield images, labels
+            floor.step((images, labels - 2))
+        with torch.no_grad():
+            theirs, own = floor.model[0](images), strategy.features(images)
+        distances.extend([float((own - before).norm()), float((own - theirs).norm())])
+
+    ours.run(steps())
+    moved, distance = distances
     assert moved > 1e-2
-    assert (own - theirs).norm() < 0.02 * moved
+    assert distance < 0.02 * moved
 
 
-def test_the_floor_of_a_step_in_half_precision_has_the_same_function(subject: Callable[..., Subject]) -> None:
+def test_a_floor_in_half_precision_computes_the_same_function(
+    subject: Callable[..., Subject], during: During
+) -> None:
     ours = subject("lora", precision="bf16-mixed")
-    floor = Floor(ours.strategy, 2, half=True)
-    images, _ = ours.batch(4)
-    with torch.no_grad(), floor.precision("cpu"):
-        theirs, own = floor.model[0](images), ours.strategy.features(images)
-    assert torch.equal(theirs, own)
-    full = Floor(ours.strategy, 2, half=False)
-    assert not torch.equal(full.model[0](images), own)
+
+    @torch.no_grad()
+    def compared() -> None:
+        floor, full = (Floor(ours.strategy, 2, half=half) for half in (True, False))
+        images, _ = ours.stream.batch(4)
+        with torch.autocast("cpu", torch.bfloat16):
+            theirs = floor.model[0](images)
+        own = ours.strategy.features(images)
+        assert torch.equal(theirs, own)
+        assert not torch.equal(full.model[0](images), own)
+
+    during(ours, compared)
 
 
-def test_in_half_precision_the_floor_keeps_what_is_frozen_in_half_precision_alone(
+def test_a_floor_in_half_precision_keeps_frozen_weights_only_in_half_precision(
     subject: Callable[..., Subject],
 ) -> None:
     floor = Floor(subject("lora", precision="bf16-mixed").strategy, 2, half=True)
@@ -54,29 +69,29 @@ def test_in_half_precision_the_floor_keeps_what_is_frozen_in_half_precision_alon
     assert len(frozen) == 1 + 4 * 2  # patches, and four layers in each block
 
 
-def test_the_memory_of_the_floor_is_that_of_separate_factors(subject: Callable[..., Subject]) -> None:
-    ours = subject("inflora")  # which trains what keys and values have, and queries have nothing
-    images, labels = ours.batch(4)
-    floor = Floor(ours.strategy, 2, half=False)
-    floor.step((images, labels - 2))
-    backbone = sum(parameter.numel() for parameter in ours.strategy.backbone.vit.parameters())
-    depth, width, rank, classes, tensors = 2, 64, 10, 2, 4
-    head = classes * (width + 1)
-    trained = depth * 2 * width * rank + head
-    averages_and_steps = 2 * trained + tensors
-    assert floor.held_bytes == 4 * (backbone + head + averages_and_steps)
+def test_the_floor_leaves_the_strategy_as_it_was_and_keeps_what_separate_factors_need(
+    subject: Callable[..., Subject], during: During
+) -> None:
+    ours = subject("inflora")  # it trains B of keys and values, and nothing of queries
+
+    def measured() -> None:
+        before = {name: tensor.clone() for name, tensor in ours.strategy.state_dict().items()}
+        floor = Floor(ours.strategy, 2, half=False)
+        images, labels = ours.stream.batch(4)
+        floor.step((images, labels - 2))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in ours.strategy.state_dict().items())
+        backbone = sum(parameter.numel() for parameter in ours.strategy.backbone.vit.parameters())
+        depth, width, rank, classes, tensors = 2, 64, 10, 2, 4
+        head = classes * (width + 1)
+        trained = depth * 2 * width * rank + head
+        averages_and_steps = 2 * trained + tensors
+        held = held_bytes(floor.model, floor.optimizer) - floor.unused_bytes
+        assert held == 4 * (backbone + head + averages_and_steps)
+
+    during(ours, measured)
 
 
-def test_the_floor_leaves_the_strategy_as_it_was(subject: Callable[..., Subject]) -> None:
-    ours = subject("lora")
-    before = {name: tensor.clone() for name, tensor in ours.strategy.state_dict().items()}
-    floor = Floor(ours.strategy, 2, half=False)
-    images, labels = ours.batch(4)
-    floor.step((images, labels - 2))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.strategy.state_dict().items())
-
-
-def test_nothing_of_ours_is_in_the_floor(subject: Callable[..., Subject]) -> None:
+def test_the_floor_has_no_layer_of_ours(subject: Callable[..., Subject]) -> None:
     floor = Floor(subject("inflora").strategy, 2, half=False)
     own = {type(module) for module in floor.model.modules() if type(module).__module__.startswith("cl_bench")}
     assert {module.__module__ for module in own} == {"cl_bench.bench.floor"}

@@ -34,7 +34,7 @@ def test_a_grid_is_the_product_of_its_axes(tmp_path: Path) -> None:
     assert configuration.folder.parent.name == "lora-wide"
 
 
-def test_the_first_cells_cover_every_strategy_with_the_first_seed(tmp_path: Path) -> None:
+def test_the_first_cells_are_every_strategy_with_the_first_seed(tmp_path: Path) -> None:
     text = "{strategies: [ncm, lora, joint], datasets: [toy], seeds: [1, 2, 3]}"
     cells = list(read_grid(grid_file(tmp_path, text)).cells())
     assert [cell.strategy for cell in cells[:3]] == ["ncm", "lora", "joint"]
@@ -58,13 +58,13 @@ def test_a_broken_grid_is_one_sentence(tmp_path: Path, text: str, sentence: str)
         read_grid(grid_file(tmp_path, text))
 
 
-def test_a_missing_grid_is_said() -> None:
+def test_the_error_of_a_missing_grid_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no config 'quickstrt' among grids. Did you mean quickstart\?"):
         read_grid("quickstrt")
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "grids").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_grid_holds_cells_that_differ(path: Path) -> None:
+def test_the_cells_of_every_shipped_grid_differ(path: Path) -> None:
     cells = list(read_grid(path.stem).cells())
     assert cells
     assert len({cell.configuration().hash for cell in cells}) == len(cells)

@@ -1,4 +1,4 @@
-"""One grid on the local engine, with a cell that fails and one whose process dies."""
+"""A grid on the local engine, with a cell that fails and a cell whose process dies."""
 
 import contextlib
 import io
@@ -59,7 +59,7 @@ class Dying(LinearProbe):
 
 @dataclass
 class Ran:
-    """What a grid left behind."""
+    """The results of a grid."""
 
     folder: Path
     grid: Path
@@ -91,7 +91,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return Ran(folder / "results", path, status, output)
 
 
-def test_failing_cells_do_not_stop_the_rest_and_are_listed_with_their_error(ran: Ran) -> None:
+def test_failed_cells_do_not_stop_the_rest_and_are_listed_with_their_errors(ran: Ran) -> None:
     assert ran.status == 1
     assert "2 of 4 cells done" in ran.output
     assert "ArithmeticError" in "".join(path.read_text() for path in ran.folder.rglob("log.txt"))
@@ -103,7 +103,7 @@ def test_failing_cells_do_not_stop_the_rest_and_are_listed_with_their_error(ran:
     assert done == {"NCM", "LoRA (merge)"}
 
 
-def test_a_failed_cell_leaves_its_status_and_its_traceback(ran: Ran) -> None:
+def test_a_failed_cell_has_its_status_and_its_traceback_in_files(ran: Ran) -> None:
     (error,) = ran.folder.rglob("error.txt")
     assert read(error.parent / FILE_NAME).status == "failed"
     assert "ArithmeticError: no basis left" in error.read_text()
@@ -118,18 +118,18 @@ def test_finished_cells_are_skipped_and_a_dry_run_runs_nothing(ran: Ran) -> None
     assert {path: path.stat().st_mtime_ns for path in ran.folder.rglob("*")} == before
 
 
-def test_a_cell_of_a_grid_equals_the_same_cell_run_alone(ran: Ran, tmp_path: Path) -> None:
+def test_a_cell_of_a_grid_gives_the_same_result_as_its_own_command(ran: Ran, tmp_path: Path) -> None:
     words = ["--trainer.max_epochs=3", "--model.optimizer.lr=0.01", "--trainer.accelerator=cpu"]
     assert main(["run", "lora", "toy", *words, "--results", str(tmp_path)]) == 0
-    (alone,) = tmp_path.rglob(FILE_NAME)
+    (single,) = tmp_path.rglob(FILE_NAME)
     (in_grid,) = ran.folder.glob(f"toy-T3/lora/*/{FILE_NAME}")
-    assert in_grid.parent.name == alone.parent.name
-    assert read(in_grid).rows == read(alone).rows
+    assert in_grid.parent.name == single.parent.name
+    assert read(in_grid).rows == read(single).rows
     curves = "curves/metrics.csv"
-    assert (in_grid.parent / curves).read_text() == (alone.parent / curves).read_text()
+    assert (in_grid.parent / curves).read_text() == (single.parent / curves).read_text()
 
 
-def test_a_cell_with_a_wrong_setting_stops_the_grid_before_anything_runs(
+def test_a_wrong_setting_of_one_cell_is_refused_before_any_cell_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "grid.yaml"
@@ -146,7 +146,7 @@ def test_the_same_cell_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert "contains this cell twice" in capsys.readouterr().err
 
 
-def test_two_grids_on_one_folder_share_its_cells_and_run_none_twice(tmp_path: Path) -> None:
+def test_two_grids_with_one_results_folder_run_no_cell_twice(tmp_path: Path) -> None:
     (tmp_path / "recorded_strategies.py").write_text(STRATEGIES)
     (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategies.Recorded}")
     path = tmp_path / "grid.yaml"
@@ -162,7 +162,7 @@ def test_two_grids_on_one_folder_share_its_cells_and_run_none_twice(tmp_path: Pa
         args=(jobs, lambda job: None, lambda job, outcome: outcomes.append(outcome)),
     )
     other.start()
-    while not begun.exists():  # the other grid holds the first cell, and waits within it
+    while not begun.exists():  # the other grid runs the first cell, which waits
         time.sleep(0.05)
     threading.Thread(target=let_go_at, args=(2, begun)).start()
     status, output = grid(path, results, "--workers", "1")
@@ -174,7 +174,7 @@ def test_two_grids_on_one_folder_share_its_cells_and_run_none_twice(tmp_path: Pa
     assert {outcome.error for outcome in outcomes if not outcome.held} == {None}
 
 
-def test_a_grid_that_is_told_to_end_while_its_first_cell_starts_does_not_wait_for_it(tmp_path: Path) -> None:
+def test_a_grid_terminated_while_its_first_cell_starts_does_not_wait_for_it(tmp_path: Path) -> None:
     (tmp_path / "recorded_strategies.py").write_text(STRATEGIES)
     (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategies.Recorded}")
     (tmp_path / "go").touch()
@@ -188,7 +188,7 @@ def test_a_grid_that_is_told_to_end_while_its_first_cell_starts_does_not_wait_fo
     assert not (tmp_path / "begun").exists()
 
 
-def test_a_cell_whose_start_is_killed_fails_with_one_sentence_and_the_next_one_runs(tmp_path: Path) -> None:
+def test_a_cell_killed_while_it_starts_fails_and_the_next_one_runs(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text("{strategies: [ncm], datasets: [toy], seeds: [1, 2], common: {trainer.accelerator: cpu}}")
     while_next_cell_starts(lambda forkserver: os.kill(forkserver, signal.SIGKILL))
@@ -199,14 +199,14 @@ def test_a_cell_whose_start_is_killed_fails_with_one_sentence_and_the_next_one_r
 
 
 def let_go_at(number: int, begun: Path) -> None:
-    """Let the cells go on once so many have begun."""
+    """Let the cells continue once ``number`` of them have started."""
     while len(begun.read_text().split()) < number:
         time.sleep(0.05)
     (begun.parent / "go").touch()
 
 
 def while_next_cell_starts(act: Callable[[int], None]) -> None:
-    """Call ``act`` with the process that the next cell is forked from, while that imports the stack."""
+    """Call ``act`` with the id of the forkserver of the next cell while it imports its modules."""
 
     def forkservers() -> list[int]:
         words = ["pgrep", "-P", str(os.getpid()), "-f", "multiprocessing.forkserver"]

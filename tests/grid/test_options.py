@@ -20,7 +20,7 @@ from cl_bench.results.result import FILE_NAME
         (["--engine", "slurm", "--slurm", "gpu"], "'gpu' is not a parameter of sbatch: write KEY=VALUE"),
     ],
 )
-def test_what_an_engine_has_no_use_for_is_one_sentence_before_anything_runs(
+def test_an_option_without_effect_is_refused_before_any_cell_runs(
     tmp_path: Path, words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "grid.yaml"

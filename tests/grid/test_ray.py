@@ -1,4 +1,4 @@
-"""Cells on a real cluster of two nodes on loopback, one of which dies mid-way."""
+"""Cells on a real cluster of two nodes on loopback, one of which dies during a grid."""
 
 import contextlib
 import io
@@ -24,7 +24,7 @@ from cl_bench.grid.work import Job
 from cl_bench.loop.continuation import resumption
 from cl_bench.results.result import FILE_NAME, Result, read
 
-# On the node whose raylet the file `doomed` names, the third cell to start never ends its second experience.
+# The third cell on the node whose raylet the file `doomed` names hangs in its second experience.
 STRATEGY = """
 import os
 import time
@@ -63,7 +63,7 @@ TIMES = ("seconds", "provenance", "peak_memory_bytes")
 
 @dataclass
 class Nodes:
-    """A cluster of two nodes, of one CPU each."""
+    """A cluster of two nodes with one CPU each."""
 
     cluster: Cluster
     second: Any
@@ -74,7 +74,7 @@ class Nodes:
         return pid
 
     def kill_second(self) -> None:
-        """Kill everything on the second node, as a power cut does."""
+        """Kill all processes of the second node, as a power cut does."""
         for pid in [self.second_raylet, *descendants(self.second_raylet)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -116,15 +116,13 @@ def results(folder: Path) -> dict[int, Result]:
 
 
 def timeless(value: Any) -> Any:
-    """Return a result without what no two runs share."""
+    """Return a result without the values that differ between any two runs."""
     if isinstance(value, dict):
         return {key: timeless(item) for key, item in value.items() if key not in TIMES}
     return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def test_the_cell_in_flight_on_a_node_that_dies_goes_on_from_its_checkpoint(
-    nodes: Nodes, tmp_path: Path
-) -> None:
+def test_the_cell_on_a_node_that_dies_resumes_from_its_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
     (tmp_path / "recorded_strategy.py").write_text(STRATEGY)
     (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategy.Recorded}")
     path = tmp_path / "grid.yaml"
@@ -147,10 +145,10 @@ def test_the_cell_in_flight_on_a_node_that_dies_goes_on_from_its_checkpoint(
     assert status == 0, output
     assert "8 of 8 cells done" in output
     (at_death,) = killed
-    assert len({line.split()[0] for line in at_death}) == 2  # both nodes had been at work
+    assert len({line.split()[0] for line in at_death}) == 2  # both nodes had run cells
 
     begun_cells = Counter(line.split()[1] for line in begun.read_text().splitlines())
-    assert begun_cells == Counter("12345678")  # none began twice
+    assert begun_cells == Counter("12345678")  # none started twice
 
     status, output = grid(path, "--results", tmp_path / "local", "--workers", "1")
     assert status == 0, output
@@ -173,13 +171,13 @@ def test_the_cell_in_flight_on_a_node_that_dies_goes_on_from_its_checkpoint(
         ("nonsense", "The address of a Ray cluster cannot be 'nonsense': write HOST:PORT, or auto."),
     ],
 )
-def test_an_address_without_a_cluster_is_one_sentence(address: str, sentence: str) -> None:
+def test_an_address_without_a_cluster_is_refused_in_one_sentence(address: str, sentence: str) -> None:
     engine = RayEngine(address, workers=None, gpus_per_cell=None)
     with pytest.raises(ValueError, match=re.escape(sentence)), engine:
         pass
 
 
-def test_a_gpu_that_no_machine_has_is_one_sentence_and_no_endless_wait(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_gpu_that_no_machine_has_is_refused_at_once(nodes: Nodes, tmp_path: Path) -> None:
     job = Job(Cell("ncm", "toy", ()), tmp_path, threads=1)
     with (
         RayEngine(nodes.cluster.address, workers=None, gpus_per_cell=0.5) as engine,

@@ -10,7 +10,7 @@ from cl_bench.grid.sharing import require_shared
 
 
 class Elsewhere(LocalEngine):
-    """Workers that see another folder under the same path, as on a machine that does not mount it."""
+    """Workers that see another folder at the same path, as on a machine that does not mount it."""
 
     def __init__(self, seen: Path, mounted: Path) -> None:
         super().__init__()
@@ -29,15 +29,13 @@ class Elsewhere(LocalEngine):
             aside.rename(self._seen)
 
 
-def test_a_shared_folder_is_left_as_it_was(tmp_path: Path) -> None:
+def test_checking_a_shared_folder_leaves_no_files(tmp_path: Path) -> None:
     require_shared(tmp_path / "results", LocalEngine())
     assert not list((tmp_path / "results").iterdir())
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_folder_that_workers_see_otherwise_is_refused_with_their_machine(
-    tmp_path: Path, there: bool
-) -> None:
+def test_a_folder_that_a_worker_does_not_see_is_refused_with_its_machine(tmp_path: Path, there: bool) -> None:
     if there:
         (tmp_path / "theirs").mkdir()
     engine = Elsewhere(tmp_path / "results", tmp_path / "theirs")
@@ -48,7 +46,7 @@ def test_a_folder_that_workers_see_otherwise_is_refused_with_their_machine(
 
 
 class Lost(LocalEngine):
-    """Workers whose writing never arrives."""
+    """Workers whose files never appear here."""
 
     def call(self, function: Callable[[], Value]) -> list[Value]:
         values: Sequence[Any] = super().call(function)
@@ -61,6 +59,6 @@ class Lost(LocalEngine):
         self._folder = folder
 
 
-def test_what_workers_write_must_be_read_here(tmp_path: Path) -> None:
+def test_a_folder_in_which_files_of_workers_do_not_appear_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mount one folder under the same path on every machine"):
         require_shared(tmp_path, Lost(tmp_path))

@@ -1,4 +1,4 @@
-"""The engine on SLURM, through submitit, whose local executor starts jobs as processes of this machine."""
+"""The engine on SLURM, with submitit's local executor, which starts jobs as processes of this machine."""
 
 import io
 from pathlib import Path
@@ -25,21 +25,21 @@ class Dying(LinearProbe):
         os._exit(3)
 
 
-class Told(LinearProbe):
-    name = "told to end"
+class Terminated(LinearProbe):
+    name = "terminated"
 
     def after_training(self, data):
         os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
-def test_jobs_outlive_sigterm_and_one_that_dies_or_would_start_others_is_said(tmp_path: Path) -> None:
+def test_jobs_survive_sigterm_and_failed_ones_are_listed(tmp_path: Path) -> None:
     (tmp_path / "slurm_strategies.py").write_text(STRATEGY)
-    for name in ("Dying", "Told"):
+    for name in ("Dying", "Terminated"):
         (tmp_path / f"{name.lower()}.yaml").write_text(f"model: {{class_path: slurm_strategies.{name}}}")
     path = tmp_path / "grid.yaml"
     path.write_text(
-        f"strategies: [{tmp_path}/told.yaml, {tmp_path}/dying.yaml, ncm]\n"
+        f"strategies: [{tmp_path}/terminated.yaml, {tmp_path}/dying.yaml, ncm]\n"
         "datasets: [toy]\n"
         "common: {trainer.accelerator: cpu}\n"
         "settings: {ncm: {two: {trainer.devices: 2, trainer.strategy: ddp}}}\n"
@@ -50,19 +50,19 @@ def test_jobs_outlive_sigterm_and_one_that_dies_or_would_start_others_is_said(tm
     engine = SlurmEngine(results, workers=1, gpus_per_cell=None, parameters={}, cluster="local")
     assert not run_waiting(entries, engine, Console(file=printed, soft_wrap=True))
     assert "1 of 3 cells done" in printed.getvalue()
-    assert "A run in several processes starts its own command anew, and a cell" in printed.getvalue()
+    assert "A run in several processes starts its own command again, and a cell" in printed.getvalue()
     assert "The job of the cell ended without an outcome; see " in printed.getvalue()
     statuses = {result.strategy: result.status for file in results.rglob(FILE_NAME) if (result := read(file))}
-    assert statuses == {"told to end": "done", "dying": "running"}
+    assert statuses == {"terminated": "done", "dying": "running"}
     assert not list(results.glob(".token*"))
 
 
-def test_slurm_where_there_is_none_is_one_sentence(tmp_path: Path) -> None:
+def test_a_machine_without_slurm_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="SLURM is not installed on this machine"):
         SlurmEngine(tmp_path, workers=None, gpus_per_cell=1, parameters={})
 
 
-def test_a_time_that_is_no_number_of_minutes_is_refused(tmp_path: Path) -> None:
+def test_a_time_that_is_not_a_number_of_minutes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="The time of a job cannot be 1-00:00: write minutes, as in time=240"
     ):
@@ -74,6 +74,6 @@ def test_half_a_gpu_is_refused(tmp_path: Path) -> None:
         SlurmEngine(tmp_path, workers=None, gpus_per_cell=0.5, parameters={}, cluster="local")
 
 
-def test_a_parameter_that_sbatch_does_not_have_is_one_sentence(tmp_path: Path) -> None:
+def test_an_unknown_parameter_of_sbatch_is_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--slurm cannot be used: Unknown argument 'partitoin'"):
         SlurmEngine(tmp_path, None, None, {"partitoin": "gpu"}, cluster="local")

@@ -1,4 +1,4 @@
-"""Every shipped config, mutated: it works, or it is refused in one line; never a traceback, never a hang."""
+"""Mutated shipped configs: each works or is refused in one line, without a traceback and without hanging."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cl_bench.__main__ import main
 from cl_bench.run.configs import CONFIGS, load
 from cl_bench.run.configuration import layers, resolve
 
-SECONDS = 60  # for what takes a tenth of a second where nothing hangs and nobody else computes
+SECONDS = 60  # limit of a command, which takes a tenth of a second on an idle machine
 MEMORY = 12 * 2**30
 
 Config = dict[Any, Any]
@@ -128,7 +128,7 @@ ONE_BATCH = (
     "--results=results",
     "--wandb=false",
     "--num_workers=0",
-    "--trainer.devices=1",  # more are more processes, of which this one would be the first
+    "--trainer.devices=1",  # more would start other processes
     "--trainer.num_nodes=1",
     "--trainer.strategy=auto",
     "--trainer.max_epochs=1",
@@ -138,14 +138,14 @@ ONE_BATCH = (
 
 @cache
 def shipped(kind: str) -> list[tuple[str, Path]]:
-    """Return the shipped configs of a kind, each with the name of its folder, a dataset's for a recipe."""
+    """Return the shipped configs of a kind, each with the name of its folder (for recipes, the dataset)."""
     found = [CONFIGS / "trainer.yaml"] if kind == "trainer" else sorted((CONFIGS / kind).rglob("*.yaml"))
     return [(path.parent.name, path) for path in found]
 
 
 @cache
 def known(kind: str, stem: str) -> list[tuple[Place, Any]]:
-    """Return the places of a config where a value is read, each with its default."""
+    """Return the places of a config from which values are read, each with its default."""
     if kind == "grids":
         lists = ("strategies", "datasets", "orders", "seeds")
         return [((name,), []) for name in lists] + [
@@ -176,7 +176,7 @@ def places(config: Any) -> list[Place]:
 
 
 def put(config: Config, where: Place, value: Any) -> None:
-    """Set the value at a place, making the mappings on the way to it."""
+    """Set the value at a place, and create the mappings that contain it."""
     inside: Any = config
     for key, following in pairwise(where):
         below = inside.get(key) if isinstance(inside, dict) else inside[key]
@@ -187,7 +187,7 @@ def put(config: Config, where: Place, value: Any) -> None:
 
 
 def drop(config: Config, where: Place) -> Any:
-    """Remove a place and return what was there."""
+    """Remove a place and return its value."""
     inside: Any = config
     for key in where[:-1]:
         inside = inside[key]
@@ -196,14 +196,14 @@ def drop(config: Config, where: Place) -> Any:
 
 @dataclass(frozen=True)
 class Mutant:
-    """A config that somebody got wrong.
+    """A config with mistakes.
 
     Attributes:
-        kind: Of the config: trainer, strategies, datamodules, recipes or grids.
+        kind: Kind of the config: trainer, strategies, datamodules, recipes or grids.
         dataset: Config stem of the dataset of a recipe.
         file: Its path below the configs.
-        text: What is written in it.
-        trained: Whether to train with it, too.
+        text: Its content.
+        trained: Whether to train with it as well.
     """
 
     kind: str
@@ -264,7 +264,7 @@ def misspelt(random: Random, word: str) -> str:
 
 
 def other(random: Random, old: Any) -> Any:
-    """Draw a value to stand for ``old``: something like it, or anything."""
+    """Draw a value to replace ``old``, similar or arbitrary."""
     return near(random, old) if random.random() < 0.5 else chosen(random, VALUES)
 
 
@@ -287,20 +287,20 @@ def chosen(random: Random, values: list[Any]) -> Any:
     return deepcopy(random.choice(values))
 
 
-# Python shows a user no such warning; any other would be seen, and fails a test.
+# Python hides these warnings from users. All others would be shown, and fail a test.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Hang(BaseException):
-    """A command took too long; no part of the product may catch it."""
+    """A command takes too long; cl-bench must not catch this."""
 
 
 @contextlib.contextmanager
 def deadline() -> Iterator[None]:
-    """Raise Hang where Python is stuck; where it cannot even raise, say where, and end the tests."""
+    """Raise Hang after a time limit; if Python cannot even raise, print the traceback and end the tests."""
 
     def late(signum: int, frame: FrameType | None) -> None:
-        raise Hang(f"still at work after {SECONDS} s")
+        raise Hang(f"still running after {SECONDS} s")
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
@@ -316,7 +316,7 @@ def deadline() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the shipped configs, which the command line reads in their place; memory is bounded, too."""
+    """A copy of the shipped configs, which the command line reads instead of them, with limited memory."""
     folder = tmp_path_factory.mktemp("checkout") / "configs"
     shutil.copytree(CONFIGS, folder)
     before = resource.getrlimit(resource.RLIMIT_DATA)
@@ -324,31 +324,31 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr("cl_bench.run.configs.CONFIGS", folder)
         patch.setattr("cl_bench.run.configuration.CONFIGS", folder)
         patch.chdir(folder.parent)
-        # What asks for too much is refused, as on a machine that has no more.
+        # Larger allocations fail, as on a machine with little memory.
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, before[1]))
         yield folder
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def require_success_or_one_line(words: list[str]) -> None:
-    """Run a command line in this process, and hold what it says to one line if it does not succeed."""
+    """Run a command line in this process, and check that it succeeds or prints an error of one line."""
     errors = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors), deadline():
         status = main(words)
-    said = errors.getvalue()
+    printed = errors.getvalue()
     if status == 0:
-        assert not said
+        assert not printed
         return
-    lines = said.splitlines()
-    assert "Traceback" not in said
+    lines = printed.splitlines()
+    assert "Traceback" not in printed
     if status == 1:
         assert lines.pop().startswith("The traceback is in ")
     assert status in (1, 2)
-    assert len(lines) == 1 and len(lines[0].removeprefix("error: ")) > 12, said
+    assert len(lines) == 1 and len(lines[0].removeprefix("error: ")) > 12, printed
 
 
 def check(mutant: Mutant, configs: Path) -> None:
-    """Put a mutant in the place of the config that it was made of, and run the commands that read it."""
+    """Replace a config with its mutant, and run the commands that read it."""
     file = configs / mutant.file
     shipped = file.read_text(encoding="utf-8")
     file.write_text(mutant.text, encoding="utf-8")
@@ -359,7 +359,7 @@ def check(mutant: Mutant, configs: Path) -> None:
             require_success_or_one_line(
                 ["run", mutant.stem, mutant.dataset, "--root=nowhere", "--print_protocol"]
             )
-            # The data are not there; the toy's are, and a recipe for a pair is a recipe for any dataset.
+            # The data of the recipe are not here, but those of toy are, and a recipe works with any dataset.
             recipe = configs / "recipes" / "toy" / file.name
             recipe.parent.mkdir(exist_ok=True)
             recipe.write_text(mutant.text, encoding="utf-8")
@@ -373,7 +373,7 @@ def check(mutant: Mutant, configs: Path) -> None:
 
 
 def run(mutant: Mutant, pair: list[str]) -> None:
-    """Parse and build, and train one batch of every experience where the mutant asks for it."""
+    """Parse and build, and if the mutant is to be trained, train one batch of every experience."""
     require_success_or_one_line(["run", *pair, "--print_protocol"])
     if mutant.trained:
         require_success_or_one_line(["run", *pair, *ONE_BATCH])
@@ -381,20 +381,20 @@ def run(mutant: Mutant, pair: list[str]) -> None:
 
 
 def fuzz(examples: int, configs: Path) -> int:
-    """Check that many mutants and return how many different ones there were."""
+    """Check ``examples`` mutants and return how many different mutants there were."""
     different = set()
 
     @settings(
         max_examples=examples,
         derandomize=True,
         database=None,
-        deadline=None,  # a deadline of ours stands around each command
+        deadline=None,  # every command has one of its own
         phases=[Phase.generate],  # a failure is one line already
         suppress_health_check=list(HealthCheck),
     )
     @given(st.integers(0, 2**64 - 1))
     def every_mutant_works_or_is_refused(seed: int) -> None:
-        # Choices of hypothesis itself stay close to one another, for the sake of shrinking.
+        # Hypothesis would draw similar mutants, since it wants to shrink them.
         drawn = mutant(Random(seed))
         different.add(drawn)
         check(drawn, configs)
@@ -403,10 +403,10 @@ def fuzz(examples: int, configs: Path) -> int:
     return len(different)
 
 
-def test_some_mutated_configs_work_or_are_refused_in_one_line(configs: Path) -> None:
+def test_a_mutated_config_works_or_is_refused_in_one_line(configs: Path) -> None:
     assert fuzz(40, configs) > 30
 
 
 @pytest.mark.soak
-def test_a_thousand_mutated_configs_work_or_are_refused_in_one_line(configs: Path) -> None:
+def test_each_of_a_thousand_mutated_configs_works_or_is_refused_in_one_line(configs: Path) -> None:
     assert fuzz(1500, configs) > 1000

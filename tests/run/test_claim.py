@@ -1,4 +1,4 @@
-"""Claims between processes, and what a run makes of them."""
+"""Locks on cells between processes, and how a run uses them."""
 
 import shutil
 import socket
@@ -46,7 +46,7 @@ with claim.claim(Path(sys.argv[1])):
 
 @contextmanager
 def holder(path: Path, machine: str = socket.gethostname()) -> Iterator["subprocess.Popen[str]"]:
-    """Another process, which holds the claim until its input ends."""
+    """Another process, which holds the lock until its input ends."""
     command = [sys.executable, "-c", HOLD, str(path), machine]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -66,7 +66,7 @@ def let_go(process: "subprocess.Popen[str]") -> None:
     process.stdin.close()
 
 
-def test_what_a_living_process_holds_is_refused_and_named(tmp_path: Path) -> None:
+def test_a_running_process_keeps_its_lock_and_is_named(tmp_path: Path) -> None:
     with (
         holder(tmp_path / "cell") as process,
         pytest.raises(Held, match=f"run by process {process.pid} on "),
@@ -75,7 +75,7 @@ def test_what_a_living_process_holds_is_refused_and_named(tmp_path: Path) -> Non
         pass
 
 
-def test_a_claim_of_a_dead_process_is_free_at_once(tmp_path: Path) -> None:
+def test_the_lock_of_a_dead_process_is_free_at_once(tmp_path: Path) -> None:
     with holder(tmp_path / "cell") as process:
         kill(process)
         with claim(tmp_path / "cell"):  # does not wait
@@ -83,7 +83,7 @@ def test_a_claim_of_a_dead_process_is_free_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / "cell").exists()
 
 
-def test_a_process_of_another_machine_keeps_its_claim_while_it_lives_and_not_much_longer(
+def test_a_process_on_another_machine_loses_its_lock_soon_after_its_death(
     tmp_path: Path,
 ) -> None:
     sentences: list[str] = []
@@ -96,7 +96,7 @@ def test_a_process_of_another_machine_keeps_its_claim_while_it_lives_and_not_muc
         kill(process)
         killed = time.monotonic()
         with claim(tmp_path / "cell", sentences.append):
-            assert time.monotonic() - killed > SHORT / 2  # nobody here can know of its death any earlier
+            assert time.monotonic() - killed > SHORT / 2  # no earlier sign of its death
     assert sentences == [f"This cell is being run by process {process.pid} on elsewhere."]
 
 
@@ -109,7 +109,7 @@ def claim_of(configuration: Configuration) -> Path:
     return configuration.results / configuration.benchmark / ".claims" / configuration.hash
 
 
-def test_who_waits_for_a_cell_takes_the_result_of_the_other_and_trains_nothing(tmp_path: Path) -> None:
+def test_a_waiting_run_reads_the_result_of_the_other_and_trains_nothing(tmp_path: Path) -> None:
     done, waiting = toy(tmp_path / "one"), toy(tmp_path / "two", "--setting=named")
     first = run(done)
     sentences: list[str] = []
@@ -123,19 +123,19 @@ def test_who_waits_for_a_cell_takes_the_result_of_the_other_and_trains_nothing(t
 
         second = run(waiting, wait=finish)
     assert len(sentences) == 1
-    assert second.provenance == first.provenance  # with the second at which it started
+    assert second.provenance == first.provenance  # which contains the time of its start
     assert second.rows == first.rows
     assert not (waiting.folder / FILE_NAME).exists()
 
 
-def test_who_waits_for_a_cell_runs_it_if_the_other_dies(tmp_path: Path) -> None:
+def test_a_waiting_run_runs_the_cell_if_the_other_process_dies(tmp_path: Path) -> None:
     configuration = toy(tmp_path)
     with holder(claim_of(configuration)) as process:
         result = run(configuration, wait=lambda _: kill(process))
     assert result.status == "done"
 
 
-def test_one_of_two_runs_of_a_cell_waits_and_says_so(
+def test_the_second_of_two_commands_for_a_cell_prints_that_it_waits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configuration = toy(tmp_path)

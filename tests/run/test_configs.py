@@ -5,7 +5,7 @@ import pytest
 from cl_bench.run.configs import CONFIGS, config_file, dumped, load
 
 
-def test_an_unknown_stem_names_the_nearest() -> None:
+def test_the_error_of_an_unknown_stem_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no config 'lroa' among strategies. Did you mean lora\?"):
         config_file("strategies", "lroa")
     with pytest.raises(FileNotFoundError, match=r"There is no config file nowhere\.yaml"):
@@ -29,7 +29,7 @@ def test_a_file_that_is_not_a_config_is_one_sentence(tmp_path: Path, content: st
         load(path)
 
 
-def test_what_is_dumped_is_loaded_again(tmp_path: Path) -> None:
+def test_a_dumped_config_loads_with_the_same_values(tmp_path: Path) -> None:
     config = {"a": "1e3", "b": 1e3, "c": "yes", "d": [None, "null", "{"], "e": {"f": "é\n", "g": -1}}
     path = tmp_path / "saved.yaml"
     path.write_text(dumped(config), encoding="utf-8")
@@ -43,5 +43,5 @@ def opening(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS))
 )
-def test_every_config_opens_with_its_command(path: Path) -> None:
+def test_every_config_starts_with_its_command(path: Path) -> None:
     assert any("cl-bench " in line for line in opening(path))

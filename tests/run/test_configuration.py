@@ -31,7 +31,7 @@ def test_every_shipped_strategy_config_resolves(stem: str) -> None:
     assert toy_or("toy", stem).hash
 
 
-def test_a_printed_config_saved_and_run_alone_is_the_same_cell(tmp_path: Path) -> None:
+def test_a_printed_config_run_from_a_file_is_the_same_cell(tmp_path: Path) -> None:
     first = toy("--rank=3", "--order=numpy:1993", "--trainer.gradient_clip_val=1", "--setting=1e3")
     path = tmp_path / "saved.yaml"
     path.write_text(first.yaml)
@@ -86,7 +86,7 @@ def test_another_data_root_is_the_same_cell_and_another_name_is_not() -> None:
     assert folder("--root=/a/birds").hash != folder("--root=/a/fish").hash
 
 
-def test_a_checkpoint_is_known_by_its_content(tmp_path: Path) -> None:
+def test_the_content_of_a_weights_file_identifies_it(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("one.safetensors", "copy.safetensors", "other.safetensors")]
     for file, content in zip(files, (b"x", b"x", b"y"), strict=True):
         file.write_bytes(content)
@@ -100,7 +100,7 @@ def test_the_folder_names_benchmark_strategy_setting_order_and_seed() -> None:
     assert toy(strategy="joint").folder.parent.name == "lora-joint"
 
 
-def test_later_layers_win_and_another_class_drops_the_arguments_of_the_first(tmp_path: Path) -> None:
+def test_later_layers_win_and_a_new_class_drops_the_arguments_of_the_old(tmp_path: Path) -> None:
     layer = tmp_path / "layer.yaml"
     layer.write_text(yaml.safe_dump({"model": {"init_args": {"rank": 3}}, "trainer": {"max_epochs": 2}}))
     base = layers("lora", "toy")
@@ -157,7 +157,7 @@ def test_an_empty_group_sets_nothing(tmp_path: Path) -> None:
     assert resolve([*layers("lora", "toy"), layer]).cell == toy().cell
 
 
-def test_a_backbone_of_one_word_takes_the_place_of_all_its_settings(tmp_path: Path) -> None:
+def test_the_name_of_a_backbone_in_a_layer_replaces_all_its_settings(tmp_path: Path) -> None:
     layer = tmp_path / "layer.yaml"
     layer.write_text("backbone: embedded")
     backbone = resolve([*layers("lora", "toy"), layer]).cell["backbone"]
@@ -167,7 +167,7 @@ def test_a_backbone_of_one_word_takes_the_place_of_all_its_settings(tmp_path: Pa
     assert backbone["normalisation"] == defaults["normalisation"]
 
 
-def test_a_wrong_key_in_a_layer_is_found_in_its_file(tmp_path: Path) -> None:
+def test_the_error_of_a_wrong_key_names_the_file_of_its_layer(tmp_path: Path) -> None:
     layer = tmp_path / "layer.yaml"
     layer.write_text("model: {init_args: {rnak: 3}}")
     with pytest.raises(ValueError, match=r"no key model.rnak in .*layer.yaml. Did you mean model.rank\?"):
@@ -191,7 +191,7 @@ def minimal(folder: Path, module: str) -> Path:
     return config
 
 
-def test_a_strategy_that_takes_no_optimizer_says_so_where_a_layer_sets_one(tmp_path: Path) -> None:
+def test_an_optimizer_for_a_strategy_without_one_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         resolve(layers(str(minimal(tmp_path, "without_optimizer")), "digits"))
     assert str(caught.value) == (
@@ -201,7 +201,7 @@ def test_a_strategy_that_takes_no_optimizer_says_so_where_a_layer_sets_one(tmp_p
 
 
 def hash_elsewhere(config: Path) -> str:
-    """Resolve a config file in a fresh process, in the folder of that file."""
+    """Resolve a config file in a new process, in the folder of that file."""
     code = (
         "import sys, pathlib; from cl_bench.run.configuration import resolve; "
         "print(resolve([pathlib.Path(sys.argv[1])]).hash)"
@@ -212,8 +212,8 @@ def hash_elsewhere(config: Path) -> str:
     ).stdout.strip()
 
 
-def test_a_printed_config_finds_the_strategy_that_lives_beside_another_config(tmp_path: Path) -> None:
-    first = resolve(layers(str(minimal(tmp_path, "beside_its_config")), "toy"))
+def test_a_printed_config_finds_the_strategy_in_the_folder_of_the_original(tmp_path: Path) -> None:
+    first = resolve(layers(str(minimal(tmp_path, "in_the_folder_of_its_config")), "toy"))
     saved = tmp_path / "elsewhere" / "saved.yaml"
     saved.parent.mkdir()
     saved.write_text(first.yaml)
@@ -224,7 +224,7 @@ def test_a_printed_config_finds_the_strategy_that_lives_beside_another_config(tm
     assert resolve([saved]).yaml == first.yaml
 
 
-def test_the_command_line_and_python_give_one_cell(tmp_path: Path) -> None:
+def test_the_command_line_and_python_give_the_same_cell(tmp_path: Path) -> None:
     words = ["lora", "toy", "--trainer.gradient_clip_val=1", "--trainer.precision=bf16", "--print_config"]
     command = [sys.executable, "-m", "cl_bench", "run", *words]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -238,7 +238,7 @@ def test_the_command_line_and_python_give_one_cell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names", (("32", "32-true", None), ("16", "16-mixed"), ("bf16", "bf16-mixed"), ("64", "64-true"))
 )
-def test_every_name_of_a_precision_is_one_cell(tmp_path: Path, names: tuple[str | None, ...]) -> None:
+def test_all_names_of_a_precision_give_the_same_cell(tmp_path: Path, names: tuple[str | None, ...]) -> None:
     hashes = {toy(*([f"--trainer.precision={name}"] if name else [])).hash for name in names}
     layer = tmp_path / "layer.yaml"
     for written in (names[0], f"'{names[0]}'") if names[0] != "bf16" else ("bf16",):

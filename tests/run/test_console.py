@@ -12,38 +12,36 @@ from cl_bench.run.console import RunConsole, closing_lines, opening_lines
 from cl_bench.run.run import RunFailed, finished, quiet, run
 
 
-class PullsThePlug(Callback):
+class Interrupted(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         raise ArithmeticError
 
 
-def test_a_run_that_goes_on_says_from_where_and_what_is_another_than_then(
+def test_a_resumed_run_prints_its_checkpoint_and_what_has_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     configuration = resolve(
         layers("lora", "toy"), [f"--results={tmp_path}", "--trainer.accelerator=cpu", "--max_epochs=1"]
     )
     with quiet(), pytest.raises(RunFailed):
-        run(configuration, [PullsThePlug()])
+        run(configuration, [Interrupted()])
     output = io.StringIO()
     monkeypatch.setattr(torch, "__version__", "1.0")
     with quiet():
         run(configuration, [RunConsole(Console(file=output, width=200))])
     line, warning, *_ = output.getvalue().splitlines()
-    assert line == "goes on from a checkpoint: experience 1, testing"
-    assert warning.startswith(
-        "warning: bits may differ from those of a run in one go, since there were torch "
-    )
+    assert line == "resumes from a checkpoint: experience 1, testing"
+    assert warning.startswith("warning: the result may differ in bits from a run in one go: torch ")
     assert warning.endswith(" then and 1.0 now")
-    assert output.getvalue().count("goes on from") == 1
+    assert output.getvalue().count("resumes from") == 1
 
 
-def test_a_damaged_checkpoint_is_said_where_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_resumed_run_names_the_damaged_checkpoints(tmp_path: Path) -> None:
     configuration = resolve(
         layers("lora", "toy"), [f"--results={tmp_path}", "--trainer.accelerator=cpu", "--max_epochs=1"]
     )
     with quiet(), pytest.raises(RunFailed):
-        run(configuration, [PullsThePlug()])
+        run(configuration, [Interrupted()])
     last = configuration.checkpoints.last
     assert last is not None
     last.write_bytes(last.read_bytes()[:1000])
@@ -51,10 +49,10 @@ def test_a_damaged_checkpoint_is_said_where_the_run_goes_on(tmp_path: Path) -> N
     with quiet():
         run(configuration, [RunConsole(Console(file=output, width=200))])
     line = output.getvalue().splitlines()[0]
-    assert line == f"goes on from experience 1, merging, as these checkpoints are damaged: {last.name}"
+    assert line == f"resumes from experience 1, merging, because these checkpoints are damaged: {last.name}"
 
 
-def test_a_terminal_sees_a_bar_and_keeps_one_line_for_each_experience(tmp_path: Path) -> None:
+def test_a_terminal_shows_a_bar_and_one_line_for_each_experience(tmp_path: Path) -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=120)
     configuration = resolve(
@@ -73,7 +71,7 @@ def test_a_terminal_sees_a_bar_and_keeps_one_line_for_each_experience(tmp_path: 
     assert str(path) in closing_lines(result, configuration.folder)
 
 
-def test_a_method_has_its_printed_name_from_the_first_line_on(tmp_path: Path) -> None:
+def test_the_first_line_contains_the_printed_name_of_the_method(tmp_path: Path) -> None:
     opening = [
         opening_lines(resolve(layers(name, "toy"), [f"--results={tmp_path}"])).partition(" on toy")[0]
         for name in ("janus_lora", "ncm", "joint")

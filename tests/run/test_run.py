@@ -19,7 +19,7 @@ def toy(folder: Path, *overrides: str) -> Configuration:
     return resolve(layers("linear_probe", "toy"), words)
 
 
-def test_only_a_finished_cell_counts_as_done_under_whatever_setting_name(tmp_path: Path) -> None:
+def test_only_a_finished_cell_is_done_under_any_name_of_its_setting(tmp_path: Path) -> None:
     configuration = toy(tmp_path)
     assert finished(configuration) is None
     run(configuration)
@@ -35,7 +35,7 @@ def test_only_a_finished_cell_counts_as_done_under_whatever_setting_name(tmp_pat
     assert finished(configuration) is None
 
 
-def test_a_second_attempt_replaces_what_the_first_left(tmp_path: Path) -> None:
+def test_a_second_attempt_replaces_the_files_of_the_first(tmp_path: Path) -> None:
     configuration = toy(tmp_path)
     first = run(configuration)
     first.status = "failed"
@@ -48,7 +48,7 @@ def test_a_second_attempt_replaces_what_the_first_left(tmp_path: Path) -> None:
     assert len([line for line in curves[1:] if line]) < 20
 
 
-def test_a_run_builds_its_datamodule_once_and_a_finished_cell_builds_no_backbone(
+def test_a_run_builds_its_datamodule_once_and_a_done_cell_no_backbone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: Counter[str] = Counter()
@@ -56,7 +56,7 @@ def test_a_run_builds_its_datamodule_once_and_a_finished_cell_builds_no_backbone
     def counted(class_: type[Any]) -> None:
         original = class_.__init__
 
-        @wraps(original)  # its signature is what a config may set
+        @wraps(original)  # the schema reads its signature
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             built[class_.__name__] += 1
             original(self, *args, **kwargs)
@@ -73,7 +73,7 @@ def test_a_run_builds_its_datamodule_once_and_a_finished_cell_builds_no_backbone
     assert built == {"Toy": 2, "Backbone": 1}
 
 
-def test_quiet_silences_notices_and_restores_what_it_found() -> None:
+def test_quiet_hides_warnings_and_restores_the_log_levels() -> None:
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     with pytest.raises(ArithmeticError), quiet():
@@ -81,5 +81,5 @@ def test_quiet_silences_notices_and_restores_what_it_found() -> None:
         assert not logger.isEnabledFor(logging.WARNING)
         raise ArithmeticError
     assert logger.level == level
-    with pytest.warns(UserWarning, match="heard again"):
-        warnings.warn("heard again", UserWarning, stacklevel=1)
+    with pytest.warns(UserWarning, match="shown again"):
+        warnings.warn("shown again", UserWarning, stacklevel=1)

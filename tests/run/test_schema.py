@@ -1,7 +1,11 @@
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
+from cl_bench.contracts.strategy import Strategy
+from cl_bench.network.backbones import Backbone
+from cl_bench.run.configuration import layers, resolve
 from cl_bench.run.schema import Schema
 from datamodules.image_folder import ImageFolder
 from datamodules.toy import Toy
@@ -18,6 +22,14 @@ def test_defaults_come_from_the_signatures(schema: Schema) -> None:
     assert (values.model.rank, values.model.variant, values.seed) == (10, "merge", 1)
 
 
+def test_a_strategy_without_arguments_has_an_empty_group() -> None:
+    class Bare(Strategy):
+        def __init__(self, backbone: Backbone) -> None:
+            super().__init__(backbone)
+
+    assert Schema(Bare, Toy).parse({}, []).model == Namespace()
+
+
 def test_the_command_line_wins_over_the_config(schema: Schema) -> None:
     values = schema.parse({"model": {"rank": 3, "scale": 2.0}}, ["--model.rank", "4"])
     assert (values.model.rank, values.model.scale) == (4, 2.0)
@@ -26,7 +38,7 @@ def test_the_command_line_wins_over_the_config(schema: Schema) -> None:
 @pytest.mark.parametrize(
     "words", (["--rank", "4"], ["--rank=4"], ["--model.rank=4"], ["--model.init_args.rank", "4"])
 )
-def test_a_key_may_be_short_or_carry_its_group(schema: Schema, words: list[str]) -> None:
+def test_a_key_works_with_and_without_its_group(schema: Schema, words: list[str]) -> None:
     assert schema.parse({}, words).model.rank == 4
 
 
@@ -46,23 +58,23 @@ def test_seed_and_order_reach_the_datamodule(schema: Schema) -> None:
 @pytest.mark.parametrize(
     "words", (["--wandb"], ["--wandb", "--rank", "4"], ["--wandb=true"], ["--wandb", "true"])
 )
-def test_wandb_is_a_flag_that_may_also_carry_its_value(schema: Schema, words: list[str]) -> None:
+def test_wandb_is_a_flag_with_an_optional_value(schema: Schema, words: list[str]) -> None:
     assert schema.parse({}, words).wandb is True
 
 
-def test_diagnostics_are_a_flag_too(schema: Schema) -> None:
+def test_diagnostics_is_a_flag_with_an_optional_value(schema: Schema) -> None:
     assert schema.parse({}, ["--diagnostics", "--rank", "4"]).diagnostics is True
     assert schema.parse({"diagnostics": True}, ["--no_diagnostics", "--wandb"]).diagnostics is False
 
 
 @pytest.mark.parametrize("words", (["--backbone", "embedded"], ["--backbone=embedded"]))
-def test_the_name_of_a_backbone_takes_the_place_of_all_its_settings(schema: Schema, words: list[str]) -> None:
+def test_the_name_of_a_backbone_replaces_all_its_settings(schema: Schema, words: list[str]) -> None:
     config = {"backbone": {"model": "vision_transformer", "weights": "random", "options": {"depth": 2}}}
     assert schema.parse(config, words).backbone == schema.parse({}, ["--backbone.model=embedded"]).backbone
 
 
 @pytest.mark.parametrize("words", (["--no_wandb"], ["--wandb=false"]))
-def test_a_flag_may_be_negated(schema: Schema, words: list[str]) -> None:
+def test_a_flag_can_be_negated(schema: Schema, words: list[str]) -> None:
     assert schema.parse({"wandb": True}, words).wandb is False
 
 
@@ -142,7 +154,7 @@ def test_a_wrong_key_or_value_is_one_sentence_with_the_remedy(
     assert str(caught.value) == sentence
 
 
-def test_a_wrong_key_in_a_config_is_found_too(schema: Schema) -> None:
+def test_a_wrong_key_in_a_config_is_refused(schema: Schema) -> None:
     with pytest.raises(ValueError, match=r"There is no key model.rnak. Did you mean model.rank\?"):
         schema.parse({"model": {"rnak": 4}}, [])
 
@@ -169,7 +181,7 @@ def test_the_name_of_a_dataset_is_one_folder() -> None:
         Schema(LoRA, ImageFolder).parse({"data": {"root": "x"}}, ["--data.name=a/b"])
 
 
-def test_help_names_the_arguments_with_their_meaning_and_leaves_the_trainer_to_lightning(
+def test_help_explains_all_arguments_except_those_of_the_trainer(
     schema: Schema,
 ) -> None:
     text = schema.help()
@@ -178,3 +190,17 @@ def test_help_names_the_arguments_with_their_meaning_and_leaves_the_trainer_to_l
     assert text.count("--trainer.") < 10
     assert "CONFIG" not in text
     assert "+ " not in text
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    (("lr", "optimizer.lr"), ("weight_decay", "optimizer.weight_decay"), ("epochs", "max_epochs")),
+)
+def test_a_word_of_other_code_bases_is_answered_with_the_key_of_this_one(word: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"There is no key {word}. Did you mean {meant}\\?"):
+        resolve(layers("lora", "toy"), [f"--{word}", "1"])
+
+
+def test_an_argument_of_the_optimizer_needs_no_group() -> None:
+    full = resolve(layers("lora", "toy"), ["--model.optimizer.lr", "0.3"])
+    assert resolve(layers("lora", "toy"), ["--optimizer.lr", "0.3"]).hash == full.hash
