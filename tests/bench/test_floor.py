@@ -8,7 +8,7 @@ import torch
 from cl_bench.bench.command import held_bytes
 from cl_bench.bench.floor import Floor
 from cl_bench.bench.subject import Subject
-from cl_bench.contracts.datamodule import Batch
+from cl_bench.data.experience import Batch
 from cl_bench.network.heads import GrowingLinear
 
 During = Callable[[Subject, Callable[[], None]], None]
