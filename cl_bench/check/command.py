@@ -84,12 +84,13 @@ def _class_path_in(file: Path, class_name: str) -> str:
         for found in vars(module).values()
         if isinstance(found, type) and issubclass(found, Strategy) and found.__module__ == module.__name__
     ]
+    if not own:
+        raise ValueError(f"{file} defines no subclass of Strategy: write one, or name another file.")
     if class_name and class_name not in own:
         raise ValueError(f"There is no strategy {class_name!r} in {file}. {suggestion(class_name, own)}")
     if not class_name and len(own) != 1:
         raise ValueError(
-            f"{file} defines {len(own)} subclasses of Strategy{': ' * bool(own)}{', '.join(own)}. "
-            f"Name one, as {file}:Class."
+            f"{file} defines {len(own)} subclasses of Strategy, {', '.join(own)}: name one, as {file}:Class."
         )
     return f"{module.__name__}.{class_name or own[0]}"
 

@@ -108,7 +108,7 @@ class StreamMetrics(Callback):
         if counted != expected:
             raise ValueError(
                 f"{counted} of {expected} test images were evaluated after experience {index + 1}: "
-                "a result needs them all, so leave limit_test_batches alone."
+                "a result needs them all, so do not set limit_test_batches."
             )
 
     def _within_experience(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class Lifecycle(Callback):
         self._guard = guard
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Call the hooks although there is no epoch: without one, Lightning skips the loop and its hooks."""
+        """Call the hooks around training if no epoch is left, since Lightning then skips its loop."""
         if progress.no_epoch_left(trainer):
             self.on_train_start(trainer, pl_module)
             self.on_train_end(trainer, pl_module)

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: what they hold, whose they are, and how they are kept.
+"""Checkpoints of a run: their content, their owner, and the files.
 
 A checkpoint is one file of tensors and plain values. It is written whole or not at all, the last two of a
-cell are kept, and reading one runs no code.
+cell are kept, and reading it runs no code.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cl_bench.results.files import replaced
 SCHEMA = 1
 FOLDER_NAME = "checkpoints"
 EVERY = 60.0
-"""Seconds after a checkpoint from which on the end of an epoch writes another."""
+"""Seconds after which the end of an epoch writes another checkpoint."""
 
 _KEPT = 2
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a checkpoint is: one of another owner is refused.
+    """The run that a checkpoint belongs to; the checkpoint of another owner is refused.
 
     Attributes:
         cell: Hash of the cell.
@@ -50,17 +50,17 @@ class Checkpoint:
     """A run at one moment, between two steps.
 
     Attributes:
-        owner: Whose it is.
+        owner: The run that it belongs to.
         phase: What comes next.
-        experience: Place of the experience in the stream, from 0.
+        experience: Index of the experience in the stream, from 0.
         epoch: Epochs of the experience that are done.
-        batches: Batches that are done of the epoch after these.
-        circumstances: What bit-exactness depends on beside the cell: device, versions, number of processes.
+        batches: Batches of the next epoch that are done.
+        circumstances: What bit-exactness depends on besides the cell: device, versions, number of processes.
         strategy: What the method holds beyond its pre-trained backbone.
-        random: States of the random generators, of each process.
-        shares: What each process but the first has measured so far; the first one's is in ``strategy``.
+        random: States of the random generators, for each process.
+        shares: What each process except the first has measured so far; ``strategy`` holds the first's.
         loops: Lightning's counters of epochs, batches and steps.
-        training: Optimizers and schedules; empty where no step comes next.
+        training: Optimizers and schedules if a step comes next; otherwise only an optimizer of the stream.
         callbacks: State of each callback that has one, by its key.
         result: Evaluations, costs, diagnostics and resumptions so far.
         seconds: Seconds of this experience so far, by phase.
@@ -87,20 +87,20 @@ class Checkpoint:
 
     @property
     def place(self) -> str:
-        """Where in the stream it was taken, in words."""
+        """Where in the stream it was written, in words."""
         inside = f", {self.batches} batches into epoch {self.epoch + 1}" if self.batches else ""
         epochs = f" after {self.epoch} epochs" if self.phase == "training" and not inside else ""
         return f"experience {self.experience + 1}, {self.phase}{epochs}{inside}"
 
     def differences(self, circumstances: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Return what of the circumstances was then and is now, where that is not the same."""
+        """Return the circumstances that differ, each with its value then and now."""
         names = sorted(self.circumstances.keys() | circumstances.keys())
         pairs = {name: [self.circumstances.get(name), circumstances.get(name)] for name in names}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 class Refused(ValueError):
-    """A checkpoint that is there cannot be gone on with."""
+    """A run cannot resume from the checkpoint in its folder."""
 
 
 class Checkpoints:
@@ -109,12 +109,12 @@ class Checkpoints:
     Args:
         folder: Where they are.
         cell: Hash of the cell.
-        every: Seconds after the last one from which on the end of an epoch writes another.
+        every: Seconds after which the end of an epoch writes another.
     """
 
     def __init__(self, folder: Path, cell: str, every: float = EVERY) -> None:
         if every < 0:
-            raise ValueError(f"Checkpoints every {every} seconds cannot be: give 0 or more.")
+            raise ValueError(f"Checkpoints cannot be written every {every} seconds: give 0 or more.")
         self.folder = folder
         self.cell = cell
         self.every = every
@@ -127,14 +127,14 @@ class Checkpoints:
 
     @property
     def last(self) -> Path | None:
-        """The newest file, if there is one."""
+        """The newest file, None without one."""
         return self._files()[-1] if self._files() else None
 
     def write(self, checkpoint: Checkpoint) -> Path:
-        """Write ``checkpoint``, and remove what is older than the one before it.
+        """Write ``checkpoint``, and remove all but the last two.
 
         Raises:
-            OSError: If it cannot be written; the others are still there.
+            OSError: If it cannot be written; earlier ones are kept.
         """
         before = self._files()
         number = _number(before[-1]) + 1 if before else 1
@@ -150,17 +150,17 @@ class Checkpoints:
         return path
 
     def latest(self, owner: Owner) -> tuple[Checkpoint | None, list[str]]:
-        """Return the newest checkpoint that can be read, None if there is none, and the files that cannot.
+        """Return the newest undamaged checkpoint, None without one, and the names of newer, damaged files.
 
         Args:
-            owner: Who is about to go on with it.
+            owner: The run that resumes.
 
         Raises:
-            Refused: If a file would run code when read, or is one of another owner or version.
+            Refused: If a file would run code when read, or belongs to another owner or version.
         """
         damaged = []
         for path in reversed(self._files()):
-            if not _is_whole(path):  # the disk lost a part of it
+            if not _is_whole(path):
                 damaged.append(path.name)
                 continue
             checkpoint = _read(path)
@@ -169,7 +169,7 @@ class Checkpoints:
         return None, damaged
 
     def clear(self) -> None:
-        """Remove their folder, with what a process that was killed has left in it."""
+        """Remove the folder, with any leftovers of a killed process."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
@@ -186,7 +186,7 @@ def _number(path: Path) -> int:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file is what was written: it holds a checksum of each of its parts."""
+    """Whether every part of the file matches its checksum."""
     try:
         with zipfile.ZipFile(path) as file:
             return file.testzip() is None
@@ -195,7 +195,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _read(path: Path) -> Checkpoint:
-    remedy = "remove its folder, and the cell starts anew."
+    remedy = "remove its folder to restart the cell."
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -209,7 +209,7 @@ def _read(path: Path) -> Checkpoint:
     try:
         return Checkpoint(**content | {"owner": Owner(**content["owner"])})
     except (KeyError, TypeError) as error:
-        raise Refused(f"The checkpoint {path} has other parts than this version writes: {remedy}") from error
+        raise Refused(f"The checkpoint {path} has other fields than this version writes: {remedy}") from error
 
 
 def _require_owner(path: Path, found: Owner, expected: Owner) -> None:
@@ -218,6 +218,6 @@ def _require_owner(path: Path, found: Owner, expected: Owner) -> None:
         its, mine = getattr(found, attribute), getattr(expected, attribute)
         if its != mine:
             raise Refused(
-                f"The checkpoint {path} is of {name} {its}, and this run is of {name} {mine}: remove "
-                "its folder, and the cell starts anew."
+                f"The checkpoint {path} belongs to {name} {its}, and this run to {name} {mine}: remove its "
+                "folder to restart the cell."
             )

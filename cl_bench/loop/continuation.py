@@ -87,12 +87,12 @@ class Continuation:
             course: Where the run stands.
             phase: What comes next.
             epoch: Epochs of the experience that are done, if a training step comes next.
-            batches: Batches that are done of the epoch after these.
+            batches: Batches of the next epoch that are done.
 
         Raises:
             Interrupted: If a signal asked for it, on all processes.
             Diverged: If a trained parameter is not finite: the checkpoint before stays the last good one.
-            OSError: If the checkpoint cannot be written; the one before is still there.
+            OSError: If the checkpoint cannot be written; the one before is kept.
         """
         course.phase, course.epoch, course.batches = phase, epoch, batches
         with course.timed("checkpoints"):
@@ -105,12 +105,12 @@ class Continuation:
 
         Raises:
             Diverged: If a trained parameter is not finite: the checkpoint before stays the last good one.
-            OSError: If the checkpoint cannot be written; the one before is still there.
+            OSError: If the checkpoint cannot be written; the one before is kept.
         """
         trainer, result = self._trainer, self._result
         if self._checkpoints is None or result is None:
             return
-        self._require_finite()
+        self._require_finite(course.experience)
         random = of_all(random_states(course.device))
         shares = of_all(own_share(self._strategy))
         if not is_first():
@@ -118,7 +118,7 @@ class Continuation:
         checkpoint = Checkpoint(
             owner=self._owner,
             phase=course.phase,
-            experience=self._strategy.experience.index,
+            experience=course.experience.index,
             epoch=course.epoch,
             batches=course.batches,
             circumstances=self._circumstances,
@@ -181,6 +181,7 @@ class Continuation:
         if resumed.phase == "training":
             progress.restore_training(self._trainer, resumed.training, resumed.batches)
         elif kept is not None and resumed.training:
+            self._strategy.to(self._trainer.strategy.root_device)  # the state of an optimizer follows them
             kept.load_state_dict(resumed.training[_KEPT])
         rank, _ = place()
         state = resumed.random[rank % len(resumed.random)]
@@ -204,12 +205,12 @@ class Continuation:
         kept = self._strategy.kept_optimizer
         return {} if kept is None else {_KEPT: kept.state_dict()}
 
-    def _require_finite(self) -> None:
+    def _require_finite(self, experience: Experience) -> None:
         finite = [p.detach().isfinite().all() for p in self._strategy.parameters() if p.requires_grad]
         if finite and not bool(torch.stack(finite).all()):
             raise Diverged.at(
-                f"A trained parameter is not finite in experience {self._strategy.experience.index + 1}, at "
-                f"step {self._trainer.global_step}"
+                f"A trained parameter is not finite in experience {experience.index + 1}, at step "
+                f"{self._trainer.global_step}"
             )
 
 

@@ -19,30 +19,35 @@ Phase = Literal["expanded", "training", "merging", "testing"]
 
 
 class Course:
-    """The state of a run between two of its steps. It belongs to nobody; whoever needs it is given it.
+    """The state of a run between two of its steps, an argument of trainer, callbacks and continuation.
 
     Args:
         device: The device that trains; clocks wait for it.
 
     Attributes:
-        experience: The experience at hand.
+        experience: The experience at hand, once one has begun.
         phase: What comes next in it.
         epoch: Epochs of it that are done, if a training step comes next.
-        batches: Batches of the next epoch that are done, likewise.
+        batches: Batches of the next epoch that are done, if a training step comes next.
         stepping: Whether its training steps have begun and not ended.
-        seconds: Its seconds so far, by name of the phase.
+        seconds: Its seconds so far, by what they were spent on.
         trainable: Number of parameters with a gradient.
         interruption: Signals that ask the run to end.
     """
 
+    experience: Experience
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.interruption = Interruption()
-        self.begin(None)
+        self._reset()
 
-    def begin(self, experience: Experience | None) -> None:
+    def begin(self, experience: Experience) -> None:
         """Start with ``experience``; nothing of it is done yet."""
         self.experience = experience
+        self._reset()
+
+    def _reset(self) -> None:
         self.phase: Phase = "expanded"
         self.epoch = self.batches = 0
         self.stepping = False
@@ -55,7 +60,7 @@ class Course:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds spent inside the context to phase ``name`` of this experience."""
+        """Add the seconds spent inside the context to those of ``name``."""
         start = self.now()
         try:
             yield
@@ -63,7 +68,7 @@ class Course:
             self.add(name, self.now() - start)
 
     def add(self, name: str, seconds: float) -> None:
-        """Add ``seconds`` to phase ``name`` of this experience."""
+        """Add ``seconds`` to those of ``name``."""
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def now(self) -> float:

@@ -1,25 +1,25 @@
-"""What happens inside a model over a stream: measured where it is asked for, and changing no result.
+"""Optional measurements of what happens inside a model over a stream; they change no result.
 
-After every experience one pass over its training images, as at test time, gives the second moment of the
-inputs of every adapted layer, the mean feature of each class and the angles between features and prototypes.
-From that and the weights before and after come, for each experience,
+After every experience, one pass over its training images, transformed as at test time, measures the second
+moment of the inputs of every adapted layer, the mean feature of each class, and the angles between features
+and prototypes. From these and the weights before and after, every experience gets an entry with
 
 * ``violation``: how far the update of each adapted projection, ``ΔW`` (m, n), moves its outputs for the
   inputs ``X`` (N, n) of all earlier experiences. ``absolute`` is ``‖ΔW Xᵀ‖_F``, which grows with the number
   of tokens N; ``relative`` is ``‖ΔW Xᵀ‖_F / (‖ΔW‖_F ‖X‖_F)``, in [0, 1], about ``1/√n`` for a random update.
-* ``basis_dims``: how many directions the method protects in each of the matrices that its memory is for.
-* ``danger_score``: mean cosine of a new feature to the nearest old prototype, and ``angular``, for up to 256
-  images evenly spread, that cosine beside the one to the own class's mean. Prototypes are the mean features
-  of old classes as they were when these had just been learnt.
-* ``held_out_ncm``: accuracy of the nearest class mean on classes that are no part of the stream, with the
-  backbone as it was before the experience and as it is after it, a fraction. It says what an experience costs
-  of what pre-training brought. The datamodule's ``held_out_classes`` holds classes out, of each of which
-  at most 32 training images make the mean and at most 32 test images are classified.
+* ``basis_dims``: how many directions the method protects for each adapted projection.
+* ``danger_score``: mean cosine of a new feature to the nearest old prototype.
+* ``angular``: for up to 256 images, evenly spread, that cosine and the cosine to the mean of their own class.
+  Prototypes are the mean features of old classes, measured when these had just been learnt.
+* ``held_out_ncm``: accuracy of the nearest class mean on classes outside the stream, a fraction, with the
+  backbone before the experience and after it. It shows how much of the pre-training an experience destroys.
+  The datamodule's ``held_out_classes`` sets their number. For each, at most 32 training images form the mean,
+  and at most 32 test images are classified.
 
 Source: the violation score, the danger score and its scatter are diagnostics of JANUS-LoRA,
-https://arxiv.org/abs/2605.28495, which does not say over how many inputs its norm is taken; the scale-free
-form is ours. Accuracy outside of the stream is what KeepLoRA, https://arxiv.org/abs/2601.19659, calls forward
-stability, there by the text encoder of CLIP.
+https://arxiv.org/abs/2605.28495, which does not state over how many inputs its norm is taken; the scale-free
+form is ours. KeepLoRA, https://arxiv.org/abs/2601.19659, calls accuracy outside the stream forward stability,
+and measures it by the text encoder of CLIP.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ from cl_bench.network.heads import Prototypes
 from cl_bench.processes.ranks import of_all, total
 
 POINTS = 256
-"""Most images whose two angles are kept for each experience."""
+"""Largest number of images whose two angles are kept for each experience."""
 
 
 class Diagnostics(Callback):
     """Adds an entry to ``result.diagnostics`` after every experience, and its means to the loggers.
 
-    It costs one forward pass over the training images of an experience and one over the images held out, both
-    counted as the phase ``diagnostics``: with LoRA on digits, five epochs and nothing held out, 6 to 9 % of
-    training. Counts, parameters and random numbers are the same with and without.
+    It costs one forward pass over the training images of an experience and one over the held-out images, both
+    counted as the phase ``diagnostics``: 6 to 9 % of the training of LoRA on digits, with five epochs and
+    nothing held out. It changes no counts, parameters or random numbers.
     """
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Diagnostics(Callback):
         self._known: _Known | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Look at the model before the first experience trains it, unless a checkpoint knows how it was."""
+        """Measure the model before the first experience, unless a checkpoint has the measurements."""
         strategy, stream = strategy_of(pl_module), stream_of(trainer)
         if stage != "fit":
             return
@@ -89,7 +89,7 @@ class Diagnostics(Callback):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is known of earlier experiences; nothing before the first."""
+        """Return the measurements of earlier experiences; nothing before the first."""
         if self._known is None:
             return {}
         return {name: value for name, value in vars(self._known).items() if name != "past"} | {
@@ -97,12 +97,12 @@ class Diagnostics(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what an earlier attempt knew."""
+        """Restore the measurements of an earlier attempt."""
         past = [_Past(**entry) for entry in state_dict["past"]]
         self._known = _Known(**state_dict | {"past": past})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the model after an experience."""
+        """Measure the model after an experience."""
         strategy, stream = strategy_of(pl_module), stream_of(trainer)
         assert isinstance(trainer, StreamTrainer)
         with _diagnosing(trainer, strategy):
@@ -154,7 +154,7 @@ class Diagnostics(Callback):
         return found
 
     def _moments(self) -> dict[int, SecondMoments]:
-        """Return a statistic for each width of inputs."""
+        """Return one statistic for each width of inputs."""
         widths: dict[int, list[AdaptedLinear]] = {}
         for one in self._layers:
             widths.setdefault(one.layer.weight.shape[1], []).append(one.layer)
@@ -162,7 +162,7 @@ class Diagnostics(Callback):
 
 
 def scalars(entry: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of one entry that curves are drawn of, by name; layers and targets as means.
+    """Return the numbers of one entry that are logged as curves, by name; means over layers for each target.
 
     >>> entry = {"basis_dims": [3, 5], "violation": {}, "danger_score": None, "angular": None}
     >>> scalars(entry | {"held_out_ncm": {"before": 0.5, "after": 0.25}})
@@ -185,7 +185,7 @@ def scalars(entry: dict[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _Adapted:
-    """An adapted layer, and the rows of each projection in it that an adapter adds to."""
+    """An adapted layer, and the rows of each of its projections that carries an adapter."""
 
     layer: AdaptedLinear
     targets: dict[str, slice]
@@ -205,7 +205,7 @@ class _Past:
 
 @dataclass
 class _Known:
-    """What is known of the experiences so far: adapted weights, inputs, prototypes, accuracy outside."""
+    """Measurements so far: adapted weights, inputs, prototypes, and accuracy outside the stream."""
 
     weights: list[Tensor]
     past: list[_Past]
@@ -220,7 +220,7 @@ class _Known:
 
 
 class _Angles(Statistic):
-    """Cosines of features to the nearest of old prototypes (P, d); and some features with their labels."""
+    """Cosines of features to the nearest old prototype (P, d), and some features with their labels."""
 
     def __init__(self, prototypes: Tensor) -> None:
         self._prototypes = prototypes
@@ -238,7 +238,7 @@ class _Angles(Statistic):
         self._thin()
 
     def gather(self) -> None:
-        """Take in what the other processes have seen."""
+        """Add the features of the other processes."""
         seen = of_all((self._sum, self._count, [(kept.cpu(), label) for kept, label in self._kept]))
         self._sum, self._count = sum(one[0] for one in seen), sum(one[1] for one in seen)
         self._kept = [(kept.to(self._prototypes), label) for one in seen for kept, label in one[2]]
@@ -249,15 +249,15 @@ class _Angles(Statistic):
             self._kept, self._stride = self._kept[::2], 2 * self._stride
 
     def mean(self) -> float | None:
-        """Return the danger score, None without an old prototype."""
+        """Return the danger score, None without old prototypes."""
         return self._sum / self._count if self._count else None
 
     def points(self, centres: Tensor, first: int) -> dict[str, list[float]] | None:
-        """Return both cosines of the features kept.
+        """Return both cosines of the kept features.
 
         Args:
             centres: Mean features (C, d) of the new classes.
-            first: Position of the first of these.
+            first: Position of the first new class.
         """
         if not self._kept:
             return None
@@ -277,7 +277,7 @@ def _adapted_layers(strategy: Strategy) -> list[_Adapted]:
 
 
 def _targets(name: str, layer: AdaptedLinear) -> dict[str, slice]:
-    """Return the rows of each projection that carries an adapter; a fused layer is three projections."""
+    """Return the rows of each projection that carries an adapter; a fused layer has three projections."""
     if not name.endswith("attn.qkv"):
         return {name.rpartition(".")[2]: slice(0, layer.weight.shape[0])}
     third = layer.weight.shape[0] // 3
@@ -290,7 +290,7 @@ def _targets(name: str, layer: AdaptedLinear) -> dict[str, slice]:
 
 
 def _weights(layers: list[_Adapted]) -> list[Tensor]:
-    """Return copies of the weights with their adapters, float64: an update is a small difference."""
+    """Return copies of the weights with their adapters, in float64, since updates are small differences."""
     return [one.layer.effective_weight().double() for one in layers]
 
 
@@ -302,7 +302,7 @@ def _of_layer(moments: dict[int, SecondMoments], layers: list[_Adapted], index: 
 
 
 def _held_out_accuracy(trainer: StreamTrainer, strategy: Strategy, stream: StreamDataModule) -> float | None:
-    """Return the accuracy of the nearest class mean on the classes held out, None if there are none."""
+    """Return the accuracy of the nearest class mean on the held-out classes, None without any."""
     loaders = stream.held_out_dataloaders()
     if loaders is None:
         return None

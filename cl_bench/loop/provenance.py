@@ -1,4 +1,4 @@
-"""Where a number was made: versions, commit, device, threads. Shown beside it, never hashed."""
+"""How a result was made: versions, commit, device, threads. Reports show it; no hash includes it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Return versions, commit, device and threads of this process, as plain JSON."""
     return {
         "python": platform.python_version(),
-        # torch's own word, which names the build as well: a CPU and a CUDA build sum in different orders.
+        # torch's own version also names the build: a CPU and a CUDA build sum in different orders.
         "versions": {"torch": str(torch.__version__)} | {package: version(package) for package in _PACKAGES},
         "commit": commit(),
         "device": device_name(device),
@@ -29,7 +29,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def circumstances(made: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the bits of a run depend on beside its cell: where one of these differs, they may, too.
+    """Return what the bits of a run depend on besides its cell; if one of these differs, the bits may.
 
     Args:
         made: Provenance of the run, with its number of ``processes``.
@@ -46,7 +46,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of this checkout, with ``+`` when files differ from it; None outside of git."""
+    """Return the commit of this checkout, with ``+`` if files differ from it; None outside git."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -61,6 +61,6 @@ def _git(root: Path, *arguments: str) -> str | None:
         done = subprocess.run(
             ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=10
         )
-    except (FileNotFoundError, subprocess.TimeoutExpired):  # provenance is a courtesy: no git, no commit
+    except (FileNotFoundError, subprocess.TimeoutExpired):  # without git, the commit is unknown
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""What a strategy holds beyond its pre-trained backbone, copied out and put back bit by bit."""
+"""Everything that a strategy holds beyond its pre-trained backbone, copied and restored bit by bit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cl_bench.processes.ranks import OfThisRank, place
 from cl_bench.processes.state import NoPlace, put
 
 Snapshot = dict[str, Any]
-"""Tensors, and plain numbers, words, lists and dicts: what ``torch.load(weights_only=True)`` reads."""
+"""Tensors, numbers, strings, lists and dicts, which ``torch.load(weights_only=True)`` can read."""
 
 
 class Pretrained:
-    """Remembers the backbone as it was pre-trained, in 8 bytes a row, and tells what has changed since.
+    """Fingerprints of the pre-trained backbone, 8 bytes for each row, which detect later changes.
 
     Args:
         strategy: Freshly built.
@@ -32,10 +32,10 @@ class Pretrained:
         self._fingerprints = {name: _fingerprints(state[name]) for name in names}
 
     def changed(self, name: str, tensor: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
-        """Return what of ``tensor`` differs from its pre-trained values, in main memory.
+        """Return the difference of ``tensor`` from its pre-trained values, in main memory.
 
-        All of it where it was not pre-trained or has no rows; else the places of its rows that differ (n,)
-        with these rows (n, …). None where nothing does.
+        The whole tensor if it was not pre-trained or has no rows; otherwise the indices (n,) of the rows that
+        differ, and these rows (n, …). None if nothing differs.
         """
         if name not in self._fingerprints:
             return _copied(tensor)
@@ -46,7 +46,7 @@ class Pretrained:
 
 
 def snapshot(strategy: Strategy, pretrained: Pretrained) -> Snapshot:
-    """Return what ``strategy`` holds beyond its pre-trained backbone; restored, it is the same bit by bit."""
+    """Return everything that ``strategy`` holds beyond its pre-trained backbone, bit by bit."""
     state = strategy.state_dict()
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     return {
@@ -70,11 +70,10 @@ def restore(strategy: Strategy, saved: Snapshot) -> None:
     """
     state, modules = strategy.state_dict(), dict(strategy.named_modules())
     for name, value in saved["tensors"].items():
-        if isinstance(value, Tensor):
-            put(strategy, name, value)
-        else:
+        if not isinstance(value, Tensor):
             rows, values = (part.to(state[name].device) for part in value)
-            state[name][rows] = values  # in place: a state dict shares its memory with the module
+            value = state[name].to(values.dtype).index_copy(0, rows, values)
+        put(strategy, name, value)
     for name in state.keys() - set(saved["names"]) - saved["extra"].keys():
         put(strategy, name, None)
     for name, value in saved["extra"].items():
@@ -88,7 +87,7 @@ def restore(strategy: Strategy, saved: Snapshot) -> None:
 
 
 def own_share(strategy: Strategy) -> dict[str, Tensor]:
-    """Return what this process has measured of a sum over all, by name, in main memory."""
+    """Return this process's share of every sum over processes, by name, in main memory."""
     return {
         f"{path}.{name}": _copied(buffer)
         for path, module in strategy.named_modules()
@@ -98,11 +97,11 @@ def own_share(strategy: Strategy) -> dict[str, Tensor]:
 
 
 def take_share(strategy: Strategy, of_others: Sequence[Mapping[str, Tensor]]) -> None:
-    """Take up what this process, or those in whose place it is, had measured.
+    """Give this process its share of the sums over the processes of an earlier attempt.
 
     Args:
-        strategy: Restored from what the first process had.
-        of_others: Shares of the processes after it. There may be more or fewer of them now.
+        strategy: Restored with the share of the first process.
+        of_others: Shares of the other processes. Now there may be more or fewer of these.
     """
     rank, world_size = place()
     if world_size == 1 and not of_others:
@@ -129,7 +128,7 @@ def random_states(device: torch.device) -> Snapshot:
 
 
 def set_random_states(saved: Mapping[str, Any], device: torch.device) -> None:
-    """Put them back."""
+    """Restore the states that :func:`random_states` returned."""
     random.setstate(saved["python"])
     name, keys, position, has_gauss, gauss = saved["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
@@ -144,5 +143,5 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _fingerprints(tensor: Tensor) -> Tensor:
-    """Return a fingerprint of each row, or one of all where there are no rows, in main memory."""
+    """Return a fingerprint of each row, or one of the whole tensor if it has no rows, in main memory."""
     return (fingerprint(tensor)[None] if tensor.ndim < 2 else fingerprints(tensor)).cpu()

@@ -63,6 +63,9 @@ class StreamTrainer(Trainer):
         course: Where the run stands.
     """
 
+    callbacks: list[Callback]
+    fast_dev_run: int | bool
+
     # Lightning annotates some numbers with typing's unions, whose members change order with the order of
     # imports, so 1 would be read as 1 or as 1.0. The annotations here are read instead.
 
@@ -174,12 +177,9 @@ class StreamTrainer(Trainer):
         continuation = Continuation(self, strategy, result, checkpoints)
         _save(result, folder)
         try:
-            with (
-                course.interruption,
-                _naming_batch_size(course, datamodule),
-                self._watched(course, continuation, metrics),
-            ):
-                self._walk(course, continuation, metrics, strategy, datamodule, folder)
+            naming = _naming_batch_size(course, datamodule)
+            with course.interruption, naming, self._watched(continuation, metrics):
+                self._walk(continuation, metrics, strategy, datamodule, folder)
             result.status = "done"
         except BaseException as error:
             # Ctrl-C also kills the processes that load images, which then is not a failure.
@@ -197,21 +197,19 @@ class StreamTrainer(Trainer):
         continuation.clear()
 
     @contextmanager
-    def _watched(self, course: Course, continuation: Continuation, *first: Callback) -> Iterator[None]:
+    def _watched(self, continuation: Continuation, *first: Callback) -> Iterator[None]:
         """Let callbacks of a run watch it: the ``first``, and the lifecycle after the guard."""
-        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
-        before = list(callbacks)
-        place = callbacks.index(self._guard) + 1
-        callbacks.insert(place, Lifecycle(course, continuation, self._guard))
-        callbacks[:0] = first
+        before = list(self.callbacks)
+        place = before.index(self._guard) + 1
+        lifecycle = Lifecycle(self.course, continuation, self._guard)
+        self.callbacks = [*first, *before[:place], lifecycle, *before[place:]]
         try:
             yield
         finally:
-            callbacks[:] = before
+            self.callbacks = before
 
     def _walk(
         self,
-        course: Course,
         continuation: Continuation,
         metrics: StreamMetrics,
         strategy: Strategy,
@@ -219,15 +217,16 @@ class StreamTrainer(Trainer):
         folder: Path | None,
     ) -> None:
         """Learn and evaluate one experience after another, from where an earlier attempt stopped."""
-        result, start = metrics.result, continuation.resumed.experience if continuation.resumed else 0
+        course, result = self.course, metrics.result
         stream = _experiences(datamodule, result.regime)
+        start = continuation.resumed.experience if continuation.resumed else 0
         for experience in stream[start:]:
             if continuation.resumed is None:
-                self._begin(course, strategy, datamodule, experience)
+                self._begin(strategy, datamodule, experience)
                 continuation.reached(course, "expanded")
             else:
-                self._resume(course, continuation, strategy, datamodule, stream[: experience.index + 1])
-            self._learn(course, continuation, strategy, datamodule)
+                self._resume(continuation, strategy, datamodule, stream[: experience.index + 1])
+            self._learn(continuation, strategy, datamodule)
             metrics.row = experience.index if result.regime == "sequential" else result.num_experiences - 1
             with course.timed("evaluation"):
                 self.test(strategy, datamodule=datamodule, verbose=False)
@@ -270,9 +269,9 @@ class StreamTrainer(Trainer):
     def _require_whole_epochs(self) -> None:
         """Refuse settings that would cut the stream short and leave numbers that look like results."""
         cut_short = {
-            "fast_dev_run": bool(self.fast_dev_run),  # type: ignore[attr-defined]
+            "fast_dev_run": bool(self.fast_dev_run),
             "max_steps": self.max_steps != -1,
-            "max_time": any(isinstance(callback, Timer) for callback in self.callbacks),  # type: ignore[attr-defined]
+            "max_time": any(isinstance(callback, Timer) for callback in self.callbacks),
             "max_epochs": self._epochs is None or self._epochs < 0,
         }
         for key, given in cut_short.items():
@@ -290,17 +289,15 @@ class StreamTrainer(Trainer):
             datamodule: The stream, set up; afterwards it serves this experience.
             experience: The next one.
         """
-        course = self.course = Course(self.strategy.root_device)
+        self.course = Course(self.strategy.root_device)
         continuation = Continuation(self, strategy)
-        with self._watched(course, continuation):
-            self._begin(course, strategy, datamodule, experience)
-            self._learn(course, continuation, strategy, datamodule)
+        with self._watched(continuation):
+            self._begin(strategy, datamodule, experience)
+            self._learn(continuation, strategy, datamodule)
 
-    def _begin(
-        self, course: Course, strategy: Strategy, datamodule: StreamDataModule, experience: Experience
-    ) -> None:
+    def _begin(self, strategy: Strategy, datamodule: StreamDataModule, experience: Experience) -> None:
         """Make ``strategy`` ready for a new experience."""
-        course.begin(experience)
+        self.course.begin(experience)
         # Seeding every experience makes it independent of how many numbers earlier ones drew, and gives all
         # strategies the same head to start from.
         entropy = np.random.SeedSequence([datamodule.seed, experience.index])
@@ -313,40 +310,32 @@ class StreamTrainer(Trainer):
 
     def _resume(
         self,
-        course: Course,
         continuation: Continuation,
         strategy: Strategy,
         datamodule: StreamDataModule,
         stream: Sequence[Experience],
     ) -> None:
         """Bring everything to where an earlier attempt stopped within the last experience of ``stream``."""
-        continuation.restore(course, stream)
+        continuation.restore(self.course, stream)
         datamodule.enter(stream[-1])
         self.fit_loop.max_epochs = self._epochs if strategy.trains else 0
-        if course.phase == "merging":
+        if self.course.phase == "merging":
             progress.skip_epochs(self)
-        elif course.phase != "training":
+        elif self.course.phase != "training":
             continuation.restore_states()
 
-    def _learn(
-        self,
-        course: Course,
-        continuation: Continuation,
-        strategy: Strategy,
-        datamodule: StreamDataModule,
-    ) -> None:
+    def _learn(self, continuation: Continuation, strategy: Strategy, datamodule: StreamDataModule) -> None:
         """Train on the experience at hand, from the phase that comes next."""
-        on_cpu = course.device.type == "cpu"
+        on_cpu = self.course.device.type == "cpu"
         strategy.backbone.compute_in(self.precision_plugin.forward_context)
         strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
-        if course.phase != "testing":
+        if self.course.phase != "testing":
             self.fit(strategy, datamodule=datamodule)
-            continuation.reached(course, "testing")
+            continuation.reached(self.course, "testing")
 
     def _peak_memory(self) -> int:
-        device = self.strategy.root_device
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
+        if self.course.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.course.device)
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

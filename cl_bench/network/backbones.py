@@ -138,6 +138,12 @@ class Backbone(nn.Module):
         """Number of blocks."""
         return len(self.blocks)
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of class and register tokens, which come before prompts and patches."""
+        vit: Any = self.vit
+        return int(vit.num_prefix_tokens)
+
     def fuse_attention(self, fused: bool) -> None:
         """Choose whether attention runs in one kernel, or as separate products; results agree to rounding.
 

@@ -1,4 +1,4 @@
-"""Integers that stand for all bits of a tensor, by which a change is seen without keeping a copy."""
+"""Integers computed from all bits of a tensor, which detect a change without a copy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _AT_ONCE = 2**20  # numbers whose fingerprints are taken together
 
 
 def fingerprints(tensor: Tensor) -> Tensor:
-    """Return an integer for each row of ``tensor`` (n, …) that depends on all of its bits, (n,) in int64.
+    """Return an integer for each row of ``tensor`` (n, …) that depends on all bits of the row, (n,) in int64.
 
-    The bits are weighed with odd random numbers, the same in every process: a row that changed in one place
-    never keeps its integer, and one that changed in several keeps it with a chance below 2⁻³¹.
+    The bits are weighted with odd random numbers, the same in every process: a row that changed in one place
+    never keeps its integer, and a row that changed in several places keeps it with a chance below 2⁻³¹.
 
     >>> one, other = fingerprints(torch.tensor([[1.0, 2.0], [3.0, 4.0]])), fingerprints(torch.ones(2, 2))
     >>> (one == other).any(), one.shape
@@ -28,5 +28,5 @@ def fingerprints(tensor: Tensor) -> Tensor:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Return one integer for all of ``tensor`` of any shape, () in int64; see :func:`fingerprints`."""
+    """Return one integer for a whole ``tensor`` of any shape, () in int64; see :func:`fingerprints`."""
     return fingerprints(tensor.reshape(1, -1))[0]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
-# What `fabric run` was told, and the option of the trainer that says the same.
+# Variables of `fabric run`, and the options of the trainer with the same meaning.
 _OF_FABRIC = {
     "LT_ACCELERATOR": "accelerator",
     "LT_DEVICES": "devices",
@@ -18,20 +18,20 @@ _OF_FABRIC = {
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> int:
-    """Return how many processes a launcher has started for this run, 1 without one."""
+    """Return how many processes a launcher has started for this run; 1 without a launcher."""
     return int(environment["WORLD_SIZE"]) if _LAUNCHED in environment else 1
 
 
 def rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Return the place of this process in its run, by variables that Lightning sets too; 0 alone."""
+    """Return the rank of this process in its run, read from variables that Lightning sets as well."""
     return int(environment.get("RANK", environment.get("LOCAL_RANK", "0")))
 
 
 def with_launcher(options: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Return a command's options with those that the variables of its launcher stand for.
+    """Return a command's options, extended by those that the variables of its launcher imply.
 
     Raises:
-        ValueError: If the command says by itself what is the launcher's to say.
+        ValueError: If the command sets an option that the launcher decides.
 
     >>> two = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     >>> with_launcher(["--rank", "4"], two)
@@ -45,8 +45,8 @@ def with_launcher(options: Sequence[str], environment: Mapping[str, str] = os.en
         name = option.partition("=")[0].removeprefix("--").removeprefix("trainer.")
         if name in ("devices", "num_nodes"):
             raise ValueError(
-                f"The launcher started {launched(environment)} processes, and --{name} is its to say: "
-                "leave it out."
+                f"The launcher started {launched(environment)} processes, so the launcher decides --{name}. "
+                "Remove the option."
             )
     here = int(environment["LOCAL_WORLD_SIZE"])
     found: dict[str, Any] = {"devices": here, "num_nodes": launched(environment) // here, "strategy": "ddp"}

@@ -1,8 +1,8 @@
-"""What the processes of one run share: sums over all of them, and state that is equal on each, bit for bit.
+"""What the processes of one run share: sums over all of them, and state that is bit-identical on each.
 
-A run has one process for each device. The processes hold the same model, and process r, its *rank*, takes the
-r-th part of every batch. Without a process group, everything here is that of a single process, and costs
-nothing.
+A run has one process for each device. All processes hold the same model, and process r, its *rank*, takes the
+r-th part of every batch. Without a process group, every function returns what a single process has, at no
+cost.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from cl_bench.processes.fingerprints import fingerprint
 from cl_bench.processes.state import put
 
 _FAILURE = "cl-bench/failure"
-_ABANDONED = "by peer"  # how gloo says that a process is gone
-_WITHOUT_A_WORD = (
-    "Another process of this run ended without a word, killed perhaps for want of memory: run it again, "
-    "with fewer images in a batch if need be."
+_ABANDONED = "by peer"  # gloo's words for a process that is gone
+_KILLED = (
+    "Another process of this run ended without an error message, perhaps killed because memory was full: run "
+    "it again, if necessary with a smaller --data.batch_size."
 )
 
 _Value = TypeVar("_Value")
 
-
-_hosts: dist.ProcessGroup | None = None  # the default one, where that is of hosts already
+_hosts: dist.ProcessGroup | None = None  # None for the default group, if that connects hosts already
 
 
 class OfThisRank(nn.Module):
-    """A module whose buffers are this process's share of a sum, and differ from those of the others."""
+    """A module whose buffers are this process's share of a sum, and differ between processes."""
 
     def hold(self, shares: Sequence[Mapping[str, Tensor]]) -> None:
-        """Let the own share be the sum of ``shares``, buffers by name, of processes before a resumption."""
+        """Hold the sum of ``shares``, buffers by name, of the processes of an earlier attempt."""
         raise NotImplementedError
 
 
@@ -50,12 +49,12 @@ def place() -> tuple[int, int]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes results, curves and the console; known before they connect."""
+    """Whether this process writes results, curves and the console; known before processes connect."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def slice_of(count: int, rank: int, world_size: int) -> slice:
-    """Return which of ``count`` items belong to a rank: the parts are in order and differ by one at most.
+    """Return which of ``count`` items belong to a rank; parts are in order, and sizes differ by at most one.
 
     >>> [slice_of(5, rank, 2) for rank in range(2)]
     [slice(0, 2, None), slice(2, 5, None)]
@@ -73,7 +72,7 @@ def total(share: Tensor) -> Tensor:
 
 
 def totals(shares: Sequence[Tensor]) -> list[Tensor]:
-    """Return the sum over all processes of each of ``shares``, with one message for all."""
+    """Return the sum over all processes of each of ``shares``, with a single message."""
     if not connected() or not shares:
         return list(shares)
     flat = total(torch.cat([share.detach().flatten() for share in shares]))
@@ -82,10 +81,10 @@ def totals(shares: Sequence[Tensor]) -> list[Tensor]:
 
 
 def part(mean: Tensor, count: int) -> Tensor:
-    """Return the share that a mean over ``count`` items of this process has in the mean over those of all.
+    """Return the contribution of a mean over ``count`` items of this process to the mean over all items.
 
-    The shares of all processes add up to that mean. A process without items has none, whatever its value, as
-    NaN is the mean of nothing; its gradients are zero.
+    The contributions of all processes add up to that mean. A process without items contributes 0, although
+    its mean is NaN, and its gradients are zero.
     """
     if not connected():
         return mean
@@ -95,7 +94,7 @@ def part(mean: Tensor, count: int) -> Tensor:
 
 
 def meet() -> None:
-    """Let connected processes exchange plain values from host to host, for which no device has to wait."""
+    """Connect the hosts of the processes, so that they exchange plain values without a wait for devices."""
     global _hosts
     if _hosts is None and "gloo" not in dist.get_backend():
         group = dist.new_group(backend="gloo")
@@ -104,7 +103,7 @@ def meet() -> None:
 
 
 def of_all(value: _Value) -> list[_Value]:
-    """Return the plain ``value`` of every process, by rank; tensors in it are in main memory."""
+    """Return the plain ``value`` of every process, by rank; its tensors are in main memory."""
     values = [value] * place()[1]
     if connected():
         dist.all_gather_object(values, value, group=_hosts)
@@ -112,7 +111,7 @@ def of_all(value: _Value) -> list[_Value]:
 
 
 def of_first(value: Callable[[], _Value]) -> _Value:
-    """Return the plain value that ``value`` gives on the first process, the only one that asks for it."""
+    """Return the plain value that ``value`` returns on the first process; no other process calls it."""
     if not connected():
         return value()
     values: list[Any] = [value() if is_first() else None]
@@ -122,7 +121,7 @@ def of_first(value: Callable[[], _Value]) -> _Value:
 
 
 def anywhere(holds: bool) -> bool:
-    """Whether something holds on any process."""
+    """Whether ``holds`` is true on any process."""
     if not connected():
         return holds
     found = torch.tensor(int(holds))
@@ -131,7 +130,7 @@ def anywhere(holds: bool) -> bool:
 
 
 def from_first(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the first process's ``tensor``, by way of ``device``, where the processes meet."""
+    """Return the first process's ``tensor``, sent by way of ``device``, which the group can reach."""
     if not connected():
         return tensor
     sent = tensor.to(device, copy=True)
@@ -140,9 +139,9 @@ def from_first(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def gathered(part: Tensor) -> Tensor:
-    """Return the rows of all processes (N, …), by rank, of which each has a ``part`` (n, …).
+    """Return the rows of all processes (N, …), by rank; this process holds the ``part`` (n, …).
 
-    Gradients flow back: each process's part gets the sum of what all processes' results ask of it.
+    Gradients flow back: each part receives the sum of its gradients over all processes.
     """
     if not connected():
         return part
@@ -153,7 +152,7 @@ def gathered(part: Tensor) -> Tensor:
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
-        """Put the part among zeros, and add up."""
+        """Place the part among zeros, and sum."""
         rank, world_size = place()
         counts = total(nn.functional.one_hot(torch.tensor(rank), world_size).to(part.device) * len(part))
         before, every = int(counts[:rank].sum()), int(counts.sum())
@@ -164,16 +163,16 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Add up what all processes ask, and keep the own part."""
+        """Sum the gradients of all processes, and keep those of the own part."""
         return total(gradient)[ctx.own]
 
 
 @torch.no_grad()
 def agree(module: nn.Module) -> None:
-    """Give every process the parameters and buffers of the first where they differ by a single bit.
+    """Give every process the parameters and buffers of the first process that differ in a single bit.
 
-    They are made from equal sums by equal steps, so on equal devices nothing is sent. The shape of a buffer
-    may differ, too: a basis can hold one direction more.
+    All processes compute them from equal sums by equal steps, so on equal devices nothing is sent. Buffers
+    may also differ in shape, since a basis may hold one direction more, or exist on some processes only.
     """
     if not connected():
         return
@@ -195,13 +194,13 @@ def require_agreement(module: nn.Module) -> None:
     """Check that all processes hold the same parameters and buffers.
 
     Raises:
-        RuntimeError: If one differs; on every process, with the name of what does.
+        RuntimeError: If one differs; on every process, with its name.
     """
     _, differing = _compared(module)
     if differing:
         raise RuntimeError(
             f"The processes of this run no longer hold the same {', '.join(differing[:3])}: let a step "
-            "depend on nothing but sums over all processes, see cl_bench/processes/ranks.py."
+            "depend only on sums over all processes, see cl_bench/processes/ranks.py."
         )
 
 
@@ -210,7 +209,7 @@ Prints = dict[str, tuple[tuple[int, ...], torch.dtype, int]]
 
 
 def _compared(module: nn.Module) -> tuple[Prints, list[str]]:
-    """Return the first process's prints of the state of ``module``, and the names of what is not equal."""
+    """Return the first process's prints of the state of ``module``, and the names that differ."""
     mine = _prints(module)
     everywhere = of_all(mine)
     names = dict.fromkeys(name for prints in everywhere for name in prints)
@@ -234,9 +233,9 @@ def _prints(module: nn.Module) -> Prints:
 
 
 def failed_first(error: str) -> str | None:
-    """Tell the other processes of ``error``, and return that of another which failed before.
+    """Publish ``error`` to the other processes, and return the error of a process that failed earlier.
 
-    None if none did, or if it failed alike, as where all see the same loss.
+    None if no process did, or if it failed with the same error, as when all see the same loss.
     """
     if not connected():
         return None
@@ -244,14 +243,14 @@ def failed_first(error: str) -> str | None:
     try:
         store = dist.distributed_c10d._get_default_store()  # has no public name
         if _ABANDONED in error and not store.check([_FAILURE]):
-            return _WITHOUT_A_WORD
-        said: str = store.compare_set(_FAILURE, "", f"{rank}: {error}").decode()
-    except Exception:  # the first process keeps the store
+            return _KILLED
+        published: str = store.compare_set(_FAILURE, "", f"{rank}: {error}").decode()
+    except Exception:  # the first process holds the store
         return "The first process has ended."
-    of, _, words = said.partition(": ")
-    return None if int(of) == rank or words == error else f"Process {of}: {words}"
+    other, _, earlier = published.partition(": ")
+    return None if int(other) == rank or earlier == error else f"Process {other}: {earlier}"
 
 
-def first_hears() -> bool:
-    """Whether the first process is woken from a sum when another ends, and can say why; NCCL lets it wait."""
+def first_is_woken() -> bool:
+    """Whether the end of another process wakes the first from a sum, to report why; NCCL lets it wait."""
     return connected() and "gloo" in dist.get_backend()

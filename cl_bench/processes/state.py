@@ -26,9 +26,9 @@ class NoPlace(ValueError):
 def put(module: nn.Module, name: str, value: Tensor | None) -> None:
     """Let the parameter or buffer ``name`` of ``module`` be ``value``, bit by bit.
 
-    A tensor of the same shape and type is written in place, since an optimizer may hold it. A buffer of
-    another shape or type is replaced, since a basis grows, and sums are empty before the first token. None
-    removes a buffer, since a memory stores either a basis or its complement.
+    The type becomes that of ``value``. A parameter stays the same object, since an optimizer may hold it. A
+    buffer may change its shape, since a basis grows, and sums are empty before the first token. None removes
+    a buffer, since a memory stores either a basis or its complement.
 
     Args:
         module: The whole model. A buffer that is replaced goes to the device of its first parameter.
@@ -36,7 +36,7 @@ def put(module: nn.Module, name: str, value: Tensor | None) -> None:
         value: A tensor on any device, or None.
 
     Raises:
-        NoPlace: If there is nothing of this name, or a parameter of another shape or type.
+        NoPlace: If there is nothing of this name, or a parameter of another shape.
 
     >>> layer = nn.BatchNorm1d(2)
     >>> put(layer, "running_mean", torch.ones(3))
@@ -46,13 +46,11 @@ def put(module: nn.Module, name: str, value: Tensor | None) -> None:
     path, _, leaf = name.rpartition(".")
     owner = dict(module.named_modules()).get(path, nn.Module())
     present = owner._parameters.get(leaf, owner._buffers.get(leaf))
-    if value is not None and present is not None and _alike(value, present):
+    if value is not None and present is not None and value.shape == present.shape:
+        if value.dtype != present.dtype:
+            present.data = present.to(value.dtype)
         present.copy_(value)
     elif leaf in owner._buffers:
         owner._buffers[leaf] = None if value is None else value.to(next(module.parameters()).device)
     else:
         raise NoPlace(name, value)
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype

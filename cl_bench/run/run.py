@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from cl_bench.errors import refusing, sentence
 from cl_bench.loop.checkpoint import Refused
 from cl_bench.loop.diagnostics import Diagnostics
-from cl_bench.processes.ranks import failed_first, first_hears, is_first
+from cl_bench.processes.ranks import failed_first, first_is_woken, is_first
 from cl_bench.results.result import FILE_NAME, Result, read
 from cl_bench.run.claim import claim
 from cl_bench.run.configuration import Configuration
@@ -135,7 +135,7 @@ def _reported(error: Exception, message: str, folder: Path) -> str:
     if before is None or (is_first() and not file.exists()):
         with suppress(OSError):  # on a full disk, the error itself matters more
             file.write_text(traceback.format_exc(), encoding="utf-8")
-    return message if is_first() or not (before or first_hears()) else ""
+    return message if is_first() or not (before or first_is_woken()) else ""
 
 
 def _require_writable(folder: Path) -> None:

@@ -24,7 +24,7 @@ class Mine(Strategy):
 
 
 class Unbuildable(Mine):
-    """Needs what is not there."""
+    """Needs a block that does not exist."""
 
     def __init__(self, backbone, **kwargs):
         super().__init__(backbone, **kwargs)
@@ -34,7 +34,7 @@ class Unbuildable(Mine):
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    path = tmp_path / f"{tmp_path.name}.py"  # a name of its own: modules of one name are imported once
+    path = tmp_path / f"{tmp_path.name}.py"  # a unique name: modules of one name are imported once
     path.write_text(ONE_AND_A_HALF)
     return path
 
@@ -54,7 +54,7 @@ def test_a_broken_claim_makes_the_status_1(capsys: pytest.CaptureFixture[str]) -
     assert "1 claim failed" in printed
 
 
-def test_a_file_and_a_config_beside_it_can_be_checked(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_or_a_config_next_to_it_is_checked(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = file.with_suffix(".yaml")
     config.write_text(f"model: {{class_path: {file.stem}.Mine}}")
     for name in (f"{file}:Mine", str(config)):
@@ -76,12 +76,13 @@ def test_a_strategy_that_cannot_be_built_is_refused(file: Path, capsys: pytest.C
         (["lorra"], "Did you mean lora?"),
         (["strategies.lora.LoRa"], "Did you mean strategies.lora.LoRA?"),
         (["missing.py"], "There is no file missing.py"),
-        ([str(WRONG)], f"Name one, as {WRONG}:Class"),
+        ([str(WRONG)], f"name one, as {WRONG}:Class"),
+        ([__file__], "defines no subclass of Strategy"),
         ([f"{WRONG}:Jump"], "Did you mean Jumps?"),
         (["lora", "--rnak", "2"], "There is no key rnak. Did you mean model.rank?"),
     ),
 )
-def test_a_mistake_is_answered_in_one_sentence(
+def test_a_mistake_is_reported_in_one_sentence(
     words: list[str], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check", *words]) == 2

@@ -11,7 +11,7 @@ from cl_bench.contracts.strategy import Promises, Strategy, TrainingData
 from cl_bench.data.experience import Batch, Experience
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.heads import Features, GrowingLinear, pooled
+from cl_bench.network.heads import GrowingLinear, pooled
 from cl_bench.network.prompts import Prompts
 
 
@@ -75,7 +75,8 @@ class DrawsUnannounced(Strategy):
             self.prompts = nn.Parameter(torch.randn(2, self.backbone.feature_dim))
 
     def features(self, images: Tensor) -> Tensor:
-        return self.backbone(images, Prompts(self.prompts))
+        found: Tensor = self.backbone(images, Prompts(self.prompts))
+        return found
 
 
 class ZeroesAGradient(Strategy):
@@ -186,7 +187,7 @@ class DrawsTooEarly(Strategy):
         super().__init__(backbone, **kwargs)
         self.register_buffer("noise", torch.randn(backbone.feature_dim))
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
         return super().loss(pooled(features) + self.noise, labels)
 
 
@@ -197,7 +198,7 @@ class KeepsAPlainTensor(Strategy):
         super().__init__(backbone, **kwargs)
         self.centre: Tensor | None = None
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
         return super().loss(pooled(features) - (0 if self.centre is None else self.centre), labels)
 
     def after_training(self, data: TrainingData) -> None:
@@ -276,7 +277,7 @@ class DecomposesFeatures(Strategy):
 class RepeatsItself(Strategy):
     """Computes one more product in a step for every old experience."""
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
         assert isinstance(self.head, GrowingLinear)
         for _ in range(self.times):
             self.head.current(pooled(features))

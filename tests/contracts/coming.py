@@ -58,7 +58,7 @@ class PrefixPool(Strategy):
             width = self.backbone.feature_dim
             self.keys = nn.Parameter(torch.empty(self.pool, width).uniform_(-1, 1))
             shape = (self.pool, self.length, self.vectors * width)
-            self.prompts = nn.Parameter(torch.empty(shape).uniform_(-1, 1))
+            self.prompts = nn.Parameter(torch.empty(shape).uniform_(-0.02, 0.02))
 
     @property
     def vectors(self) -> int:
@@ -75,12 +75,12 @@ class PrefixPool(Strategy):
         """Return the features (B, d) of images with their prompts (B, n, vectors d)."""
         vectors = prompts.chunk(self.vectors, dim=-1)
         prefixes = zip(vectors[::2], vectors[1::2], strict=True)
-        features: Tensor = self.backbone(images, Prompts(prefixes=dict(enumerate(prefixes))))
-        return features
+        found: Tensor = self.backbone(images, Prompts(prefixes=dict(enumerate(prefixes))))
+        return found
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
-        assert isinstance(features, Features)
-        return super().loss(features, labels) - self.pull * features.extra.sum(dim=1).mean()
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
+        similarity: Tensor = features.extra.sum(dim=1).mean()
+        return super().loss(features, labels) - self.pull * similarity
 
 
 class PromptTokens(PrefixPool):
@@ -89,8 +89,9 @@ class PromptTokens(PrefixPool):
     vectors = 1
 
     def prompted(self, images: Tensor, prompts: Tensor) -> Tensor:
+        first = self.backbone.num_prefix_tokens
         tokens = self.backbone.tokens(images, Prompts(prompts))
-        return tokens[:, 1 : 1 + prompts.shape[1]].mean(dim=1)
+        return tokens[:, first : first + prompts.shape[1]].mean(dim=1)
 
 
 class GrowingGates(LowRankStrategy):
@@ -102,7 +103,7 @@ class GrowingGates(LowRankStrategy):
     promises = Promises(state_grows_with=("experiences",), step_grows_with=("experiences",))
 
     def renew(self) -> None:
-        """Freeze the older adapters, and add one to every projection, which the first experience has."""
+        """Add an adapter to every projection, and freeze the older ones; the first is there already."""
         if self.experience.is_first:
             super().renew()
             newest = [adapter for _, adapter in self.adapters()]
@@ -140,6 +141,11 @@ class Gram(Statistic):
 class RidgeHead(nn.Module):
     """Ridge regression on random features, solved from sums over all classes seen."""
 
+    projection: Tensor
+    products: Tensor
+    sums: Tensor
+    weight: Tensor
+
     def __init__(self, feature_dim: int, width: int) -> None:
         super().__init__()
         self.num_classes = 0
@@ -153,7 +159,7 @@ class RidgeHead(nn.Module):
             self.projection.normal_()
         self.num_classes += num_classes
         for name in ("sums", "weight"):
-            setattr(self, name, F.pad(getattr(self, name), (0, 0, 0, num_classes)))
+            setattr(self, name, F.pad(self.get_buffer(name), (0, 0, 0, num_classes)))
 
     def hidden(self, features: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
@@ -189,7 +195,7 @@ class RandomRidge(LowRankStrategy):
         else:
             self.requires_grad_(False)
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
         return local_cross_entropy(self.first_head(pooled(features)), labels, 0)
 
     def after_training(self, data: TrainingData) -> None:
@@ -224,7 +230,7 @@ class TextHead(LowRankStrategy):
         bits = hashlib.shake_256(name.encode()).digest(self.backbone.feature_dim)
         return torch.tensor([1.0 if byte % 2 else -1.0 for byte in bits])
 
-    def loss(self, features: Tensor | Features, labels: Tensor) -> Tensor:
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
         classes = self.experience.classes
         cosines = cosine_similarities(pooled(features), self.head.means[classes.start :])
         return local_cross_entropy(cosines / self.temperature, labels, classes.start)
@@ -239,7 +245,7 @@ class MinorSubspace(LowRankStrategy):
     moments: Tensor
     memory: GPM
 
-    def __init__(self, backbone: Backbone, *, alpha: float = 20.0, **kwargs: Any) -> None:
+    def __init__(self, backbone: Backbone, *, alpha: float = 2.0, **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
         self.alpha = alpha
         width = self.layers[0].weight.shape[1]
@@ -261,9 +267,9 @@ class MinorSubspace(LowRankStrategy):
         self.memory.update(self.moments, self.split)
 
     def split(self, shares: Tensor, held: Sequence[int]) -> list[int]:
-        """Return the k of each layer that minimises (t + 1) (1 - share held by k) - α (d - k) / d."""
-        width, seen = shares.shape[1], self.experience.index + 1
-        sizes = torch.arange(1, width)
-        missing = 1 - shares.cumsum(dim=1)[:, :-1]
-        cost = (seen + 1) * missing - self.alpha * (width - sizes) / width
-        return [int(k) + 1 for k in cost.argmin(dim=1)]
+        """Return the k of each layer that minimises t (1 - share of the first k) - alpha (d - k) / d."""
+        width, learnt = shares.shape[1], self.experience.index + 1
+        missing = 1 - shares.cumsum(dim=1)
+        free = 1 - torch.arange(1, width + 1).to(shares) / width
+        best = (learnt * missing - self.alpha * free)[:, :-1].argmin(dim=1)  # some directions stay free
+        return [int(index) + 1 for index in best]

@@ -1,50 +1,56 @@
 """The contract serves the methods to come: each strategy in coming.py learns and keeps every claim."""
 
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from cl_bench.check.claims import verdicts
 from cl_bench.check.command import layer
-from cl_bench.check.subject import Run, Subject
+from cl_bench.check.subject import Subject
 from cl_bench.run.run import quiet
 
 COMING = Path(__file__).with_name("coming.py")
 STRATEGIES = ("PrefixPool", "PromptTokens", "GrowingGates", "RandomRidge", "TextHead", "MinorSubspace")
+ADAM = "--model.optimizer=torch.optim.Adam"
+
+
+def coming(name: str, *overrides: str) -> Subject:
+    return Subject(layer(f"{COMING}:{name}"), overrides)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_coming_strategy_keeps_every_claim(name: str) -> None:
     with quiet():
-        found = list(verdicts(Subject(layer(f"{COMING}:{name}"))))
+        found = list(verdicts(coming(name)))
     assert {verdict.claim: verdict.why for verdict in found if not verdict.passed} == {}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_coming_strategy_learns_what_a_frozen_backbone_does_not_know(name: str) -> None:
-    run = learnt(name, epochs=30)
-    first = run.experiences[0]
-    chosen = sorted(run.stream.training_images(first))
-    images = run.stream.test_transform()(run.stream.train.images[chosen])
-    labels = torch.tensor([run.stream.train.targets[index] for index in chosen])
-    predictions = run.logits(images).argmax(dim=1)
+def test_a_coming_strategy_learns_its_first_experience(name: str) -> None:
+    rates = ("--model.optimizer.lr=0.001", "--model.head_lr=0.1")
+    with quiet():
+        run = coming(name, ADAM, *rates, "--trainer.max_epochs=100").run()
+        run.learn(run.experiences[0])
+    images = run.stream.train.images[: len(run.stream.training_images(run.experiences[0]))]
+    labels = torch.tensor(run.stream.train.targets[: len(images)])
+    predictions = run.logits(run.stream.test_transform()(images)).argmax(dim=1)
     assert (predictions == labels).float().mean() > 0.9
 
 
-def test_every_experience_starts_at_the_full_rate_of_the_optimizer_of_the_stream() -> None:
-    with quiet():
-        run = Subject(layer(f"{COMING}:PrefixPool")).run()
-        run.strategy._scheduler = partial(CosineAnnealingLR, T_max=2)
-        for experience in run.experiences[:2]:
-            run.learn(experience)
-    ...
-
-
-def learnt(name: str, epochs: int) -> Run:
-    with quiet():
-        run = Subject(layer(f"{COMING}:{name}")).run({"trainer.max_epochs": epochs})
-        run.learn(run.experiences[0])
-    return run
+def test_the_optimizer_of_the_stream_starts_every_experience_at_its_full_rate() -> None:
+    annealed = "--model.scheduler=torch.optim.lr_scheduler.CosineAnnealingLR"
+    words = (ADAM, "--model.optimizer.lr=0.01", annealed, "--model.scheduler.T_max=2")
+    run = coming("PrefixPool", *words).run()
+    rates = []
+    for experience in run.experiences[:2]:
+        run.strategy.expand(experience)
+        configured: Any = run.strategy.configure_optimizers()
+        (optimizer,), (schedule,) = configured
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        for _ in range(2):
+            optimizer.step()
+            schedule.step()
+        assert all(group["lr"] < 1e-6 for group in optimizer.param_groups)
+    assert rates == [[0.01, 0.01], [0.01, 0.01, 0.01]]

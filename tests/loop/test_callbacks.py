@@ -102,7 +102,7 @@ class Groups(Callback):
 @pytest.mark.parametrize(
     ("settings", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": True}, None)]
 )
-def test_the_optimizer_moves_all_parameters_in_one_kernel_unless_a_setting_says_otherwise(
+def test_an_optimizer_steps_in_one_kernel_unless_a_setting_says_otherwise(
     settings: dict[str, Any], fused: bool | None, backbone: Callable[..., Backbone]
 ) -> None:
     strategy = LinearProbe(backbone(), optimizer=lambda groups: torch.optim.AdamW(groups, **settings))

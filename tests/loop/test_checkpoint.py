@@ -59,7 +59,7 @@ def test_the_last_two_are_kept_and_clearing_removes_the_folder(tmp_path: Path) -
 def test_the_end_of_an_epoch_writes_one_only_after_a_while(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, "", every=0).due
     assert not Checkpoints(tmp_path, "", every=60).due
-    with pytest.raises(ValueError, match="every -1 seconds cannot be: give 0 or more"):
+    with pytest.raises(ValueError, match="cannot be written every -1 seconds: give 0 or more"):
         Checkpoints(tmp_path, "", every=-1)
 
 
@@ -100,7 +100,7 @@ class Evil:
 
 def test_a_file_that_would_run_code_is_refused_without_running_it(tmp_path: Path) -> None:
     kept(tmp_path).write(checkpoint(circumstances={"threads": Evil()}))
-    with pytest.raises(Refused, match=r"reading it could run code: remove its folder, and the cell starts"):
+    with pytest.raises(Refused, match=r"reading it could run code: remove its folder to restart the cell"):
         kept(tmp_path).latest(OWNER)
 
 
@@ -109,13 +109,13 @@ def test_a_file_that_would_run_code_is_refused_without_running_it(tmp_path: Path
     [
         (
             {"owner": Owner("87654321", OWNER.strategy, OWNER.weights_sha256)},
-            "of cell 87654321, and this run",
+            "belongs to cell 87654321, and this run",
         ),
         (
             {"owner": Owner(OWNER.cell, "mine.Mine", OWNER.weights_sha256)},
-            "of strategy mine.Mine, and",
+            "belongs to strategy mine.Mine, and",
         ),
-        ({"owner": Owner(OWNER.cell, OWNER.strategy, "cd" * 32)}, "of backbone cdcd"),
+        ({"owner": Owner(OWNER.cell, OWNER.strategy, "cd" * 32)}, "belongs to backbone cdcd"),
         ({"schema": 99}, "has schema 99, and this version reads 1: remove its folder"),
     ],
 )

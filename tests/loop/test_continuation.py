@@ -144,12 +144,13 @@ def attempt(
     checkpoints: Checkpoints | None = None,
     regime: Regime = "sequential",
     num_workers: int = 0,
+    precision: Any = "32-true",
 ) -> tuple[Strategy, Result]:
     """Run a cell on the toy stream in this process; checkpoints are in ``folder`` unless others are given."""
     stream = Toy(
         num_classes=6, num_experiences=3, image_size=8, seed=1, batch_size=8, num_workers=num_workers
     )
-    trainer = StreamTrainer(max_epochs=2, accelerator="cpu", callbacks=list(callbacks))
+    trainer = StreamTrainer(max_epochs=2, accelerator="cpu", callbacks=list(callbacks), precision=precision)
     kept = checkpoints or Checkpoints(folder / FOLDER_NAME, "0" * 8)
     return strategy, trainer.run(strategy, stream, regime=regime, folder=folder, checkpoints=kept)
 
@@ -270,6 +271,20 @@ def test_an_optimizer_of_one_experience_is_in_no_checkpoint_outside_its_steps(
     with pytest.raises(ArithmeticError):
         attempt(tmp_path, METHODS["LoRA, shared"](backbone()), checkpoints=CutAfter(tmp_path, phase, 0))
     assert last_checkpoint(tmp_path)["training"] == {}
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+@pytest.mark.parametrize("phase", ["expanded", "training", "testing"])
+def test_a_run_resumes_in_the_type_to_which_the_trainer_converts_the_model(
+    phase: str, precision: str, backbone: Making, tmp_path: Path
+) -> None:
+    with pytest.raises(ArithmeticError):
+        cut_off = CutAfter(tmp_path / "cut", phase, 0)
+        attempt(tmp_path / "cut", OneOptimizer(backbone()), checkpoints=cut_off, precision=precision)
+    strategy, result = attempt(tmp_path / "cut", OneOptimizer(backbone()), precision=precision)
+    whole, expected = attempt(tmp_path / "whole", OneOptimizer(backbone()), precision=precision)
+    assert differing(strategy.state_dict(), whole.state_dict()) == []
+    assert result.rows == expected.rows
 
 
 class InfiniteOnce(LoRA):

@@ -122,9 +122,9 @@ def test_two_processes_learn_and_count_what_one_does(of_two: Path, name: str) ->
     for key, tensor in expected.items():
         found = state[key]
         assert found.shape == tensor.shape, key
-        if key.startswith("memory."):  # the signs of a basis are chance
+        if key.startswith("memory."):  # the signs of a basis are arbitrary
             found, tensor = found @ found.mT, tensor @ tensor.mT
-        if key.endswith(".A"):  # and so are those of directions that became rows
+        if key.endswith(".A"):  # as are those of directions that became rows
             found = found * (found * tensor).sum(dim=1, keepdim=True).sign()
         assert torch.allclose(found, tensor, rtol=0, atol=_rounding(name, key)), key
     assert len(diagnostics) == len(expected_diagnostics)
@@ -133,7 +133,7 @@ def test_two_processes_learn_and_count_what_one_does(of_two: Path, name: str) ->
         assert numbers(one) == pytest.approx(numbers(other), rel=1e-4, abs=1e-6)
 
 
-def test_processes_agree_on_the_first_ones_bases_whatever_their_width_type_and_form(of_two: Path) -> None:
+def test_processes_agree_on_bases_of_any_width_type_and_form(of_two: Path) -> None:
     one, other = (torch.load(of_two / f"agreed-{rank}.pt", weights_only=True) for rank in range(2))
     assert one.keys() == other.keys() == diverse(0).state_dict().keys() != diverse(1).state_dict().keys()
     for name, tensor in diverse(0).state_dict().items():
@@ -144,14 +144,14 @@ def test_processes_agree_on_the_first_ones_bases_whatever_their_width_type_and_f
 
 
 def _rounding(name: str, key: str) -> float:
-    if key.endswith("isolated.A"):  # of directions whose ratio of energies hardly differs, any will do
+    if key.endswith("isolated.A"):  # directions with almost the same ratio of energies are interchangeable
         return 1e-3
     # Memories are kept in single precision, and so are the moments of online estimation.
     return 2e-6
 
 
 def numbers(entry: Any) -> list[float]:
-    """Every number of a diagnostic; lists of images are sorted, as their order is that of the processes."""
+    """Every number of a diagnostic; lists of images are sorted, since processes change their order."""
     if isinstance(entry, dict):
         return [number for value in entry.values() for number in numbers(value)]
     if isinstance(entry, list):
@@ -183,12 +183,12 @@ def test_fabric_run_is_one_run_of_the_same_cell(tmp_path: Path) -> None:
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
 
 
-def test_a_run_of_two_processes_ends_when_told_and_goes_on(tmp_path: Path) -> None:
+def test_a_run_of_two_processes_ends_at_a_signal_and_resumes(tmp_path: Path) -> None:
     words = ["run", "janus_lora", "toy", "--seed", "1", "--trainer.max_epochs", "6", "--results"]
     several = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     started = [sys.executable, "-m", "cl_bench", *words, str(tmp_path / "two"), *several]
-    said = tmp_path / "said"
-    with said.open("w") as errors:
+    file = tmp_path / "errors"
+    with file.open("w") as errors:
         process = subprocess.Popen(started, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
         assert process.stdout is not None
@@ -198,7 +198,7 @@ def test_a_run_of_two_processes_ends_when_told_and_goes_on(tmp_path: Path) -> No
     finally:
         process.kill()
     assert process.returncode == cli.INTERRUPTED
-    assert "Run the same command again to resume." in said.read_text()
+    assert "Run the same command again to resume." in file.read_text()
     done = command(*words, str(tmp_path / "two"), *several)
     assert done.returncode == 0, done.stderr
     assert cli.main([*words, str(tmp_path / "one")]) == 0
@@ -225,23 +225,23 @@ def test_a_process_that_fails_ends_the_run_with_its_sentence(tmp_path: Path) -> 
     config.write_text("model: {class_path: broken_in_one.Broken}")
     several = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     done = command("run", str(config), "toy", "--results", str(tmp_path / "results"), *several)
-    said = "Process 1: ArithmeticError: no basis left"
+    sentence = "Process 1: ArithmeticError: no basis left"
     assert done.returncode == 1
-    assert done.stderr.splitlines()[0].startswith(f"error: {said}")
+    assert done.stderr.splitlines()[0].startswith(f"error: {sentence}")
     assert "Traceback" not in done.stderr
     (file,) = tmp_path.rglob(FILE_NAME)
     result = read(file)
-    assert (result.status, len(result.rows), result.error) == ("failed", 1, said)
+    assert (result.status, len(result.rows), result.error) == ("failed", 1, sentence)
     assert "no basis left" in (file.parent / "error.txt").read_text()
 
 
 @pytest.mark.parametrize("strategy", ("auto", "ddp_spawn"))
-def test_other_ways_to_start_processes_are_refused(strategy: str) -> None:
-    options = {"img_size": 8, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    backbone = Backbone("vision_transformer", "random", options, "half")
+def test_other_ways_to_start_processes_are_refused(
+    strategy: str, tiny_backbone: Callable[..., Backbone]
+) -> None:
     trainer = StreamTrainer(max_epochs=1, accelerator="cpu", devices=2, strategy=strategy)
     with pytest.raises(ValueError, match=r"only with --trainer\.strategy ddp"):
-        trainer.run(LoRA(backbone), Toy(num_experiences=3, image_size=8))
+        trainer.run(LoRA(tiny_backbone()), Toy(num_experiences=3, image_size=8))
 
 
 @settings(max_examples=50, deadline=None)
@@ -260,7 +260,7 @@ def test_the_parts_of_all_processes_are_the_batches_of_one(
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool))
-def test_one_changed_number_is_another_print(dtype: torch.dtype) -> None:
+def test_one_changed_number_changes_the_print(dtype: torch.dtype) -> None:
     def printed(value: Tensor) -> object:
         module = nn.Module()
         module.register_buffer("value", value)
@@ -277,27 +277,27 @@ def test_one_changed_number_is_another_print(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("before", "now"), ((2, 1), (1, 2), (3, 2)))
 @pytest.mark.parametrize("kind", ("moments", "sketch"))
-def test_shares_of_a_sum_go_on_in_more_or_fewer_processes(kind: str, before: int, now: int) -> None:
+def test_shares_of_a_sum_are_passed_on_to_more_or_fewer_processes(kind: str, before: int, now: int) -> None:
     layer = nn.Linear(4, 2)
 
     def blank() -> SecondMoments | InputSketch:
         # A sketch of as many rows as there are dimensions loses nothing.
         return SecondMoments([layer]) if kind == "moments" else InputSketch([layer], GPM(1, 4), rows=4)
 
-    def heard(seeds: range) -> SecondMoments | InputSketch:
+    def recorded(seeds: range) -> SecondMoments | InputSketch:
         found = blank()
         with found.recording():
             for seed in seeds:
                 layer(torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)))
         return found
 
-    shares = [dict(heard(range(rank, 6, before)).named_buffers()) for rank in range(before)]
+    shares = [dict(recorded(range(rank, 6, before)).named_buffers()) for rank in range(before)]
     held = [blank() for _ in range(now)]
     for rank, one in enumerate(held):
         one.hold(shares[rank::now])
     together = blank()
     together.hold([dict(one.named_buffers()) for one in held if one.tokens.any()])
-    assert torch.allclose(together.mean(), heard(range(6)).mean(), atol=1e-6)
+    assert torch.allclose(together.mean(), recorded(range(6)).mean(), atol=1e-6)
 
 
 if __name__ == "__main__":
