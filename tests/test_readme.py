@@ -1,4 +1,4 @@
-"""What the documents say must work: links, commands, options, examples."""
+"""What the documents quote must work: links, commands, options, examples."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ class Strategy(LightningModule):
         self.head.grow(experience.num_classes)
 
     def start_head(self, data: TrainingData) -> None:
-        """Start the head of the new classes as the setting says; means take one pass over plain images."""
+        """Start the head of the new classes by ``head_start``; means take one pass over plain images."""
         if self._head_start == "means" and isinstance(self.head, GrowingLinear):
             self.head.start_from(class_means(self.features, data.plain(), self.experience.classes))
 
