@@ -12,7 +12,7 @@ help:
 	@echo "make tests        pytest, doctests included"
 	@echo "make notebooks    execute every notebook"
 	@echo "make soak         the long versions of the tests"
-	@echo "make bench        training steps beside a hand-written loop, on ViT-B/16 and a small ViT"
+	@echo "make bench        training steps against a hand-written loop, on ViT-B/16 and a small ViT"
 	@echo "make clean        remove caches and build output; .venv and results stay"
 
 quickstart: .venv/installed
@@ -33,7 +33,7 @@ types: .venv/installed-dev
 tests: .venv/installed-dev browser
 	$(BIN)/pytest --durations=10
 
-# The page of a report is tested in a real browser. Where apt or root is missing, those tests are skipped and say so.
+# The page of a report is tested in a real browser. Without apt and root, those tests are skipped, with the reason.
 browser:
 	@if command -v chromedriver >/dev/null; then :; \
 	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
@@ -51,7 +51,7 @@ soak: .venv/installed-dev
 
 bench: .venv/installed
 	mkdir -p results/bench
-	@echo "Rows go to results/bench/*.json, and the table with its findings to the .txt beside each."
+	@echo "Rows go to results/bench/*.json, and the table with its findings to a .txt of the same name."
 	$(BIN)/cl-bench bench --json > results/bench/vit_base_patch16_224.json 2> results/bench/vit_base_patch16_224.txt
 	$(BIN)/cl-bench bench --backbone small --json > results/bench/small.json 2> results/bench/small.txt
 

@@ -55,7 +55,8 @@ from torch import Tensor
 
 from cl_bench.contracts.margin import DecoupledMargin
 from cl_bench.contracts.protection import ProtectedStrategy, RowSpace
-from cl_bench.contracts.strategy import Batch, TrainingData
+from cl_bench.contracts.strategy import TrainingData
+from cl_bench.data.experience import Batch
 from cl_bench.maths.losses import local_cross_entropy
 from cl_bench.measure.moments import SecondMoments
 from cl_bench.measure.sketch import InputSketch

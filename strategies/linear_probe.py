@@ -1,9 +1,16 @@
 """Linear probe: a frozen backbone and one linear head for each experience.
 
 Only the head of the current experience is trained, by cross-entropy over the classes of that experience. A
-method must beat its accuracy before its adapters can be said to have learnt anything.
+method must beat its accuracy before one can conclude that its adapters have learnt anything.
 
-Source: the usual control; the loss and the heads are those of every trained strategy here.
+Source: the usual control, without a paper of its own; loss and heads are those of every trained strategy.
+
+=============================  =================================
+usual form                     here
+=============================  =================================
+``W f + b``, ``f`` frozen      ``GrowingLinear`` on ``features``
+cross-entropy over new labels  ``local_cross_entropy``
+=============================  =================================
 
 Departures: None.
 """

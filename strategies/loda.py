@@ -45,7 +45,8 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
 from cl_bench.contracts.low_rank import LowRankStrategy
-from cl_bench.contracts.strategy import Batch, Promises, TrainingData
+from cl_bench.contracts.strategy import Promises, TrainingData
+from cl_bench.data.experience import Batch
 from cl_bench.maths.losses import cosface
 from cl_bench.maths.subspace import generalised_directions, leading_directions
 from cl_bench.measure.moments import second_moments

@@ -1,4 +1,4 @@
-"""What the documents say must work: links, commands, options, examples."""
+"""What the documents quote must work: links, commands, options, examples."""
 
 from __future__ import annotations
 
@@ -94,14 +94,14 @@ def test_options_in_tables_are_valid(document: Path, dataset: str) -> None:
 
 
 def test_the_options_of_the_readme_set_the_optimizer() -> None:
-    (words,) = [words for words in table_options(README) if words[0] == "--model.optimizer"]
-    config = resolve(layers("lora", "image_folder"), [*words, "--model.optimizer.lr", "0.002"]).resolved
+    (words,) = [words for words in table_options(README) if words[0] == "--optimizer"]
+    config = resolve(layers("lora", "image_folder"), [*words, "--optimizer.lr", "0.002"]).resolved
     optimizer = config["model"]["init_args"]["optimizer"]
     assert optimizer["class_path"] == "torch.optim.AdamW"
     assert optimizer["init_args"]["lr"] == 0.002
 
 
-def test_held_out_classes_leave_the_stream_that_is_said() -> None:
+def test_held_out_classes_leave_as_many_as_the_table_gives() -> None:
     (words,) = [words for words in table_options(CONFIGS) if "--held_out_classes" in words]
     data = resolve(layers("lora", "digits"), words).datamodule
     data.setup()

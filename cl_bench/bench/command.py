@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.bench.floor import Floor
 from cl_bench.bench.subject import CLASSES, RECIPES, Setup, Subject
-from cl_bench.contracts.datamodule import Batch
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import Strategy
+from cl_bench.data.experience import Batch
 from cl_bench.errors import suggestion
 from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.provenance import device_name

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_bench.contracts.datamodule import Batch
 from cl_bench.contracts.strategy import Strategy
+from cl_bench.data.experience import Batch
 from cl_bench.network.adapters import AdaptedLinear
 from cl_bench.network.frozen import Frozen
 

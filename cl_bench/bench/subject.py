@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.benchmark import timer
 from torch.utils.data import DataLoader
 
-from cl_bench.contracts.datamodule import Batch, StreamDataModule
+from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.low_rank import memory_of
-from cl_bench.data.experience import Experience
+from cl_bench.data.experience import Batch, Experience
 from cl_bench.data.sources import PixelSource, Sources
 from cl_bench.data.stream import Stream, Transform
 from cl_bench.data.views import preset

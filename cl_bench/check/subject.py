@@ -19,6 +19,7 @@ from cl_bench.check.stream import TinyStream
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.errors import sentence
+from cl_bench.loop.callbacks import at_rest
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import pooled
@@ -105,14 +106,14 @@ class Run:
     def tested(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the logits (B, classes seen) of Lightning's test step for images with ``labels``."""
         with _at_test_time(self.strategy):
-            answer: Tensor = self.strategy.test_step((images, labels), 0)
-        return answer.clone()
+            logits: Tensor = self.strategy.test_step((images, labels), 0)
+        return logits.clone()
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits (B, classes seen) of images (B, 3, H, W) at test time."""
         with _at_test_time(self.strategy):
-            answer: Tensor = self.strategy(images)
-        return answer.clone()
+            logits: Tensor = self.strategy(images)
+        return logits.clone()
 
     def _features(self, images: Tensor, begun: bool) -> Tensor:
         try:
@@ -247,14 +248,8 @@ def some(names: Sequence[str], shown: int = 3) -> str:
 @contextmanager
 def _at_test_time(strategy: Strategy) -> Iterator[None]:
     """Turn gradients off, set evaluation mode, and restore the random generators afterwards."""
-    modes = [(module, module.training) for module in strategy.modules()]
-    strategy.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
+    with at_rest(strategy), torch.random.fork_rng():
+        yield
 
 
 def _stir() -> None:

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cl_bench.data.draws import DrawnImages, DrawSampler
-from cl_bench.data.experience import Experience
+from cl_bench.data.experience import Batch, Experience
 from cl_bench.data.loading import RankBatches, StreamLoader, WorkerPool, copied
 from cl_bench.data.sources import Indices, Sources, for_validation, of_classes
 from cl_bench.data.stream import (
@@ -29,9 +28,6 @@ from cl_bench.data.stream import (
 )
 from cl_bench.data.views import View, scaled
 from cl_bench.processes.ranks import place
-
-Batch = tuple[Tensor, Tensor]
-"""Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
 _HELD_OUT_IMAGES = 32  # of each held-out class and split, at most
 _MOST_WORKERS = 256

@@ -69,22 +69,26 @@ class LowRankStrategy(Strategy):
             layer.merge()
 
     def adapters(self) -> Iterator[tuple[int, LowRank]]:
-        """Yield the adapter of every projection after the index of the projection, from 0."""
-        adapters = (layer.adapter(name) for layer in self.layers for name in layer.rows)
-        yield from enumerate(adapters)
+        """Yield every adapter after the index of its projection, from 0.
+
+        Adapters on the same rows of a layer, such as an older and a newer one, have the same projection.
+        """
+        first = 0
+        for layer in self.layers:
+            projections = layer.projections
+            for name, rows in layer.rows.items():
+                yield first + projections.index(rows), layer.adapter(name)
+            first += len(projections)
 
     @property
     def layer_of(self) -> list[int]:
         """Index in :attr:`layers` of each adapted projection."""
-        return [index for index, layer in enumerate(self.layers) for _ in layer.rows]
+        return [index for index, layer in enumerate(self.layers) for _ in layer.projections]
 
     def of_projections(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """Return the rows of each adapted projection, from a matrix (m, n) for each layer."""
-        return [
-            matrix[rows]
-            for layer, matrix in zip(self.layers, matrices, strict=True)
-            for rows in layer.rows.values()
-        ]
+        pairs = zip(self.layers, matrices, strict=True)
+        return [matrix[rows] for layer, matrix in pairs for rows in layer.projections]
 
 
 def memory_of(strategy: Strategy) -> GPM | None:

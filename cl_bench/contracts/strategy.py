@@ -17,15 +17,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from cl_bench.data.experience import Experience
+from cl_bench.data.experience import Batch, Experience
 from cl_bench.maths.losses import local_cross_entropy
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import GrowingLinear, Head, TrainableHead, pooled
 from cl_bench.processes.ranks import connected, from_first, gathered, part, totals
-
-Batch = tuple[Tensor, Tensor]
-"""Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
 
 class TrainingData(Protocol):
@@ -144,7 +141,7 @@ class Strategy(LightningModule):
         self.head.grow(experience.num_classes)
 
     def start_head(self, data: TrainingData) -> None:
-        """Start the head of the new classes as the setting says; means take one pass over plain images."""
+        """Start the head of the new classes by ``head_start``; means take one pass over plain images."""
         if self._head_start == "means" and isinstance(self.head, GrowingLinear):
             self.head.start_from(class_means(self.features, data.plain(), self.experience.classes))
 

@@ -1,8 +1,13 @@
-"""One step of a stream, as a strategy sees it."""
+"""One step of a stream, as a strategy sees it, and a batch of its images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]
+"""Images (B, 3, H, W) in [0, 1] and labels (B,), which are positions in the class order."""
 
 
 @dataclass(frozen=True)

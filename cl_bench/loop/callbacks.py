@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from cl_bench.contracts.strategy import Batch, Strategy
+from cl_bench.contracts.strategy import Strategy
+from cl_bench.data.experience import Batch
 from cl_bench.loop import progress
 from cl_bench.loop.continuation import Continuation
 from cl_bench.loop.course import Course, Diverged

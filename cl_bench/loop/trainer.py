@@ -46,7 +46,7 @@ class StreamTrainer(Trainer):
         callbacks: As in Lightning.
         logger: As in Lightning, off unless given.
         enable_checkpointing: Off: checkpoints of a single fit know nothing of the stream.
-        enable_progress_bar: Off: one bar for each fit and test says little about the stream.
+        enable_progress_bar: Off: one bar for each fit and test shows little of the stream.
         enable_model_summary: Off.
         use_distributed_sampler: Off: it repeats samples to even out the ranks, and counts would be wrong.
         num_sanity_val_steps: None: nothing is validated.

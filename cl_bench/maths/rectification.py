@@ -22,7 +22,7 @@ of one overlap, the damping, and what a strategy can rely on:
 * ``Π(G_s) V = (I - P_B) G_s P_A V`` is left in the protected directions. It vanishes when ``A V = 0``, and
   then ``X V = 0`` as well, whatever the damping: a down-projection without protected directions gains none by
   a step along ``X``, and the weight changes in none, terms of second order included.
-* That survives sums of steps, as SGD with momentum takes them. Adam scales each entry by itself and breaks
+* That survives sums of steps, as SGD with momentum takes them. Adam scales each entry separately and breaks
   it: the rows of ``A`` then have to be projected again after every step.
 * When ``A V = 0`` or nothing is protected, ⟨Π(G_s), G⟩ = ‖Π(G_s)‖², so a small step lowers the loss; damped,
   the product stays positive. Otherwise that is not certain.
@@ -104,7 +104,7 @@ def rectified(
             f"With a damping of {damping} the Gram matrix of B = 0, as in every fresh adapter, is singular: "
             "give a positive one, such as 1e-4."
         )
-    down, up = A.double(), B.double()  # which autocast leaves alone
+    down, up = A.double(), B.double()  # autocast does not change float64
     gram_up, gram_down = _damped(up.mT @ up, damping), _damped(down @ down.mT, damping)
     inverse_up, inverse_down = _inverse(gram_up), _inverse(gram_down)
     by_A = inverse_up @ gradient_A.double() / scale**2  # B⁺ G_s / s

@@ -1,1 +1,1 @@
-"""What one pass over the images can tell."""
+"""Statistics of one pass over the images."""

@@ -24,7 +24,7 @@ class SecondMoments(InputStatistic):
     Queries, keys and values share one fused layer, hence one statistic. A batch costs one product of its
     flattened tokens with themselves for each layer, on the device; most of the symmetric half is left out.
 
-    Products are taken in float64 unless told otherwise, and always summed in float64, because eigenvalues are
+    Products are taken in float64 by default, and always summed in float64, because eigenvalues are
     the squares of what the tokens hold: in a small ViT trained on natural images those of one block spread
     over nine orders of magnitude. With float32 products, the weakest keep no correct digit; with float32 sums
     as well, they may become negative. Methods that divide by old energy need them. Rules that count

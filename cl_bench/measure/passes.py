@@ -2,7 +2,7 @@
 
 A pass is expensive and its statistics are cheap, so :func:`measure` serves any number of them with one pass.
 Means are taken after summing over all processes of a run, so each process may see a part of the images, and
-of a batch even none.
+even no image of a batch.
 """
 
 from __future__ import annotations

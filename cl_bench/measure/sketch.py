@@ -138,7 +138,7 @@ class InputSketch(InputStatistic):
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """Return at most ``most`` of ``count`` places, far apart, and out of step with any period.
+    """Return at most ``most`` of ``count`` places, widely spaced, and out of step with any period.
 
     The places of a token repeat from image to image: a stride that divided their number would pick the same
     ones from every image. This stride shares no factor with the count, and is near its golden section.

@@ -94,7 +94,7 @@ class LowRank(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Start anew, in place: ``A`` uniform within 1/sqrt(n) as a linear layer is drawn, ``B`` zero."""
+        """Draw again, in place: ``A`` uniform within 1/sqrt(n) as a linear layer is drawn, ``B`` zero."""
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
@@ -196,8 +196,14 @@ class AdaptedLinear(Frozen):
         assert isinstance(adapter, LowRank)
         return adapter
 
+    @property
+    def projections(self) -> list[slice]:
+        """Rows of each adapted projection; adapters on the same rows share one."""
+        every = list(self.rows.values())
+        return [rows for place, rows in enumerate(every) if every.index(rows) == place]
+
     def reset(self) -> None:
-        """Start every adapter anew, in place."""
+        """Draw every adapter again, in place."""
         for name in self.rows:
             self.adapter(name).reset()
 

@@ -33,13 +33,11 @@ def weights_file() -> Path:
     """
     file = Path(__file__).with_name("vit.safetensors")
     if not file.is_file():
-        raise FileNotFoundError(
-            f"The embedded weights {file} are missing: check out or install the suite anew."
-        )
+        raise FileNotFoundError(f"The embedded weights {file} are missing: check out or reinstall the suite.")
     found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != SHA256:
         raise ValueError(
             f"The embedded weights {file} have the sha256 {found[:16]}… instead of {SHA256[:16]}…: "
-            "check out or install the suite anew."
+            "check out or reinstall the suite."
         )
     return file

@@ -68,7 +68,7 @@ class Frozen(nn.Module):
         return self.weight, self.bias
 
 
-class FrozenLinear(Frozen, nn.Linear):  # type: ignore[misc]  # torch says that a bias is never None
+class FrozenLinear(Frozen, nn.Linear):  # type: ignore[misc]  # to torch a bias is never None
     """A linear layer whose weight is frozen.
 
     Args:

@@ -132,7 +132,7 @@ def _of_files(files: Sequence[str], images: Images) -> list[Scanned]:
 
 
 def _require(root: Path, files: Sequence[str]) -> None:
-    require_files(root, files, "remove the incomplete folder and run again, which unpacks it anew.")
+    require_files(root, files, "remove the incomplete folder and run again to unpack it.")
 
 
 RECIPES = {

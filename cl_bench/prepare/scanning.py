@@ -51,7 +51,7 @@ def scan(
     if broken:
         raise ValueError(
             f"{len(broken):,} of {len(files):,} images below {root} cannot be decoded, such as {broken[0]}: "
-            "remove their folder and run again, which unpacks it anew."
+            "remove their folder and run again to unpack it."
         )
     return scanned
 

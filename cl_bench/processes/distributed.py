@@ -2,7 +2,7 @@
 
 Each has a device and the same model, and takes its part of every batch; see
 :mod:`cl_bench.processes.ranks`. They are started by Lightning, which runs the same command again for each, or
-by a launcher such as ``fabric run`` or ``torchrun``, whose variables say so.
+by a launcher such as ``fabric run`` or ``torchrun``, which its variables show.
 """
 
 from __future__ import annotations

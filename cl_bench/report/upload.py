@@ -3,8 +3,8 @@
 A view shows the runs of one benchmark under one protocol and groups them as the tables do, so its means and
 bands are over seeds and class orders. Only the report has tests and intervals: W&B offers none.
 
-Without a login, or with ``WANDB_MODE=offline``, everything is written to disk instead: runs as offline runs
-of W&B, views as JSON.
+Without a login, or with ``WANDB_MODE=offline``, everything is written to disk instead: runs become offline
+W&B runs, views JSON files.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cl_bench.data.experience import Experience
 from cl_bench.loop.continuation import resumption
+from cl_bench.loop.progress import stream_of
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.results.result import FILE_NAME, Result
 from cl_bench.run.configuration import Configuration
@@ -50,11 +51,13 @@ class RunConsole(Callback):
         self._began = time.perf_counter()
         if self.console.is_terminal:  # in a file, a bar would only leave blank lines
             self._progress.start()
-        self._progress.reset(self._task, description=f"experience {_place(_experience(trainer))}", total=None)
+        self._progress.reset(
+            self._task, description=f"experience {_place(stream_of(trainer).experience)}", total=None
+        )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show which epoch starts."""
-        epochs, place = trainer.max_epochs or 1, _place(_experience(trainer))
+        epochs, place = trainer.max_epochs or 1, _place(stream_of(trainer).experience)
         self._progress.update(
             self._task,
             description=f"experience {place} · epoch {trainer.current_epoch + 1}/{epochs}",
@@ -71,7 +74,7 @@ class RunConsole(Callback):
         """Print the line of the finished experience."""
         if self.console.is_terminal:
             self._progress.stop()
-        experience = _experience(trainer)
+        experience = stream_of(trainer).experience
         assert isinstance(trainer, StreamTrainer)
         accuracy = trainer.result.metrics_after(len(trainer.result.rows) - 1)["acc/sample"]
         classes = f"classes {experience.classes.start} to {experience.classes.stop - 1}"
@@ -81,11 +84,6 @@ class RunConsole(Callback):
             f"{accuracy:5.1f} %  {time.perf_counter() - self._began:6.1f} s",
             highlight=False,
         )
-
-
-def _experience(trainer: Trainer) -> Experience:
-    experience: Experience = trainer.datamodule.experience  # type: ignore[attr-defined]
-    return experience
 
 
 def _place(experience: Experience) -> str:

@@ -31,10 +31,9 @@ _MOST_THREADS = 256  # with more than the machine can start, OpenMP kills the pr
 
 _SWITCHES = ("wandb", "diagnostics", "resume")  # need no value
 
-# Arguments that are set under another key.
-# What words of other code bases are called here.
-_MEANT = {"lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay", "epochs": "max_epochs"}
+# Arguments that are set under another key, and the keys of options that other codebases have.
 _LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
+_MEANT = {"lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay", "epochs": "max_epochs"}
 
 # Lines of jsonargparse's messages that start like this contain no reason.
 _FRAME = (

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_bench.contracts.datamodule import Batch
+from cl_bench.data.experience import Batch
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import Prototypes
 from cl_bench.run.configuration import layers, resolve

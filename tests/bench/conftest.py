@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cl_bench.bench.subject import Setup, Subject
-from cl_bench.contracts.datamodule import Batch
+from cl_bench.data.experience import Batch
 from cl_bench.run.run import quiet
 
 

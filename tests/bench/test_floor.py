@@ -8,7 +8,7 @@ import torch
 from cl_bench.bench.command import held_bytes
 from cl_bench.bench.floor import Floor
 from cl_bench.bench.subject import Subject
-from cl_bench.contracts.datamodule import Batch
+from cl_bench.data.experience import Batch
 from cl_bench.network.heads import GrowingLinear
 
 During = Callable[[Subject, Callable[[], None]], None]
@@ -69,7 +69,7 @@ def test_a_floor_in_half_precision_keeps_frozen_weights_only_in_half_precision(
     assert len(frozen) == 1 + 4 * 2  # patches, and four layers in each block
 
 
-def test_the_floor_leaves_the_strategy_as_it_was_and_keeps_what_separate_factors_need(
+def test_the_floor_leaves_the_strategy_and_keeps_what_separate_factors_need(
     subject: Callable[..., Subject], during: During
 ) -> None:
     ours = subject("inflora")  # it trains B of keys and values, and nothing of queries

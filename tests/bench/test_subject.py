@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cl_bench.bench.subject import Subject, fill
-from cl_bench.contracts.datamodule import Batch
+from cl_bench.data.experience import Batch
 from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.maths.memory import GPM, DualGPM, reaching
 from cl_bench.results.result import FILE_NAME

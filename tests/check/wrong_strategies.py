@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from cl_bench.contracts.low_rank import LowRankStrategy
-from cl_bench.contracts.strategy import Batch, Promises, Strategy, TrainingData
-from cl_bench.data.experience import Experience
+from cl_bench.contracts.strategy import Promises, Strategy, TrainingData
+from cl_bench.data.experience import Batch, Experience
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import GrowingLinear, pooled

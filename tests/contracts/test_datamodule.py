@@ -12,9 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cl_bench.contracts.datamodule import Batch
 from cl_bench.data.draws import Draw, DrawnImages, DrawSampler
-from cl_bench.data.experience import Experience
+from cl_bench.data.experience import Batch, Experience
 from cl_bench.data.loading import StreamLoader
 from cl_bench.data.sources import ArraySource, Sources
 from cl_bench.data.stream import Transform

@@ -21,6 +21,16 @@ def test_projections_are_counted_over_all_layers(tiny_backbone: Making) -> None:
     assert adapters[3] is strategy.layers[2].adapter("q")
 
 
+def test_an_added_adapter_shares_the_projection_of_its_rows(tiny_backbone: Making) -> None:
+    strategy = LowRankStrategy(tiny_backbone(), targets=("k", "v"), rank=2)
+    for layer in strategy.layers:
+        layer.add("second", layer.rows["v"], rank=1)
+    assert strategy.layer_of == [0, 0, 1, 1]
+    assert [projection for projection, _ in strategy.adapters()] == [0, 1, 1, 2, 3, 3]
+    found = strategy.of_projections([layer.weight for layer in strategy.layers])
+    assert [len(rows) for rows in found] == [32, 32, 32, 32]
+
+
 def test_matrices_of_layers_are_divided_into_those_of_projections(tiny_backbone: Making) -> None:
     strategy = LowRankStrategy(tiny_backbone(), targets=("q", "v", "fc2"), rank=2, blocks=[1])
     fused, mlp = (layer.weight for layer in strategy.layers)

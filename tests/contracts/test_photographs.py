@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from cl_bench.contracts.photographs import PhotographFiles
-from cl_bench.contracts.strategy import Batch
 from cl_bench.data import manifest
+from cl_bench.data.experience import Batch
 from cl_bench.data.manifest import Variant
 from cl_bench.data.sources import FileSource, Sources
 from cl_bench.loop.trainer import StreamTrainer

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from cl_bench.contracts.datamodule import Batch
+from cl_bench.data.experience import Batch
 from cl_bench.data.sources import ArraySource
 from datamodules.digits import Digits
 

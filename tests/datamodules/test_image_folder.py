@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cl_bench.contracts.datamodule import Batch
+from cl_bench.data.experience import Batch
 from datamodules.image_folder import ImageFolder
 
 # The images of a class show only its colour.

@@ -37,7 +37,5 @@ def test_embedded_weights_that_are_not_the_shipped_ones_are_refused(
     if content is not None:
         (tmp_path / "vit.safetensors").write_bytes(content)
     monkeypatch.setattr(embedded, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(
-        (ValueError, FileNotFoundError), match=f"{error}.*check out or install the suite anew"
-    ):
+    with pytest.raises((ValueError, FileNotFoundError), match=f"{error}.*check out or reinstall the suite"):
         Backbone("embedded")

@@ -99,7 +99,7 @@ def test_a_fresh_linear_head_of_the_saved_sizes_loads_the_saved_state(features: 
     assert torch.equal(fresh(features), saved(features))
 
 
-def test_a_head_from_means_gives_thirty_times_the_cosine_to_features_of_average_length(
+def test_a_head_from_means_gives_thirty_times_the_cosine_at_average_length(
     features: torch.Tensor,
 ) -> None:
     head = grown([3, 2])

@@ -287,9 +287,9 @@ def test_the_verb_prepares_a_dataset_and_suggests_a_name(
 
 def test_the_verb_explains_how_to_get_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prepare", "imagenet100", "--root", str(tmp_path)]) == 2
-    said = capsys.readouterr()
-    assert "Register at https://image-net.org" in said.out
-    assert "name the folder of ImageNet-1k with --source" in said.err
+    printed = capsys.readouterr()
+    assert "Register at https://image-net.org" in printed.out
+    assert "name the folder of ImageNet-1k with --source" in printed.err
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def test_the_memory_holds_the_share_of_the_schedule(
     )
 
 
-def test_with_the_energy_of_the_covariance_the_first_experience_takes_one_direction_fewer(
+def test_with_the_covariance_the_first_experience_takes_one_direction_fewer(
     backbone: Making, walk: Walking
 ) -> None:
     counted: list[tuple[list[int], list[int]]] = []

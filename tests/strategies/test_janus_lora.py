@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cl_bench.contracts.strategy import Batch, TrainingData
+from cl_bench.contracts.strategy import TrainingData
+from cl_bench.data.experience import Batch
 from cl_bench.maths.violation import relative_violation
 from cl_bench.measure.gradients import full_weight_gradients
 from cl_bench.measure.means import class_means

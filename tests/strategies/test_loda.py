@@ -9,8 +9,8 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from cl_bench.contracts.strategy import Batch, TrainingData
-from cl_bench.data.experience import Experience
+from cl_bench.contracts.strategy import TrainingData
+from cl_bench.data.experience import Batch, Experience
 from cl_bench.measure.moments import second_moments
 from cl_bench.network.backbones import Backbone
 from strategies.loda import LoDA, Recalibration, looking_ahead, recalibration

@@ -60,7 +60,7 @@ function enter() {
   showRuns();
 }
 
-/** Draw every chart anew. */
+/** Redraw every chart. */
 function charts() {
   for (const chart of [forest, curves, matrices, pareto, tasks, domains, inside, phases]) chart();
 }
