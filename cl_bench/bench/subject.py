@@ -239,7 +239,7 @@ def fill(memory: GPM, share: float) -> None:
     generator = torch.Generator().manual_seed(0)
     wanted = round(share * memory.dim)
     for number in range(memory.num_bases):
-        projection = memory.projections.index(number)
+        projection = memory.first_with(number)
         basis = memory.basis(projection).double()
         drawn = torch.randn(memory.dim, max(wanted - basis.shape[1], 0), generator=generator).to(basis)
         new = torch.linalg.qr(drawn - basis @ (basis.mT @ drawn)).Q

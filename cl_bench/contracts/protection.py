@@ -139,7 +139,7 @@ class ProtectedStrategy(LowRankStrategy):
         if self.rectification:
             for index, layer in enumerate(self.layers):
                 assert isinstance(layer, ShieldedLinear)
-                layer.shield(self.memory.basis(self.layer_of.index(index)))
+                layer.shield(self.memory.basis(self.memory.first_with(index)))
 
     def _clear_rows(self) -> None:
         self._clear((projection, adapter.A) for projection, adapter in self.adapters())
@@ -164,9 +164,9 @@ class ProtectedStrategy(LowRankStrategy):
             yield list(alike)
 
     def _require_room(self) -> None:
-        dims, layer_of = self.memory.dims, self.layer_of
+        dims = self.memory.dims
         for index in range(len(self.layers)):
-            free = self.memory.dim - dims[layer_of.index(index)]
+            free = self.memory.dim - dims[self.memory.first_with(index)]
             if free < self.rank:
                 warnings.warn(
                     f"Layer {index} has {free} of {self.memory.dim} dimensions free, fewer than the rank "

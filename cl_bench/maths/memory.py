@@ -119,6 +119,10 @@ class GPM(nn.Module):
         """Return the basis (d, k) of what is protected for ``projection``."""
         return self._basis(self.projections[projection])
 
+    def first_with(self, number: int) -> int:
+        """Return the first projection that uses basis ``number``."""
+        return self.projections.index(number)
+
     def residual(self, x: Tensor, projection: int) -> Tensor:
         """Remove from the columns of ``x`` (d, n) what is protected for ``projection``; the type stays."""
         return self._residual(x, self.projections[projection])

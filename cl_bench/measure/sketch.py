@@ -74,7 +74,7 @@ class InputSketch(InputStatistic):
                 "set energy to features, or estimate exact moments."
             )
         self._memory = (memory,)  # in a tuple, it does not become a part of this module
-        self._projection = [memory.projections.index(index) for index in range(len(layers))]
+        self._projection = [memory.first_with(index) for index in range(len(layers))]
         self.rows = min(rows, self.width)
         self.most_tokens = most_tokens
         self.clear()
