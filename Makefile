@@ -9,7 +9,7 @@ help:
 	@echo "make test         install, then lint, types, tests (with doctests) and notebooks"
 	@echo "make lint         ruff and the import contracts"
 	@echo "make types        mypy"
-	@echo "make tests        pytest, doctests included"
+	@echo "make tests        pytest, doctests included, and every strategy on a second device"
 	@echo "make notebooks    execute every notebook"
 	@echo "make soak         the long versions of the tests"
 	@echo "make bench        training steps against a hand-written loop, on ViT-B/16 and a small ViT"
@@ -32,6 +32,7 @@ types: .venv/installed-dev
 
 tests: .venv/installed-dev browser
 	$(BIN)/pytest --durations=10
+	$(BIN)/pytest tests/devices
 
 # The page of a report is tested in a real browser. Without apt and root, those tests are skipped, with the reason.
 browser:
