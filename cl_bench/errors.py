@@ -1,4 +1,4 @@
-"""One sentence for every error, and suggestions for misspelt words."""
+"""One sentence for every error, text that is safe on a terminal, and suggestions for misspelt words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,22 @@ def sentence(error: BaseException) -> str:
         lines = [lines[-1].partition(": ")[2] or lines[-1]]
     message = " ".join(" ".join(lines).split())
     is_clear = message and isinstance(error, ValueError | OSError)
-    return message if is_clear else f"{type(error).__name__}: {message}".rstrip(": ")
+    return visible(message if is_clear else f"{type(error).__name__}: {message}".rstrip(": "))
+
+
+def visible(text: str) -> str:
+    r"""Return ``text`` on one line, with an escape for every character that is not printed but obeyed.
+
+    A terminal obeys control characters, the sequences that begin with one, marks that reverse the direction
+    of text, and line separators; halves of surrogate pairs cannot be written at all. Python's
+    :meth:`str.isprintable` decides.
+
+    >>> print(visible("red \x1b[31m, two\nlines"))
+    red \x1b[31m, two\nlines
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def is_of_memory(error: BaseException) -> bool:

@@ -62,7 +62,7 @@ def run_grid(name: str, results: Path | None, engine: Callable[[Path], Engine], 
         run
             then.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
     grid = read_grid(name, results)
     entries = known([*grid.cells()])
     waiting = [entry for entry in entries if entry.done is None]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from cl_bench.errors import suggestion
+from cl_bench.errors import suggestion, visible
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.page import page
 from cl_bench.report.pictures import pictures
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables
 from cl_bench.report.text import latex, markdown
+from cl_bench.results.files import file_names
 from cl_bench.results.metrics import DEFINITIONS
 from cl_bench.results.result import FILE_NAME, Result, read_all
 
@@ -30,6 +31,8 @@ FOLDER = "report"
 
 PAGE = "page.html"
 """Name of the page, in that folder."""
+
+_LISTED = 8  # files in one sentence
 
 _PICTURES = ("curves_*.png", "matrix_*.png")
 
@@ -49,10 +52,12 @@ class Report:
     Attributes:
         text: The tables as text; for a page, one sentence about it.
         files: Paths written: tables first, then pictures.
+        notices: A sentence for each file that could not be read and each picture that could not be drawn.
     """
 
     text: str
     files: list[Path]
+    notices: list[str]
 
 
 def report(results_folder: Path, format: Format, metrics: Sequence[str] | None = None) -> Report:  # noqa: A002
@@ -71,13 +76,15 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
 
     Raises:
         FileNotFoundError: If the folder does not exist, or has no result that can be read.
-        ValueError: If a metric has no definition.
+        ValueError: If a metric has no definition, or the folder of the report is a link.
     """
     shown = defined(METRICS if metrics is None else metrics)
     results, unreadable = results_below(results_folder)
     compared = comparisons(results)
     laid_out = tables(compared, shown)
     folder = results_folder / FOLDER
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link to another folder: remove it, and the report makes its own.")
     folder.mkdir(exist_ok=True)
     for pattern in _OURS[format]:  # no picture of results that are gone may remain with the new table
         for path in folder.glob(pattern):
@@ -86,10 +93,17 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     files = [folder / name for name in texts]
     for path, text in zip(files, texts.values(), strict=True):
         path.write_text(text, encoding="utf-8")
+    notices = [f"Not read: {line}" for line in unreadable]
     if format in ("md", "latex"):
-        files += [path for comparison in compared for path in pictures(comparison, folder)]
-    text = f"Open {files[0]} in a browser.\n" if format == "html" else next(iter(texts.values()))
-    return Report(text + "".join(f"Not read: {line}\n" for line in unreadable), files)
+        names = file_names(comparison.title for comparison in compared)
+        for comparison in compared:
+            drawn, failed = pictures(comparison, folder, names[comparison.title])
+            files += drawn
+            notices += failed
+    text = (
+        f"Open {visible(str(files[0]))} in a browser.\n" if format == "html" else next(iter(texts.values()))
+    )
+    return Report(text, files, notices)
 
 
 def results_below(folder: Path) -> tuple[list[Result], list[str]]:
@@ -100,7 +114,12 @@ def results_below(folder: Path) -> tuple[list[Result], list[str]]:
     """
     results, unreadable = read_all(folder)
     if not results:
-        reasons = "".join(f" {line}" for line in unreadable)
+        listed = (
+            unreadable
+            if len(unreadable) <= _LISTED
+            else [*unreadable[:_LISTED], f"{len(unreadable) - _LISTED} more cannot be read either."]
+        )
+        reasons = "".join(f" {line}" for line in listed)
         raise FileNotFoundError(
             f"No {FILE_NAME} below {folder} can be read: run a cell first, or name another folder.{reasons}"
         )

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from cl_bench.errors import visible
 from cl_bench.report.statistics import Contrast, Statistic, statistic, tested
+from cl_bench.results.metrics import BOUNDS
 from cl_bench.results.result import COSTS, Regime, Result, Row
 
 RANKING = "acc/sample"
@@ -45,6 +47,7 @@ WIDTH = 40
 _CONTEXT = 8
 
 _DIGITS = 9  # decimals of a difference in percent: digits beyond them are rounding errors
+_OF_A_COST = (0.0, math.inf)  # the bounds of seconds, bytes and parameters
 _OF_A_DEVICE = tuple(name for name in COSTS if name.startswith("seconds") or name == "peak_megabytes")
 
 
@@ -99,8 +102,23 @@ class Entry:
         """Return the statistic of the metric or cost ``name``; it has no values if no run has any."""
         if name not in self._statistics:
             runs = self.on_one_device if name in _OF_A_DEVICE else self.runs
-            self._statistics[name] = statistic(self.measured[_block(run)].get(name, math.nan) for run in runs)
+            values = (self.measured[_block(run)].get(name, math.nan) for run in runs)
+            self._statistics[name] = (
+                statistic(values, BOUNDS[name], self.resolution)
+                if name in BOUNDS
+                else statistic(values, _OF_A_COST)
+            )
         return self._statistics[name]
+
+    @cached_property
+    def training_data(self) -> str:
+        """What the runs keep of old training data, in a word; empty if none has recorded it."""
+        return ", ".join(sorted({run.training_data for run in self.runs if run.training_data}))
+
+    @cached_property
+    def resolution(self) -> float:
+        """What one image changes in a percentage over all images evaluated, in points."""
+        return max((100 / sum(run.test_images) for run in self.runs), default=0.0)
 
     @cached_property
     def _statistics(self) -> dict[str, Statistic]:
@@ -204,7 +222,10 @@ def contrast(first: Entry, second: Entry, metric: str) -> Contrast:
     ours, theirs = _by_block(first, metric), _by_block(second, metric)
     shared = sorted(ours.keys() & theirs.keys())
     values = (round(ours[block] - theirs[block], _DIGITS) for block in shared)
-    return Contrast(first.label, second.label, metric, statistic(values))
+    least, greatest = BOUNDS[metric]
+    bounds = (least - greatest, greatest - least)
+    difference = statistic(values, bounds, first.resolution + second.resolution)
+    return Contrast(first.label, second.label, metric, difference)
 
 
 def _by_length(gathered: tuple[tuple[str, str], Mapping[str, Sequence[Result]]]) -> tuple[str, int, str]:
@@ -292,12 +313,13 @@ def _labelled(representatives: Mapping[str, Result]) -> tuple[dict[str, str], di
     unnamed: dict[str, list[str]] = {}
     for name, groups in families.items():
         suffixes, silent = _suffixes([representatives[group] for group in groups])
-        labels |= {group: name + suffix for group, suffix in zip(groups, suffixes, strict=True)}
+        labels |= {group: visible(name + suffix) for group, suffix in zip(groups, suffixes, strict=True)}
         unnamed |= {name: silent} if silent else {}
     shared = Counter(labels.values())
-    for group, label in labels.items():
-        if shared[label] > 1:
-            labels[group] = f"{label}, group={group}"
+    for group in labels:
+        while shared[labels[group]] > 1:
+            labels[group] += f", group={group}"
+            shared[labels[group]] += 1
     return labels, unnamed
 
 
@@ -393,8 +415,8 @@ def short_names(keys: Sequence[str]) -> list[str]:
     """
     parts = [key.split(".") for key in keys]
     endings = [[".".join(own[start:]) for start in reversed(range(len(own)))] for own in parts]
-    taken = [ending for own in endings for ending in own]
-    return [next((ending for ending in own if taken.count(ending) == 1), own[-1]) for own in endings]
+    taken = Counter(ending for own in endings for ending in own)
+    return [next((ending for ending in own if taken[ending] == 1), own[-1]) for own in endings]
 
 
 def shortened(texts: Sequence[str], width: int = WIDTH) -> list[str]:

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the report, print its tables to standard output and its paths to standard error, and return 0.
+    """Write the report and return 0; its tables go to standard output, paths and notices to standard error.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no result in it.
@@ -35,12 +35,14 @@ def run(options: argparse.Namespace) -> int:
     """
     from rich.console import Console
 
+    from cl_bench.errors import visible
     from cl_bench.report.command import FOLDER, METRICS, report, results_below
 
     written = report(options.results, options.format, options.metrics)
-    Console(highlight=False, soft_wrap=True).print(written.text, markup=False)
-    notices = Console(stderr=True, highlight=False, soft_wrap=True)
-    notices.print("\n".join(f"wrote {path}" for path in written.files), markup=False)
+    Console(highlight=False, emoji=False, soft_wrap=True).print(written.text, markup=False)
+    notices = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+    for line in (*written.notices, *(f"wrote {visible(str(path))}" for path in written.files)):
+        notices.print(line, markup=False)
     if options.wandb is not None:
         from cl_bench.report.upload import upload
 

@@ -6,9 +6,11 @@ inches, with titles and labels outside the axes: save them with a tight bounding
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from cl_bench.report.comparison import RANKING, Comparison, Entry
+from cl_bench.errors import sentence, visible
+from cl_bench.report.comparison import RANKING, Comparison, Entry, shortened
 from cl_bench.report.tables import backbone, counted
 from cl_bench.results.metrics import accuracy_matrix, incremental_accuracy
 
@@ -31,6 +34,7 @@ MOST_DRAWN = 16
 
 _MOST_NUMBERED = 12  # experiences up to which a number fits into each cell of a matrix
 _WIDTH = 7.2  # inches: both columns of a paper
+_LONGEST = 80  # characters of a name
 
 Array = npt.NDArray[np.float64]
 
@@ -55,6 +59,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.labelcolor": _INK,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
+    "text.parse_math": False,  # a name with two dollars is a name
 }
 
 
@@ -70,20 +75,40 @@ class _Pen:
 _JOINT = _Pen(_FAINT, "None", (0, (5, 3)))
 
 
-def pictures(comparison: Comparison, folder: Path) -> list[Path]:
-    """Draw ``comparison`` as PNG files in ``folder`` and return their paths; none without a finished run."""
-    if not comparison.finished:
-        return []
-    figures = {"curves": curves(comparison), "matrix": matrices(comparison)}
-    paths = {name: folder / f"{name}_{comparison.title}.png" for name in figures}
-    with rc_context(_STYLE):  # some ticks are created while drawing
-        for name, figure in figures.items():
-            figure.savefig(paths[name], dpi=200, bbox_inches="tight", pad_inches=0.08)
-    return list(paths.values())
+def pictures(comparison: Comparison, folder: Path, name: str) -> tuple[list[Path], list[str]]:
+    """Draw ``comparison`` as PNG files in ``folder``, none without a finished run.
+
+    Args:
+        comparison: What is drawn.
+        folder: Where the files are written.
+        name: Part of their names.
+
+    Returns:
+        The paths, and a sentence for each picture that could not be drawn.
+    """
+    paths: list[Path] = []
+    failed: list[str] = []
+    for kind, draw in (("curves", curves), ("matrix", matrices)) if comparison.finished else ():
+        try:
+            content = _png(comparison, draw)
+        except Exception as error:  # of any class: matplotlib draws names that nobody foresaw
+            failed.append(f"Not drawn: {kind} of {visible(comparison.title)}: {sentence(error)}")
+            continue
+        paths.append(folder / f"{kind}_{name}.png")
+        paths[-1].write_bytes(content)
+    return paths, failed
+
+
+def _png(comparison: Comparison, draw: Callable[[Comparison], Figure]) -> bytes:
+    content = io.BytesIO()
+    with rc_context(_STYLE), warnings.catch_warnings():  # some ticks are created while drawing
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
+        draw(comparison).savefig(content, dpi=200, bbox_inches="tight", pad_inches=0.08)
+    return content.getvalue()
 
 
 def curves(comparison: Comparison) -> Figure:
-    """Draw accuracy over all test images of the classes seen against the number of experiences learned.
+    """Draw accuracy over all images of the classes seen against the number of experiences learned.
 
     A line is a mean over runs, and the band around it one sample standard deviation. The upper bound is a
     dashed horizontal line, because only its end is known.
@@ -105,7 +130,7 @@ def curves(comparison: Comparison) -> Figure:
 def matrices(comparison: Comparison) -> Figure:
     """Draw the accuracy matrix of every entry, a mean over its runs, on one colour scale.
 
-    Row i is the evaluation after experience i, column j the test images of experience j.
+    Row i is the evaluation after experience i, column j the images of experience j.
     """
     drawn = comparison.finished[:MOST_DRAWN]
     means = [_mean_matrix(entry) for entry in drawn]
@@ -113,7 +138,7 @@ def matrices(comparison: Comparison) -> Figure:
     with rc_context(_STYLE):
         length = comparison.results[0].num_experiences
         size = max(0.185 * length, 1.5) if length <= _MOST_NUMBERED else 2.1
-        titles = [textwrap.fill(entry.label, int(16 * size)) for entry in drawn]
+        titles = [textwrap.fill(label, int(16 * size)) for label in _labels(drawn)]
         lines = 1 + max(title.count("\n") for title in titles)
         figure, panels, bar = _panels(len(drawn), length, size, lines)
         for panel, title, mean in zip(panels, titles, means, strict=True):
@@ -151,6 +176,10 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     return moved
 
 
+def _labels(drawn: Sequence[Entry]) -> list[str]:
+    return [shortened([entry.label], _LONGEST)[0] for entry in drawn]
+
+
 def _pens(drawn: Sequence[Entry]) -> list[_Pen]:
     # By name, not by rank, so that a strategy has one colour in the pictures of all benchmarks.
     labels = sorted(entry.label for entry in drawn if not entry.is_joint)
@@ -182,10 +211,12 @@ def _curve(axes: Axes, entry: Entry, pen: _Pen) -> float:
         markeredgecolor="white",
         markeredgewidth=0.5,
         markevery=max(1, len(mean) // 10),
+        clip_on=False,  # a marker at 0 or 100 is drawn whole
     )
     if len(runs) > 1:
         std = runs.std(axis=0, ddof=1)
-        axes.fill_between(learned, mean - std, mean + std, color=pen.colour, alpha=0.15, linewidth=0)
+        low, high = np.clip(mean - std, 0.0, 100.0), np.clip(mean + std, 0.0, 100.0)
+        axes.fill_between(learned, low, high, color=pen.colour, alpha=0.15, linewidth=0)
     return float(mean[-1])
 
 
@@ -194,7 +225,7 @@ def _finish_curves(axes: Axes, comparison: Comparison) -> None:
     axes.set_xlim(1 - 0.03 * length, 1.03 * length)
     axes.set_xticks(_ticks(length))
     low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 0.0), min(high, 101.0))
+    axes.set_ylim(max(low, 0.0), min(high, 100.0))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(axis="y", color="#e8e8e8", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -213,7 +244,7 @@ def _label_ends(
     left, right = axes.get_xlim()
     length = drawn[0].runs[0].num_experiences
     right_of_axes = axes.get_yaxis_transform()
-    for entry, pen, end, at in zip(drawn, pens, ends, heights, strict=True):
+    for entry, label, pen, end, at in zip(drawn, _labels(drawn), pens, ends, heights, strict=True):
         axes.plot(
             [1.0 if entry.is_joint else (length - left) / (right - left) + 0.02, 1.03, 1.08],
             [end, at, at],
@@ -226,7 +257,7 @@ def _label_ends(
             markersize=3.6,
             clip_on=False,
         )
-        axes.text(1.1, at, entry.label, transform=right_of_axes, va="center", fontsize=7.5)
+        axes.text(1.1, at, label, transform=right_of_axes, va="center", fontsize=7.5)
 
 
 def _mean_matrix(entry: Entry) -> Array:
@@ -259,7 +290,7 @@ def _panels(number: int, length: int, size: float, lines: int) -> tuple[Figure, 
         panel.set_xticks(_ticks(length))
         panel.set_yticks(_ticks(length))
         if place + columns >= number:
-            panel.set_xlabel("tested on experience")
+            panel.set_xlabel("evaluated on experience")
         else:
             panel.tick_params(labelbottom=False)
         if place % columns == 0:
@@ -314,7 +345,8 @@ def _headline(axes: Axes, comparison: Comparison, above: float, remark: str = ""
     }
     axes.annotate("\n".join(lines), xytext=(0, above), color=_FAINT, fontsize=7, linespacing=1.25, **place)
     axes.annotate(
-        f"{run.dataset}, {counted(run.num_experiences, 'experience')}{protocol}",
+        f"{shortened([visible(run.dataset)], _LONGEST)[0]}, "
+        f"{counted(run.num_experiences, 'experience')}{protocol}",
         xytext=(0, above + 9.5 * len(lines) + 2),
         fontsize=9,
         fontweight="bold",

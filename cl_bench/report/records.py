@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from cl_bench.report.comparison import Entry
 from cl_bench.report.statistics import CONFIDENCE, Contrast, Interval, Statistic
 from cl_bench.report.tables import Table, absences, definitions, mixed_provenance, protocol_differences
+from cl_bench.results.escapes import in_csv, in_json
 from cl_bench.results.result import COSTS
 
 _KEYS = ["benchmark", "fingerprint"]
@@ -96,7 +96,7 @@ def tree(tables: Sequence[Table]) -> str:
             _benchmark(table, index) for table in tables for index in range(len(table.comparisons))
         ],
     }
-    return json.dumps(payload, indent=1, ensure_ascii=False) + "\n"
+    return in_json(payload, indent=1) + "\n"
 
 
 def _benchmark(table: Table, index: int) -> dict[str, Any]:
@@ -118,6 +118,7 @@ def _entry(entry: Entry, names: Sequence[str]) -> dict[str, Any]:
         "strategy": entry.strategy,
         "group": entry.group,
         "regime": entry.regime,
+        "training_data": entry.training_data or None,
         "statistics": {name: statistic_record(entry.statistic(name)) for name in (*names, *COSTS)},
         "runs": [
             {
@@ -183,5 +184,5 @@ def _csv(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows(lines)
+    writer.writerows(map(in_csv, line) for line in lines)
     return text.getvalue()

@@ -2,7 +2,10 @@
 
 A *block* is a seed with a class order. Two strategies are compared on the blocks that they share: the effect
 of the block cancels in their difference. SciPy and statsmodels do the mathematics; this file sets the
-smallest numbers of blocks for intervals and tests.
+smallest numbers of blocks for intervals, verdicts and tests.
+
+The ends of an interval are possible values, and no interval is narrower than what the images evaluated can
+resolve: one image for a mean, one image of either entry for a difference.
 
 Below ``PERMUTATION_BLOCKS`` a sign-flip test cannot reach 0.05, however large the difference: if ``n``
 differences all have one sign, the two-sided p value is ``2 / 2**n``, which is 0.0625 for five.
@@ -22,6 +25,15 @@ from cl_bench.results.metrics import HIGHER_IS_BETTER
 
 CONFIDENCE = 0.95
 """Confidence of every interval."""
+
+INTERVAL_BLOCKS = 3
+"""Smallest number of values for an interval, and of shared blocks for a verdict."""
+
+Bounds = tuple[float, float]
+"""The least and the greatest possible value."""
+
+UNBOUNDED: Bounds = (-math.inf, math.inf)
+"""Bounds of a quantity that may have any value."""
 
 LEVEL = 0.05
 """Significance level of every test, after Holm's correction."""
@@ -68,6 +80,22 @@ class Interval:
         """Return whether ``value`` lies in it, ends included."""
         return self.low <= value <= self.high
 
+    def widened(self, width: float, centre: float, bounds: Bounds) -> Interval:
+        """Return it with its ends moved apart to at least ``width`` around ``centre``, inside ``bounds``.
+
+        >>> Interval(99.9, 99.9).widened(1.0, 99.9, (0.0, 100.0))
+        Interval(low=99.0, high=100.0)
+        """
+        if not self.exists:
+            return self
+        low, high = min(self.low, centre - width / 2), max(self.high, centre + width / 2)
+        least, greatest = bounds
+        if high > greatest:
+            low, high = min(low, greatest - width), greatest
+        if low < least:
+            low, high = least, max(high, min(least + width, greatest))
+        return Interval(low, high)
+
 
 @dataclass(frozen=True)
 class Statistic:
@@ -78,29 +106,35 @@ class Statistic:
         std: Sample standard deviation of two or more values.
         n: Number of values.
         values: The values.
+        bounds: The least and the greatest possible value.
+        resolution: What one image changes: no interval is narrower.
     """
 
     mean: float
     std: float
     n: int
     values: tuple[float, ...] = field(default=(), repr=False)
+    bounds: Bounds = field(default=UNBOUNDED, repr=False)
+    resolution: float = field(default=0.0, repr=False)
 
     @cached_property
     def interval(self) -> Interval:
-        """Student's t interval of the mean of two or more values."""
-        return t_interval(self.mean, self.std, self.n)
+        """Bounded interval of the mean of ``INTERVAL_BLOCKS`` or more values."""
+        found = bounded_interval(self.mean, self.std, self.n, self.bounds)
+        return found.widened(self.resolution, self.mean, self.bounds)
 
     @cached_property
     def bootstrap(self) -> Interval:
         """Bootstrap interval of the mean of ``BOOTSTRAP_BLOCKS`` or more values."""
-        return bootstrap_interval(np.array(self.values))
+        found = bootstrap_interval(np.array(self.values))
+        return found.widened(self.resolution, self.mean, self.bounds)
 
 
 NO_VALUES = Statistic(math.nan, math.nan, 0)
 """Statistic of a metric that no run has."""
 
 
-def statistic(values: Iterable[float]) -> Statistic:
+def statistic(values: Iterable[float], bounds: Bounds = UNBOUNDED, resolution: float = 0.0) -> Statistic:
     """Return the statistic of ``values`` that are not NaN.
 
     >>> statistic([1.0, 2.0, math.nan, 3.0])
@@ -112,23 +146,43 @@ def statistic(values: Iterable[float]) -> Statistic:
     n = len(defined)
     mean = float(np.mean(defined)) if n else math.nan
     std = float(np.std(defined, ddof=1)) if n >= 2 else math.nan
-    return Statistic(mean, std, n, tuple(defined))
+    return Statistic(mean, std, n, tuple(defined), bounds, resolution)
 
 
-def t_interval(mean: float, std: float, n: int) -> Interval:
-    """Return Student's interval of a mean of ``n`` values with sample standard deviation ``std``.
+def bounded_interval(mean: float, std: float, n: int, bounds: Bounds = UNBOUNDED) -> Interval:
+    """Return the interval of a mean of ``n`` values with sample standard deviation ``std``.
 
-    ``mean ± t(0.975, n - 1) std / √n``.
+    It is Student's, ``mean ± t(0.975, n - 1) std / √n``, taken on a scale that has no ends and carried back,
+    so that its own ends are possible values. That scale is the logarithm of the odds, ``log(p / (1 - p))``
+    for the share ``p`` of the way from the least to the greatest value, or the logarithm if only the least
+    value is known. The standard error on it follows by the delta method, ``s / (p (1 - p))`` and
+    ``s / mean``. NaN below ``INTERVAL_BLOCKS`` values.
 
-    >>> round(t_interval(0.0, 1.0, 5).high, 6)
-    1.241664
+    Source: the logit confidence limits of a mean share in surveys,
+    https://support.sas.com/documentation/cdl/en/statug/65328/HTML/default/statug_surveyfreq_details32.htm,
+    also ``xlogit`` of R's ``survey::svyciprop``.
+
+    >>> interval = bounded_interval(50.0, 10.0, 5, (0.0, 100.0))
+    >>> round(interval.low, 2), round(interval.high, 2)
+    (37.83, 62.17)
     """
-    if n < 2:
+    if n < INTERVAL_BLOCKS:
         return Interval()
-    from scipy.special import stdtrit
+    from scipy.special import expit, logit, stdtrit
 
     half = float(stdtrit(n - 1, 0.5 + CONFIDENCE / 2)) * std / math.sqrt(n)
-    return Interval(mean - half, mean + half)
+    least, greatest = bounds
+    if math.isinf(least):
+        return Interval(mean - half, mean + half)
+    above = mean - least
+    if above <= 0.0 or mean >= greatest:  # then all values are equal
+        return Interval(mean, mean)
+    if math.isinf(greatest):
+        return Interval(least + above * math.exp(-half / above), least + above * math.exp(half / above))
+    width = greatest - least
+    p = above / width
+    ends = expit(logit(p) + np.array([-1.0, 1.0]) * half / (width * p * (1 - p)))
+    return Interval(*(float(least + width * end) for end in ends))
 
 
 def bootstrap_interval(values: Array) -> Interval:
@@ -266,7 +320,7 @@ class Contrast:
         """What the difference shows, in a few words."""
         if self.difference.n == 0:
             return "no shared block"
-        if not self.difference.interval.exists:
+        if self.difference.n < INTERVAL_BLOCKS:
             return TOO_SMALL
         if 0.0 in self.difference.interval:
             return NOISE

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cl_bench.errors import visible
 from cl_bench.report.comparison import (
     DISAGREEING,
     RANKING,
@@ -34,9 +35,10 @@ INCOMPLETE = "Rows that lack seeds or class orders which another row finished ar
 """Sentence for a table with such rows."""
 
 HOW_TO_READ_DIFFERENCES = (
-    "Differences are taken on the seeds and class orders that both finished, with Student's 95 % interval; "
-    "if the interval contains zero, the difference is possibly noise. p: sign-flip permutation test after "
-    "Holm's correction over every pair, metric and benchmark of the table, from "
+    "Differences are taken on the seeds and class orders that both finished, from three on with a 95 % logit "
+    "interval, no narrower than one image of either row: Student's interval on a scale without ends, so its "
+    "own ends are possible. If it contains zero, the difference is possibly noise. p: sign-flip permutation "
+    "test after Holm's correction over every pair, metric and benchmark of the table, from "
     f"{PERMUTATION_BLOCKS} shared blocks up: with fewer, no difference can reach 0.05. Blocks are taken as "
     "independent: with one class order, intervals describe the variation over seeds only; with several seeds "
     "for each order, they may be too narrow."
@@ -61,6 +63,9 @@ COST_HEADINGS = dict(
 )
 """Headings of costs."""
 
+TRAINING_DATA = "training data kept"
+"""Heading of what a strategy keeps of old training data, in tables where some run has recorded it."""
+
 SHORT_NAMES = {
     "acc/sample": "ACC",
     "acc/experience": "ACC (exp.)",
@@ -77,6 +82,7 @@ PROVENANCE = ("python", "versions", "commit", "device", "threads", "images_sha25
 _MOST_PAIRS = 15  # pairs in a table for reading; if there are more, only those with the best entry
 _LISTED = 8  # values in a sentence
 _OPTIONS = 80  # characters of a backbone's options
+_ERROR = 500  # characters of an error
 
 
 @dataclass
@@ -118,6 +124,11 @@ class Row:
         entry = self.entries[index]
         return NO_VALUES if entry is None else entry.statistic(name)
 
+    def training_data(self, index: int) -> str:
+        """Return what its runs on benchmark ``index`` keep of old training data, or ``UNDEFINED``."""
+        entry = self.entries[index]
+        return (entry.training_data if entry is not None else "") or UNDEFINED
+
     @property
     def rank(self) -> tuple[bool, list[float], str]:
         """Sort key: joint first, then by falling accuracy on the first benchmark, then the second."""
@@ -154,6 +165,11 @@ class Table:
         ]
         ranked = sorted({mean for mean in means if not math.isnan(mean)}, reverse=HIGHER_IS_BETTER[name])
         return [ranked.index(mean) + 1 if mean in ranked[:2] else None for mean in means]
+
+    @property
+    def keeps_training_data(self) -> bool:
+        """Whether some run has recorded what it keeps of old training data."""
+        return any(entry.training_data for comparison in self.comparisons for entry in comparison.entries)
 
     def leaves_out_incomplete(self) -> bool:
         """Return whether some row with finished runs is not ranked because it lacks blocks of another row."""
@@ -242,7 +258,7 @@ def compared(comparison: Comparison) -> str:
     seeds = [str(seed) for seed in sorted({seed for seed, _ in comparison.blocks})]
     orders = sorted({order for _, order in comparison.blocks})
     identity = comparison.identity
-    return (
+    return visible(
         f"{run.dataset}{_variants(identity)}: {len(run.class_names)} classes in "
         f"{counted(run.num_experiences, 'experience')}, {sum(run.test_images):,} "
         f"{identity.get('evaluated_on', 'test')} images; backbone {backbone(identity)}; "
@@ -253,7 +269,7 @@ def compared(comparison: Comparison) -> str:
 def _variants(identity: Mapping[str, Any]) -> str:
     """Return in brackets which published variant of the dataset was used; empty if there is only one."""
     chosen = [f"{name.replace('_', ' ')} {value}" for name, value in identity.get("variants", {}).items()]
-    return f" ({', '.join(chosen)})" if chosen else ""
+    return f" ({', '.join(_abridged(chosen))})" if chosen else ""
 
 
 def counted(number: int, noun: str) -> str:
@@ -276,7 +292,7 @@ def backbone(identity: Mapping[str, Any]) -> str:
         return "not recorded"
     options = ", ".join(f"{key}={value}" for key, value in (described.get("options") or {}).items())
     model = f"{described['model']} ({shortened([options], _OPTIONS)[0]})" if options else described["model"]
-    return f"{model}, {_weights(described)}"
+    return visible(f"{model}, {_weights(described)}")
 
 
 def protocol_differences(compared: Sequence[Comparison]) -> list[str]:
@@ -299,7 +315,7 @@ def protocol_differences(compared: Sequence[Comparison]) -> list[str]:
     if differing:
         names = ", ".join(title for title, _ in side_by_side)
         sentences.append(f"Not all of {names} share a table, because they differ in {differing}.")
-    return sentences
+    return [visible(sentence) for sentence in sentences]
 
 
 def absences(comparison: Comparison) -> list[Absence]:
@@ -334,7 +350,7 @@ def absent(comparison: Comparison) -> list[str]:
         if absence.status == "missing":
             gaps.setdefault((absence.seed, absence.order), []).append(absence.label)
             continue
-        cause = f": {absence.error}" if absence.error else ""
+        cause = f": {shortened([absence.error], _ERROR)[0]}" if absence.error else ""
         lines.append(
             f"{absence.label}, seed {absence.seed}, class order {absence.order}: {absence.status}{cause}"
         )
@@ -344,13 +360,14 @@ def absent(comparison: Comparison) -> list[str]:
     ]
     if comparison.copies:
         lines.append(f"{counted(comparison.copies, 'result file')} repeating a cell already counted")
-    return lines
+    return [visible(line) for line in lines]
 
 
 def unnamed_differences(comparison: Comparison) -> list[str]:
     """Return a line for each strategy whose rows differ in settings that no label shows."""
     return [
-        f"{name}: {', '.join(_abridged(settings))}" for name, settings in comparison.unnamed_settings.items()
+        visible(f"{name}: {', '.join(_abridged(settings))}")
+        for name, settings in comparison.unnamed_settings.items()
     ]
 
 
@@ -369,12 +386,13 @@ def mixed_provenance(comparison: Comparison) -> list[str]:
         for key, values in sorted(found.items())
         if len(values) > 1
     ]
-    return mixed + [
+    mixed += [
         f"{entry.label}: seconds and memory are those of {counted(len(entry.on_one_device), 'run')} on "
         f"{entry.devices[0]} only"
         for entry in comparison.finished
         if len(entry.devices) > 1
     ]
+    return [visible(line) for line in mixed]
 
 
 def definitions(names: Iterable[str]) -> list[str]:
@@ -393,7 +411,7 @@ def _differing(named: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             f"{value} in {', '.join(names)}"
             for value, names in zip(shortened(list(held)), held.values(), strict=True)
         ]
-        fields.append(f"{key} ({'; '.join(words)})")
+        fields.append(f"{key} ({'; '.join(_abridged(words))})")
     return ", ".join(fields)
 
 

@@ -9,9 +9,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+from cl_bench.errors import visible
 from cl_bench.report.comparison import RANKING, Comparison
 from cl_bench.report.statistics import (
     BOOTSTRAP_BLOCKS,
+    INTERVAL_BLOCKS,
     TOO_SMALL,
     Contrast,
     Interval,
@@ -22,6 +24,7 @@ from cl_bench.report.tables import (
     HOW_TO_READ_DIFFERENCES,
     INCOMPLETE,
     SHORT_NAMES,
+    TRAINING_DATA,
     UNDEFINED,
     UPPER_BOUND,
     Row,
@@ -33,61 +36,43 @@ from cl_bench.report.tables import (
     protocol_differences,
     unnamed_differences,
 )
-from cl_bench.results.result import COSTS
+from cl_bench.results.escapes import DAGGER, in_latex, in_markdown
+from cl_bench.results.files import file_name
 
 _HOW_TO_READ_DIFFERENCES = f"Δ is the first row minus the second. {HOW_TO_READ_DIFFERENCES}"
-
-_DAGGER = r"$^\dagger$"
-
-_SPECIAL = {
-    "\\": r"\textbackslash{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "–": "--",
-    "−": "$-$",
-    "±": r"$\pm$",
-    "×": r"$\times$",
-    "≤": r"$\leq$",
-    "≥": r"$\geq$",
-    "Δ": r"$\Delta$",
-    "…": r"\dots{}",
-    "†": _DAGGER,
-    "⁻": "$^-$",
-}
 
 
 def markdown(tables: Sequence[Table]) -> str:
     """Return ``tables`` as one Markdown page, each with a description above and footnotes below."""
-    paragraphs = protocol_differences([comparison for table in tables for comparison in table.comparisons])
+    compared_ones = [comparison for table in tables for comparison in table.comparisons]
+    paragraphs = [in_markdown(sentence) for sentence in protocol_differences(compared_ones)]
     for table in tables:
         paragraphs += _section(table)
     return "\n\n".join(paragraphs) + "\n"
 
 
 def _section(table: Table) -> list[str]:
-    paragraphs = [f"## {', '.join(comparison.title for comparison in table.comparisons)}"]
-    paragraphs += [compared(comparison) for comparison in table.comparisons]
+    titles = [in_markdown(comparison.title) for comparison in table.comparisons]
+    paragraphs = [f"## {', '.join(titles)}"]
+    paragraphs += [in_markdown(compared(comparison)) for comparison in table.comparisons]
     paragraphs.append(_metrics(table))
-    for comparison in table.comparisons:
-        paragraphs += _bullets(f"In no mean of {comparison.title}:", absent(comparison))
+    for comparison, title in zip(table.comparisons, titles, strict=True):
+        paragraphs += _bullets(f"In no mean of {title}:", map(in_markdown, absent(comparison)))
         paragraphs += _bullets(
-            "Further settings in which rows of one name differ:", unnamed_differences(comparison)
+            "Further settings in which rows of one name differ:",
+            map(in_markdown, unnamed_differences(comparison)),
         )
     paragraphs.append(_how_to_read(table))
     paragraphs += _bullets("Metrics, in percent:", definitions(table.metrics))
     paragraphs += _intervals(table) + _differences(table) + _costs(table)
-    for comparison in table.comparisons:
-        heading = f"Mixed provenance in {comparison.title} (number of runs); seconds may not be comparable:"
-        paragraphs += _bullets(heading, mixed_provenance(comparison))
+    for comparison, title in zip(table.comparisons, titles, strict=True):
+        heading = f"Mixed provenance in {title} (number of runs); seconds may not be comparable:"
+        paragraphs += _bullets(heading, map(in_markdown, mixed_provenance(comparison)))
     return paragraphs
 
 
 def _how_to_read(table: Table) -> str:
-    first = f" on {table.comparisons[0].title}" if len(table.comparisons) > 1 else ""
+    first = f" on {in_markdown(table.comparisons[0].title)}" if len(table.comparisons) > 1 else ""
     sentences = [f"Mean ± sample standard deviation (number of runs); rows by falling {RANKING}{first}."]
     if any(row.is_joint for row in table.rows):
         sentences.append(
@@ -117,29 +102,33 @@ def _metrics(table: Table) -> str:
 def _grid(table: Table, headings: Mapping[str, str], cells: Callable[[int, str], Iterable[str]]) -> str:
     """Return a Markdown table with the columns ``headings`` on each benchmark, below the title of several."""
     labels = [f"{row.label} {UPPER_BOUND}" if row.is_joint else row.label for row in table.rows]
-    columns = [["strategy", *map(_barred, labels)]]
+    columns = [["strategy", *map(in_markdown, labels)]]
     for index, comparison in enumerate(table.comparisons):
-        prefix = f"{comparison.title} " if len(table.comparisons) > 1 else ""
+        prefix = f"{in_markdown(comparison.title)} " if len(table.comparisons) > 1 else ""
         columns += [[prefix + heading, *cells(index, name)] for name, heading in headings.items()]
     return aligned(columns)
 
 
 def _intervals(table: Table) -> list[str]:
-    """Return the intervals of all means, or one sentence if no row has two runs."""
+    """Return the intervals of all means, or one sentence if no row has enough runs."""
     if not any(
         row.statistic(index, name).interval.exists
         for row in table.rows
         for index in range(len(table.comparisons))
         for name in table.metrics
     ):
-        return [f"Intervals of the means: {TOO_SMALL}, because no strategy has two runs."]
+        return [
+            f"Intervals of the means: {TOO_SMALL}, because no strategy has {INTERVAL_BLOCKS} finished runs."
+        ]
     grid = _grid(
         table,
         {name: name for name in table.metrics},
         lambda index, name: (_interval_cell(row, index, name) for row in table.rows),
     )
     remark = (
-        f"Student's 95 % interval of each mean; from {BOOTSTRAP_BLOCKS} runs up, the bootstrap's as well."
+        f"95 % logit interval of each mean, from {INTERVAL_BLOCKS} runs up: Student's on a scale without "
+        "ends, so its own ends are possible values; no narrower than one image. From "
+        f"{BOOTSTRAP_BLOCKS} runs up, the bootstrap's as well."
     )
     return [remark, grid]
 
@@ -164,9 +153,10 @@ def _differences(table: Table) -> list[str]:
             continue
         left_out = len(table.contrasts[index][table.metrics[0]]) - len(pairs)
         others = f", with the best row; {left_out} more pairs in the CSV, JSON and HTML" if left_out else ""
-        paragraphs.append(f"Paired differences in {table.metrics[0]} on {comparison.title}{others}:")
+        title = in_markdown(comparison.title)
+        paragraphs.append(f"Paired differences in {table.metrics[0]} on {title}{others}:")
         columns = [
-            ["first − second", *(_barred(f"{pair.first} − {pair.second}") for pair in pairs)],
+            ["first − second", *(in_markdown(f"{pair.first} − {pair.second}") for pair in pairs)],
             ["Δ (shared blocks)", *(f"{pair.difference.mean:+.2f} ({pair.difference.n})" for pair in pairs)],
             ["95 % interval", *(difference_interval(pair) for pair in pairs)],
             ["win/tie/loss", *(f"{pair.wins}/{pair.ties}/{pair.losses}" for pair in pairs)],
@@ -194,17 +184,19 @@ def _costs(table: Table) -> list[str]:
         "(on a CPU, resident memory of the process), parameters trained at once, MB kept at the end."
     )
     grid = _grid(
-        table, COST_HEADINGS, lambda index, name: (_cost_cell(row, index, name) for row in table.rows)
+        table, _cost_headings(table), lambda index, name: (_cost_cell(row, index, name) for row in table.rows)
     )
     return [remark, grid]
 
 
+def _cost_headings(table: Table) -> dict[str, str]:
+    return COST_HEADINGS | ({TRAINING_DATA: TRAINING_DATA} if table.keeps_training_data else {})
+
+
 def _cost_cell(row: Row, index: int, name: str) -> str:
-    return quantity(row.statistic(index, name).mean) if row.was_run(index) else row.status(index)
-
-
-def _barred(label: str) -> str:
-    return label.replace("|", "\\|")
+    if not row.was_run(index):
+        return row.status(index)
+    return row.training_data(index) if name == TRAINING_DATA else quantity(row.statistic(index, name).mean)
 
 
 def _metric_cells(table: Table, index: int, name: str) -> list[str]:
@@ -252,21 +244,12 @@ def aligned(columns: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [lines[0], rule, *lines[1:]])
 
 
-def escaped(text: str) -> str:
-    r"""Return ``text`` escaped for LaTeX.
-
-    >>> escaped("LoRA_r=4 & 5 %")
-    'LoRA\\_r=4 \\& 5 \\%'
-    """
-    return "".join(_SPECIAL.get(character, character) for character in text)
-
-
 def latex(tables: Sequence[Table]) -> str:
     """Return ``tables`` as LaTeX floats: accuracies, differences and costs, each with its caption."""
     compared_ones = [comparison for table in tables for comparison in table.comparisons]
     lines = [
         r"% Needs \usepackage{booktabs}. Written by cl-bench report --format latex.",
-        *(f"% {sentence}" for sentence in protocol_differences(compared_ones)),
+        *(f"% {visible(sentence)}" for sentence in protocol_differences(compared_ones)),
     ]
     floats = [
         part
@@ -277,7 +260,7 @@ def latex(tables: Sequence[Table]) -> str:
 
 
 def _results_float(table: Table) -> str:
-    names = [escaped(SHORT_NAMES.get(name, name)) for name in table.metrics]
+    names = [in_latex(SHORT_NAMES.get(name, name)) for name in table.metrics]
     body = [[_float_label(row)] for row in table.rows]
     for index in range(len(table.comparisons)):
         for name in table.metrics:
@@ -315,7 +298,7 @@ def _caption(table: Table) -> str:
     for comparison in table.comparisons:
         gone = absent(comparison)
         sentences += [f"In no mean of {comparison.title}: {'; '.join(gone)}."] if gone else []
-    return escaped(" ".join(sentences))
+    return in_latex(" ".join(sentences))
 
 
 def _difference_floats(table: Table) -> list[str]:
@@ -327,9 +310,9 @@ def _difference_floats(table: Table) -> list[str]:
         name = SHORT_NAMES.get(table.metrics[0], table.metrics[0])
         caption = f"Paired differences in {name} on {comparison.title}. {_HOW_TO_READ_DIFFERENCES}"
         header = ["", r"$\Delta$", r"95\,\% interval", "blocks", "$p$ (Holm)", "verdict"]
-        body = [[escaped(f"{pair.first} − {pair.second}"), *_difference_cells(pair)] for pair in pairs]
-        label = f"differences-{comparison.title}"
-        made.append(_float("table", escaped(caption), label, "lrrrrl", [_line(header)], [body]))
+        body = [[in_latex(f"{pair.first} − {pair.second}"), *_difference_cells(pair)] for pair in pairs]
+        label = f"differences-{file_name(comparison.title)}"
+        made.append(_float("table", in_latex(caption), label, "lrrrrl", [_line(header)], [body]))
     return made
 
 
@@ -342,29 +325,31 @@ def _difference_cells(pair: Contrast) -> list[str]:
 
 def _cost_floats(table: Table) -> list[str]:
     """Return one float for each benchmark, because all side by side are too wide for a page."""
-    names = [escaped(COST_HEADINGS[name]) for name in COSTS]
+    headings = _cost_headings(table)
     made = []
     for index, comparison in enumerate(table.comparisons):
         body = [
-            [_float_label(row), *(_cost_float_cell(row, index, name) for name in COSTS)] for row in table.rows
+            [_float_label(row), *(_cost_float_cell(row, index, name) for name in headings)]
+            for row in table.rows
         ]
         caption = (
             f"Costs on {comparison.title}, means over runs: seconds of a whole run and of its phases, peak "
             "memory, parameters trained at once, megabytes kept at the end."
         )
-        made.append(_wide_float(table, [comparison], names, body, escaped(caption), "costs"))
+        names = [in_latex(heading) for heading in headings.values()]
+        made.append(_wide_float(table, [comparison], names, body, in_latex(caption), "costs"))
     return made
 
 
 def _cost_float_cell(row: Row, index: int, name: str) -> str:
+    shown = _cost_cell(row, index, name)
     if not row.was_run(index):
-        return rf"\emph{{{row.status(index)}}}"
-    shown = quantity(row.statistic(index, name).mean)
+        return rf"\emph{{{shown}}}"
     return "--" if shown == UNDEFINED else shown
 
 
 def _float_label(row: Row) -> str:
-    return escaped(row.label) + (_DAGGER if row.is_joint else "")
+    return in_latex(row.label) + (DAGGER if row.is_joint else "")
 
 
 def _wide_float(
@@ -378,7 +363,7 @@ def _wide_float(
     """Return a float with a column for each name under each comparison, and a rule below upper bounds."""
     width = len(names)
     spans = [
-        (escaped(comparison.title), 2 + index * width, 1 + (index + 1) * width)
+        (in_latex(comparison.title), 2 + index * width, 1 + (index + 1) * width)
         for index, comparison in enumerate(comparisons)
     ]
     titles = "".join(rf" & \multicolumn{{{width}}}{{c}}{{{title}}}" for title, _, _ in spans)
@@ -386,7 +371,7 @@ def _wide_float(
     joint = [line for line, row in zip(body, table.rows, strict=True) if row.is_joint]
     others = [line for line, row in zip(body, table.rows, strict=True) if not row.is_joint]
     head = [_line([titles]), rules, _line(["strategy", *(list(names) * len(spans))])]
-    label = f"{kind}-{'-'.join(comparison.title for comparison in comparisons)}"
+    label = f"{kind}-{'-'.join(file_name(comparison.title) for comparison in comparisons)}"
     layout = f"l{('r' * width) * len(spans)}"
     return _float("table*", caption, label, layout, head, [part for part in (joint, others) if part])
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import wandb
 
+from cl_bench.errors import visible
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.tables import counted
 from cl_bench.results import dashboard
@@ -155,7 +156,7 @@ def _view(comparison: Comparison, entity: str | None, project: str, metrics: Seq
     return workspaces.Workspace(
         entity=entity or _own_entity(),
         project=project,
-        name=f"{comparison.benchmark}, protocol {comparison.fingerprint}",
+        name=visible(f"{comparison.benchmark}, protocol {comparison.fingerprint}"),
         auto_generate_panels=False,
         sections=[workspaces.Section(name=name, panels=shown, is_open=True) for name, shown in parts.items()],
         runset_settings=workspaces.RunsetSettings(

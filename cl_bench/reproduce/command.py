@@ -104,7 +104,7 @@ def reproduce(wanted: Wanted, engine: Callable[[Path], Engine], *, dry_run: bool
     Raises:
         ValueError: If no such number was published, or a cell is not valid.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
     rows = {wanted.strategy: published.rows(wanted.strategy, wanted.benchmark, wanted.length)}
     if wanted.against is not None:
         with suppress(ValueError):  # no number of the other strategy is known: there is no contrast

@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import wandb
 
+from cl_bench.errors import visible
+from cl_bench.results.files import file_name
 from cl_bench.results.metrics import accuracy_matrix
 from cl_bench.results.result import Result
 
@@ -32,10 +34,12 @@ PROJECT = "cl-bench"
 MATRIX = "accuracy_matrix"
 """Name of the table that holds the accuracy matrix."""
 
+_LONGEST = 128  # characters of a name on W&B
+
 
 def run_id(benchmark: str, cell_folder: str) -> str:
     """Return the id of a run; it depends only on the cell, whether logged live or rebuilt from its file."""
-    return f"{benchmark}-{cell_folder}"
+    return file_name(f"{benchmark}-{cell_folder}")  # W&B makes a folder of this name
 
 
 def cell_folder(result: Result) -> str:
@@ -62,11 +66,11 @@ def opened(
     run = wandb.init(
         project=project or os.environ.get("WANDB_PROJECT", PROJECT),
         entity=entity,
-        name=name,
+        name=_shown(name),
         id=id,
         resume="allow" if resume else None,
-        group=group,
-        job_type=job_type,
+        group=_shown(group),
+        job_type=_shown(job_type),
         dir=folder,
         config=dict(config),
         mode=mode(),
@@ -78,6 +82,10 @@ def opened(
     for once_an_experience in ("stream/*", "diagnostics/*", "retention/*"):
         run.define_metric(once_an_experience, step_metric="stream/experience")
     return run
+
+
+def _shown(name: str) -> str:
+    return visible(name)[:_LONGEST]
 
 
 def record(run: wandb.Run, result: Result, label: str | None = None) -> None:

@@ -1,12 +1,19 @@
-"""Atomic writes: a reader finds the whole file or none."""
+"""Atomic writes, so that a reader finds the whole file or none, and file names that are safe everywhere."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+_LONGEST = 100  # bytes: with a prefix and an ending, the name fits into every file system
+# Names of devices on Windows, whatever their ending.
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 @contextmanager
@@ -40,3 +47,42 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_name(text: str) -> str:
+    """Return ``text`` as a name of a file, never a path: letters, digits, dots, hyphens and underscores.
+
+    A text that is such a name already is returned as it is. From any other text, what does not fit is
+    replaced, and part of its hash is added, so that two texts seldom have one name.
+
+    >>> file_name("digits-T5"), file_name("../../.bashrc")
+    ('digits-T5', '_.._.bashrc-1559504c')
+    """
+    name = re.sub(r"[^\w.-]", "_", unicodedata.normalize("NFC", text)).lstrip(".-")
+    name = name.encode()[:_LONGEST].decode(errors="ignore").rstrip(".")
+    if name == text and name and not _RESERVED.match(name):
+        return name
+    prefix = "_" if not name or _RESERVED.match(name) else ""
+    return f"{prefix}{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def file_names(texts: Iterable[str]) -> dict[str, str]:
+    """Return a file name for each of ``texts``, unequal to the others even where upper case is lower case.
+
+    >>> file_names(["toy-T3", "Toy-T3"])
+    {'toy-T3': 'toy-T3', 'Toy-T3': 'Toy-T3-2'}
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for text in dict.fromkeys(texts):
+        name, number = file_name(text), 1
+        while _folded(name) in taken:
+            number += 1
+            name = f"{file_name(text)}-{number}"
+        taken.add(_folded(name))
+        names[text] = name
+    return names
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name.casefold())

@@ -31,9 +31,9 @@ Vector = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 DEFINITIONS: dict[str, str] = {
-    "acc/sample": "final accuracy over all test images",
+    "acc/sample": "final accuracy over all images evaluated",
     "acc/experience": "mean over j of R[T-1, j], each experience counted once",
-    "maa/sample": "mean over i of the accuracy over all test images of experiences 0 to i",
+    "maa/sample": "mean over i of the accuracy over all images evaluated of experiences 0 to i",
     "maa/experience": "mean over i of the mean of R[i, j] over j ≤ i",
     "bwt/gem": "mean over j < T-1 of R[T-1, j] - R[j, j]",
     "bwt/continuum": "mean over all pairs j < i of R[i, j] - R[j, j]",
@@ -45,13 +45,24 @@ DEFINITIONS: dict[str, str] = {
     "forgetting/avalanche": "mean over j < T-1 of R[j, j] - R[T-1, j], which is minus bwt/gem",
     "forgetting/libcontinual": "sum over j < T-2 of R[j, j] - R[T-1, j], divided by T-1",
     "plasticity/experience": "mean over j of R[j, j], the accuracy right after training on it",
-    "within/sample": "final accuracy over all test images, choosing within the true experience",
-    "task_id/sample": "final share of all test images whose predicted class lies in the true experience",
+    "within/sample": "final accuracy over all images evaluated, choosing within the true experience",
+    "task_id/sample": "final share of all images evaluated whose predicted class lies in the true experience",
 }
-"""The definition of each key of `summary`; all values are percentages or differences of percentages."""
+"""The definition of each key of `summary`; all values are percentages or differences of percentages.
+
+The images evaluated are the test images, or in a validation run the training images that were held out.
+"""
 
 HIGHER_IS_BETTER: dict[str, bool] = {key: not key.startswith("forgetting/") for key in DEFINITIONS}
 """Whether a larger value of the key is better."""
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    key: (-100.0, 100.0)
+    if key.startswith(("bwt/", "forgetting/")) and key not in ("forgetting/pilot", "forgetting/mammoth")
+    else (0.0, 100.0)
+    for key in DEFINITIONS
+}
+"""The least and the greatest possible value of the key."""
 
 
 def summary(correct: Matrix, total: Vector, *, within: Matrix, experience: Matrix) -> dict[str, float]:

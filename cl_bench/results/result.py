@@ -8,19 +8,44 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import FailFast, Field, TypeAdapter
 
+from cl_bench.errors import visible
 from cl_bench.results import metrics
+from cl_bench.results.fields import (
+    MOST_BYTES,
+    MOST_EXPERIENCES,
+    MOST_WHOLE,
+    Config,
+    Counts,
+    Diagnostics,
+    Free,
+    Identity,
+    Name,
+    Names,
+    Provenance,
+    Seconds,
+    Seed,
+    Text,
+    Whole,
+    parsed,
+    validated,
+)
 from cl_bench.results.files import replaced
 
 SCHEMA = 1
-_ADDED_FIELDS = {"diagnostics", "domains", "domain_images"}
+_ADDED_FIELDS = {"diagnostics", "domains", "domain_images", "training_data"}
 FILE_NAME = "result.json"
 
 PHASES = ("data_passes", "training", "evaluation", "checkpoints")
@@ -37,6 +62,12 @@ COSTS = (
 
 Status = Literal["running", "done", "diverged", "failed"]
 Regime = Literal["sequential", "joint"]
+TrainingData = Literal["", "none", "features", "images"]
+
+_MOST_PHASES, _MOST_DOMAINS = 100, 1_000
+_PerExperience = (FailFast(), Field(max_length=MOST_EXPERIENCES))
+_ByDomain = Annotated[list[Counts], FailFast(), Field(max_length=_MOST_DOMAINS)]
+_Span = tuple[Whole, Whole]
 
 
 def digest(value: object) -> str:
@@ -59,9 +90,9 @@ class Protocol:
         axes: Dataset and number of experiences: the columns of a table.
     """
 
-    identity: dict[str, Any]
-    factors: dict[str, Any]
-    axes: dict[str, Any]
+    identity: Identity
+    factors: Free
+    axes: Free
 
     @property
     def fingerprint(self) -> str:
@@ -81,10 +112,10 @@ class Row:
         correct_by_domain: As ``correct``, separately for each domain; empty if the dataset has none.
     """
 
-    correct: list[int]
-    correct_within_experience: list[int]
-    correct_experience: list[int]
-    correct_by_domain: list[list[int]] = field(default_factory=list)
+    correct: Counts
+    correct_within_experience: Counts
+    correct_experience: Counts
+    correct_by_domain: _ByDomain = field(default_factory=list)
 
 
 @dataclass
@@ -98,10 +129,10 @@ class Cost:
         peak_memory_bytes: Peak memory so far: of the accelerator, or resident memory on a CPU.
     """
 
-    seconds: dict[str, float]
-    trainable_parameters: int
-    stored_bytes: int
-    peak_memory_bytes: int
+    seconds: Annotated[dict[Name, Seconds], Field(max_length=_MOST_PHASES)]
+    trainable_parameters: Whole
+    stored_bytes: Whole
+    peak_memory_bytes: Whole
 
 
 @dataclass
@@ -132,28 +163,31 @@ class Result:
             See :mod:`cl_bench.loop.diagnostics`.
         domains: Names of the domains of the test images; empty if the dataset has none.
         domain_images: Number of test images of each domain and of the class at each position.
+        training_data: What the strategy keeps of old training data: ``none``, ``features`` or ``images``;
+            empty if it was not recorded.
         schema: Version of this layout.
     """
 
-    strategy: str
-    dataset: str
-    experiences: list[tuple[int, int]]
-    class_names: list[str]
-    test_images: list[int]
-    order: str
-    seed: int
+    strategy: Name
+    dataset: Name
+    experiences: Annotated[list[_Span], *_PerExperience, Field(min_length=1)]
+    class_names: Names
+    test_images: Counts
+    order: Name
+    seed: Seed
     regime: Regime
     protocol: Protocol
-    config: dict[str, Any] = field(default_factory=dict)
-    setting: str | None = None
+    config: Config = field(default_factory=dict)
+    setting: Name | None = None
     status: Status = "running"
-    error: str | None = None
-    rows: list[Row | None] = field(default_factory=list)
-    costs: list[Cost] = field(default_factory=list)
-    provenance: dict[str, Any] = field(default_factory=dict)
-    diagnostics: list[dict[str, Any]] = field(default_factory=list)
-    domains: list[str] = field(default_factory=list)
-    domain_images: list[list[int]] = field(default_factory=list)
+    error: Text | None = None
+    rows: Annotated[list[Row | None], *_PerExperience] = field(default_factory=list)
+    costs: Annotated[list[Cost], *_PerExperience] = field(default_factory=list)
+    provenance: Provenance = field(default_factory=dict)
+    diagnostics: Annotated[list[Diagnostics], *_PerExperience] = field(default_factory=list)
+    domains: Annotated[Names, Field(max_length=_MOST_DOMAINS)] = field(default_factory=list)
+    domain_images: _ByDomain = field(default_factory=list)
+    training_data: TrainingData = ""
     schema: int = SCHEMA
 
     @property
@@ -256,36 +290,106 @@ Vector = npt.NDArray[np.float64]
 
 
 def read(path: Path) -> Result:
-    """Read one result file.
+    """Read one result file; every reader of results uses this function.
 
     Raises:
-        ValueError: If the file is not a result file of this schema.
+        ValueError: If the file is not a result file of this schema, or contradicts itself.
+        OSError: If it cannot be opened.
     """
     try:
-        payload: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if payload["schema"] == SCHEMA:
-            return _from_json(payload)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a result file: run its cell again, or remove it.") from error
-    raise ValueError(
-        f"{path} has schema {payload['schema']}, and this version reads {SCHEMA}: run the cell again."
-    )
+        return _from_json(parsed(_content(path)))
+    except ValueError as error:
+        reason = visible(" ".join(str(error).split()))
+        raise ValueError(
+            f"{visible(str(path))}: {reason}; run its cell again, or remove the file."
+        ) from error
 
 
-def _from_json(payload: Mapping[str, Any]) -> Result:
+def _content(path: Path) -> bytes:
+    with open(path, "rb", opener=_opened) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is not a regular file")
+        data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
+    return data
+
+
+def _opened(path: str, flags: int) -> int:
+    """Open without waiting, as a named pipe would make a reader wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+@cache
+def _adapter() -> TypeAdapter[Result]:
+    return TypeAdapter(Result)
+
+
+def _from_json(payload: dict[str, Any]) -> Result:
+    if payload.get("schema") != SCHEMA:
+        found = f"has schema {payload['schema']!r}" if "schema" in payload else "has no schema"
+        raise ValueError(f"it {found[:40]}, and this version reads schema {SCHEMA}")
     # Older files lack the fields that were added later; their defaults mean that nothing was recorded.
-    added = _ADDED_FIELDS - payload.keys()
-    fields = {name: payload[name] for name in Result.__dataclass_fields__ if name not in added}
-    protocol = payload["protocol"]
-    return Result(
-        **fields
-        | {
-            "protocol": Protocol(protocol["identity"], protocol["factors"], protocol["axes"]),
-            "experiences": [(start, stop) for start, stop in payload["experiences"]],
-            "rows": [None if row is None else Row(**row) for row in payload["rows"]],
-            "costs": [Cost(**cost) for cost in payload["costs"]],
-        }
+    for name in Result.__dataclass_fields__:
+        if name not in payload and name not in _ADDED_FIELDS:
+            raise ValueError(f"it has no {name}")
+    result: Result = validated(_adapter(), payload)
+    _require_experiences(result)
+    _require_rows(result)
+    return result
+
+
+def _require_experiences(result: Result) -> None:
+    """Require experiences that divide the classes in order, each with test images."""
+    classes, spans = len(result.class_names), result.experiences
+    in_order = all(start < stop for start, stop in spans) and all(
+        before[1] == after[0] for before, after in pairwise(spans)
     )
+    if not in_order or spans[0][0] != 0 or spans[-1][1] != classes:
+        raise ValueError(f"its experiences do not divide its {classes} classes in order")
+    if len(result.test_images) != classes:
+        raise ValueError(f"it has {len(result.test_images)} numbers of test images for {classes} classes")
+    for images in (result.test_images, *result.domain_images):
+        if images and not 0 <= min(images) <= max(images) <= MOST_WHOLE:
+            raise ValueError(f"a number of test images is below 0 or above {MOST_WHOLE}")
+    if not result.totals.all():
+        raise ValueError("an experience has no test images")
+    if len(set(result.domains)) < len(result.domains):
+        raise ValueError("two of its domains have one name")
+    if [len(images) for images in result.domain_images] != [classes] * len(result.domains):
+        raise ValueError("its domain_images do not have a number for each domain and class")
+
+
+def _require_rows(result: Result) -> None:
+    """Require rows that fit the experiences, with no more right images than there are."""
+    length = result.num_experiences
+    for name in ("rows", "costs", "diagnostics"):
+        if len(getattr(result, name)) > length:
+            raise ValueError(f"it has more {name} than its {length} experiences")
+    present = [i for i, row in enumerate(result.rows) if row is not None]
+    if result.regime == "joint" and present not in ([], [length - 1]):
+        raise ValueError("a joint run has a row only after the last experience")
+    needed = [length - 1] if result.regime == "joint" else list(range(length))
+    if result.status == "done" and present != needed:
+        raise ValueError(f"it is done, but has rows after {len(present)} of {len(needed)} experiences")
+    images = np.array(result.test_images)
+    by_domain = np.array(result.domain_images).reshape(len(result.domains), len(images))
+    for i in present:
+        row = result.rows[i]
+        assert row is not None
+        seen = result.experiences[i][1]
+        counts = [row.correct, row.correct_within_experience, row.correct_experience]
+        _require_counts(counts, images[None, :seen].repeat(3, axis=0), i)
+        if row.correct_by_domain:
+            _require_counts(row.correct_by_domain, by_domain[:, :seen], i)
+
+
+def _require_counts(counts: Sequence[Sequence[int]], most: npt.NDArray[np.int_], row: int) -> None:
+    if [len(one) for one in counts] != [most.shape[1]] * len(most):
+        raise ValueError(f"row {row} does not have a count for each of its {most.shape[1]} classes")
+    right = np.array(counts)
+    if ((right < 0) | (right > most)).any():
+        raise ValueError(f"row {row} counts fewer right images of a class than 0, or more than there are")
 
 
 def read_all(folder: Path) -> tuple[list[Result], list[str]]:
@@ -298,10 +402,29 @@ def read_all(folder: Path) -> tuple[list[Result], list[str]]:
         raise FileNotFoundError(
             f"There is no results folder {folder}: run a cell first, or name another folder."
         )
-    results, unreadable = [], []
-    for path in sorted(folder.rglob(FILE_NAME)):
+    results: list[Result] = []
+    unreadable: list[str] = []
+    for path in sorted(_result_files(folder, unreadable)):
         try:
             results.append(read(path))
         except ValueError as error:
             unreadable.append(str(error))
+        except OSError as error:
+            unreadable.append(f"{visible(str(path))}: {error.strerror}.")
     return results, unreadable
+
+
+def _result_files(folder: Path, unreadable: list[str]) -> Iterator[Path]:
+    """Yield every result file below ``folder``, and add a sentence to ``unreadable`` for a closed folder."""
+    waiting = [str(folder)]  # not Path.rglob, whose recursion ends before that of folders does
+    while waiting:
+        inside = waiting.pop()
+        try:
+            with os.scandir(inside) as entries:
+                for entry in entries:
+                    if entry.name == FILE_NAME:
+                        yield Path(entry.path)
+                    elif entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+        except OSError as error:
+            unreadable.append(f"{visible(inside)}: {error.strerror}.")

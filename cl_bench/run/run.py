@@ -98,15 +98,30 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
 
 
 def finished(configuration: Configuration) -> Path | None:
-    """Return the result file of this cell, under any name of its setting, or None if the cell is not done."""
+    """Return the result file of this cell, under any name of its setting, or None if the cell is not done.
+
+    The name of a folder only says where to look: the content of the file decides whose result it is.
+    """
     benchmark = configuration.results / configuration.benchmark
     for path in benchmark.glob(f"*/*-{configuration.hash}/{FILE_NAME}"):
         try:
-            if read(path).status == "done":
-                return path
-        except ValueError:  # a damaged file: the cell runs again and replaces it
+            result = read(path)
+        except (ValueError, OSError):  # a damaged file: the cell runs again and replaces it
             continue
+        if result.status == "done" and _is_of(result, configuration):
+            return path
     return None
+
+
+def _is_of(result: Result, configuration: Configuration) -> bool:
+    """Return whether ``result`` is that of this cell, by its config and by what it says of itself."""
+    values, data, name = configuration.namespace, configuration.datamodule, configuration.strategy_class.name
+    return (
+        result.cell == configuration.hash
+        and (result.strategy == name or result.strategy.startswith(f"{name} ("))
+        and (result.dataset, result.num_experiences) == (data.name, data.stream_length)
+        and (result.seed, result.order, result.regime) == (values.seed, data.order_name, values.regime)
+    )
 
 
 @contextmanager

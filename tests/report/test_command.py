@@ -70,6 +70,44 @@ def test_a_report_shows_the_metrics_asked_for(made: Made, tmp_path: Path) -> Non
     assert "bwt/gem" not in text
 
 
+def test_a_name_in_a_result_never_leaves_the_folder_of_the_report(made: Made, tmp_path: Path) -> None:
+    names = [
+        "x/../../../../ESCAPED",
+        "/tmp/absolute",
+        "..",
+        "nul",
+        "n" * 400,
+        "toy",
+        "Toy",
+        ".hidden",
+        "\u00e9",
+    ]
+    folder = tmp_path / "deep" / "results"
+    for number, name in enumerate(names):
+        made(dataset=name).write(folder / str(number))
+    before = {path for path in tmp_path.rglob("*") if "report" not in path.parts}
+    written = report(folder, "md")
+    assert {path for path in tmp_path.rglob("*") if "report" not in path.parts} == before
+    pictures = [path for path in (folder / "report").iterdir() if path.suffix == ".png"]
+    assert len({path.name.casefold() for path in pictures}) == 2 * len(names) == len(written.files) - 1
+    assert written.notices == []
+
+
+def test_pictures_of_two_protocols_have_two_names(made: Made, tmp_path: Path) -> None:
+    results = [made(), made(identity={"image_size": 64})]
+    names = [path.name for path in report(_folder(results, tmp_path), "md").files if "curves" in path.name]
+    assert names == [f"curves_digits-T2-{one}.png" for one in sorted(r.protocol.fingerprint for r in results)]
+
+
+def test_a_report_folder_that_is_a_link_is_not_written_to(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    folder = _folder([made()], tmp_path / "results")
+    (folder / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="is a link to another folder"):
+        report(folder, "md")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_formats_stand_side_by_side(made: Made, tmp_path: Path) -> None:
     folder = _folder([made()], tmp_path)
     left = [path for name in FORMATS for path in report(folder, name).files]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -142,6 +143,15 @@ def test_labels_are_unique_even_where_long_values_are_cut_alike(made: Made) -> N
     assert len({entry.label for entry in comparison.entries}) == 3
 
 
+def test_no_name_of_a_strategy_can_take_the_label_of_another(made: Made) -> None:
+    same = [made(config={"text": "a" * 60 + "b" * 60 + end}) for end in ("", "c")]
+    forged = made(f"LoRA (merge), text=…{'b' * 39}, group={same[0].group}")
+    (comparison,) = comparisons([*same, forged, made(f"{same[0].strategy}\x1b[2J")])
+    labels = [entry.label for entry in comparison.entries]
+    assert len(set(labels)) == 4
+    assert all(label.isprintable() for label in labels)
+
+
 def test_joint_and_sequential_runs_of_a_strategy_are_two_entries(made: Made) -> None:
     (comparison,) = comparisons([made(), made("LoRA (joint)", (None, (9, 9)), regime="joint")])
     assert [entry.label for entry in comparison.entries] == ["LoRA (joint)", "LoRA (merge)"]
@@ -173,6 +183,13 @@ def test_few_keys_distinguish_everything_that_all_keys_distinguish(settings: lis
     table = differences([dict(zip("abcd", values, strict=True)) for values in settings])
     chosen = distinguishing(table)
     assert len(set(zip(*(table[key] for key in chosen), strict=True))) == len(settings)
+
+
+def test_many_keys_are_shortened_in_time_that_grows_with_their_number() -> None:
+    keys = [f"part{number % 7}.key{number}" for number in range(20_000)]
+    began = time.process_time()
+    assert len(set(short_names(keys))) == len(keys)
+    assert time.process_time() - began < 2
 
 
 def test_a_short_name_grows_until_it_is_unique() -> None:
@@ -214,10 +231,33 @@ def _corrected(comparison: Comparison, metric: str = "acc/sample") -> list[Contr
 def test_the_difference_is_paired_by_seed_and_order(made: Made) -> None:
     first, second = [14, 10, 18, 12, 16], [13, 9, 16, 11, 14]
     (pair,) = contrasts(_compared(made, {"a": first, "b": second}), "acc/sample")
-    theirs = scipy.stats.ttest_rel(np.multiply(first, 5.0), np.multiply(second, 5.0)).confidence_interval()
-    interval = pair.difference.interval
-    assert (interval.low, interval.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    assert pair.difference.values == (5.0, 5.0, 10.0, 5.0, 10.0)
     assert (pair.wins, pair.ties, pair.losses) == (5, 0, 0)
+
+
+def test_a_difference_is_no_sharper_than_one_image_of_either_entry(made: Made) -> None:
+    first, second = [14, 10, 18, 12, 16], [13, 9, 16, 11, 14]
+    (pair,) = contrasts(_compared(made, {"a": first, "b": second}), "acc/sample")
+    theirs = scipy.stats.ttest_rel(np.multiply(first, 5.0), np.multiply(second, 5.0)).confidence_interval()
+    # One of twenty images is five points: the mean, 7, more or less half of it for each entry.
+    assert 2.0 < theirs.low < theirs.high < 12.0
+    assert (pair.difference.interval.low, pair.difference.interval.high) == (2.0, 12.0)
+
+
+def test_two_seeds_give_neither_interval_nor_verdict(made: Made) -> None:
+    equal = contrasts(_compared(made, {"a": [14, 14], "b": [10, 10]}), "acc/sample")
+    unequal = contrasts(_compared(made, {"a": [14, 20], "b": [10, 5]}), "acc/sample")
+    assert [pair.verdict for pair in (*equal, *unequal)] == ["n too small"] * 2
+    assert not any(pair.difference.interval.exists for pair in (*equal, *unequal))
+
+
+def test_seconds_have_no_interval_below_zero(made: Made) -> None:
+    results = [made(seed=seed) for seed in range(3)]
+    for result, seconds in zip(results, (1.0, 2.0, 60.0), strict=True):
+        result.costs[0].seconds["training"] = seconds
+    (comparison,) = comparisons(results)
+    interval = comparison.entries[0].statistic("seconds").interval
+    assert 0 < interval.low < interval.high
 
 
 def test_a_planted_difference_is_found_where_unpaired_spread_would_hide_it(made: Made) -> None:
@@ -248,7 +288,8 @@ def test_the_verdict_names_too_few_blocks(made: Made) -> None:
         comparison = _compared(made, {"a": [right + 2 for right in counts], "b": counts})
         return _corrected(comparison)[0].verdict
 
-    assert verdict(1) == "n too small"
+    assert verdict(2) == "n too small"
+    assert verdict(3) == "interval clear of zero; too few blocks to test"
     assert verdict(5) == "interval clear of zero; too few blocks to test"
     assert verdict(6) == "significant after Holm"
 

@@ -38,8 +38,9 @@ def _pixels(path: Path) -> npt.NDArray[np.float32]:
 
 
 def test_pictures_are_files_that_are_not_blank(comparison: Comparison, tmp_path: Path) -> None:
-    paths = pictures(comparison, tmp_path)
+    paths, failed = pictures(comparison, tmp_path, "digits-T2")
     assert [path.name for path in paths] == ["curves_digits-T2.png", "matrix_digits-T2.png"]
+    assert failed == []
     for path in paths:
         pixels = _pixels(path)
         assert min(pixels.shape[:2]) > 300
@@ -47,15 +48,42 @@ def test_pictures_are_files_that_are_not_blank(comparison: Comparison, tmp_path:
         assert 0.02 < float((pixels < 0.9).any(axis=-1).mean()) < 0.7
 
 
-def test_the_file_name_has_the_protocol_if_there_are_several(made: Made, tmp_path: Path) -> None:
-    compared = comparisons([made(), made(identity={"image_size": 64})])
-    names = [path.name for each in compared for path in pictures(each, tmp_path) if "curves" in path.name]
-    assert names == [f"curves_digits-T2-{each.fingerprint}.png" for each in compared]
-
-
 def test_without_a_finished_run_nothing_is_drawn(made: Made, tmp_path: Path) -> None:
-    assert pictures(comparisons([made(status="failed")])[0], tmp_path) == []
+    assert pictures(comparisons([made(status="failed")])[0], tmp_path, "digits") == ([], [])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["$_v CA$", "p$5_$q", "\u6a21\u578b", "a" * 500, r"\frac{", "x\x1b[2J\ny"])
+def test_a_name_is_drawn_as_it_is(made: Made, tmp_path: Path, name: str) -> None:
+    (comparison,) = comparisons([made(name, dataset=name)])
+    paths, failed = pictures(comparison, tmp_path, "digits")
+    assert (len(paths), failed) == (2, [])
+    texts = [text.get_text() for text in curves(comparison).axes[0].texts]
+    shown = name if name.isprintable() else r"x\x1b[2J\ny"
+    assert shown[:79] in [text[:79] for text in texts]
+
+
+def test_a_picture_that_fails_costs_no_other(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(comparison: Comparison) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("cl_bench.report.pictures.curves", fail)
+    paths, failed = pictures(comparison, tmp_path, "digits")
+    assert (
+        [path.name for path in paths] == ["matrix_digits.png"] == [path.name for path in tmp_path.iterdir()]
+    )
+    assert failed == ["Not drawn: curves of digits-T2: RuntimeError: no font"]
+
+
+def test_an_axis_of_percentages_ends_at_0_and_100(made: Made) -> None:
+    counts = [((10,), (10, 10)), ((10,), (0, 10)), ((0,), (0, 0))]
+    (comparison,) = comparisons([made(counts=one, seed=seed) for seed, one in enumerate(counts)])
+    axes = curves(comparison).axes[0]
+    assert axes.get_ylim() == (0.0, 100.0)
+    band = axes.collections[0].get_paths()[0].vertices
+    assert (np.min(band[:, 1]), np.max(band[:, 1])) == (0.0, 100.0)
 
 
 def test_curves_are_mean_accuracies_over_classes_seen(comparison: Comparison) -> None:
@@ -87,7 +115,7 @@ def test_a_long_stream_has_no_numbers_in_its_cells(made: Made) -> None:
 
 
 def test_a_stream_of_one_experience_is_drawn(made: Made, tmp_path: Path) -> None:
-    assert len(pictures(comparisons([made(counts=((9,),))])[0], tmp_path)) == 2
+    assert len(pictures(comparisons([made(counts=((9,),))])[0], tmp_path, "digits")[0]) == 2
 
 
 def test_a_picture_states_how_many_entries_it_leaves_out(made: Made) -> None:

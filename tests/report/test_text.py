@@ -6,7 +6,7 @@ from itertools import takewhile
 
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.tables import tables
-from cl_bench.report.text import escaped, latex, markdown
+from cl_bench.report.text import latex, markdown
 from cl_bench.results.result import Result
 
 Made = Callable[..., Result]
@@ -61,10 +61,13 @@ def test_costs_are_listed_by_phase_with_a_dash_if_not_measured(made: Made) -> No
 
 
 def test_every_mean_has_an_interval_or_the_reason_for_none(made: Made) -> None:
-    # By hand: accuracies 65 and 75 have a standard error of 5, and t(0.975, 1) is 12.706.
-    text = _markdown([made(seed=1), made(counts=((10,), (7, 8)), seed=2), made("NCM", seed=1)])
-    rows = {row[0]: row for row in _grid(text[text.index("Student's 95 % interval of") :])}
-    assert rows["LoRA (merge)"][1] == "[6.47, 133.53]"
+    # By hand: accuracies 65, 75 and 70 have a standard error of 2.887, and t(0.975, 2) is 4.303. On the scale
+    # of log odds, around log(0.7 / 0.3) = 0.847, that is 0.124 / (0.7 × 0.3) = 0.591.
+    counts = (((9,), (5, 8)), ((10,), (7, 8)), ((10,), (6, 8)))
+    results = [made(counts=of_one, seed=seed) for seed, of_one in enumerate(counts)]
+    text = _markdown([*results, made("NCM", seed=1)])
+    rows = {row[0]: row for row in _grid(text[text.index("95 % logit interval of") :])}
+    assert rows["LoRA (merge)"][1] == "[56.36, 80.83]"
     assert rows["NCM"][1] == "n too small"
 
 
@@ -239,9 +242,3 @@ def test_runs_that_did_not_finish_show_status_and_error(made: Made) -> None:
     text = _latex([made(), made("NCM", status="diverged", error="NaN in step 3")])
     assert r"NCM & \emph{diverged} & \emph{diverged}" in text
     assert "NCM, seed 1, class order identity: diverged: NaN in step 3" in text
-
-
-def test_special_characters_are_escaped() -> None:
-    assert escaped(r"50 % of a_b & {c}\d ~ ^") == (
-        r"50 \% of a\_b \& \{c\}\textbackslash{}d \textasciitilde{} \textasciicircum{}"
-    )

@@ -16,6 +16,7 @@ from cl_bench.data.published.imagenet_r import SHA256, Split
 from cl_bench.grid.cells import Cell
 from cl_bench.reproduce.command import Wanted
 from cl_bench.results.result import Cost, Protocol, Result, Row
+from datamodules.toy import Toy
 
 TOY = """
 data: {class_path: datamodules.toy.Toy, init_args: {image_size: 16, num_classes: 5}}
@@ -46,15 +47,14 @@ def _leave(
     cell: Cell,
     final: float,
     protocol: str = "one",
-    dataset: str = "toy",
     identity: dict[str, Any] | None = None,
 ) -> None:
     """Leave a finished result of ``cell`` whose final accuracy is ``final`` percent, of 1,000 images."""
     configuration = cell.configuration()
     correct = [int(10 * final)] * 5
     Result(
-        strategy=cell.strategy,
-        dataset=dataset,
+        strategy=configuration.strategy_class.name,
+        dataset=configuration.datamodule.name,
         experiences=[(i, i + 1) for i in range(5)],
         class_names=list("abcde"),
         test_images=[1_000] * 5,
@@ -117,7 +117,7 @@ def test_a_number_that_only_others_print_is_not_the_strategys_own(
 
 
 def test_published_rows_of_domainnet_do_not_state_their_variant(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = tmp_path / "domainnet.yaml"
     dataset.write_text(TOY)
@@ -126,7 +126,8 @@ def test_published_rows_of_domainnet_do_not_state_their_variant(
     words = ["reproduce", "inflora", str(dataset), "--seeds", "1", "--results", str(wanted.results)]
     main([*words, "--dry-run"])
     assert f"- {domainnet.UNSAID}" in capsys.readouterr().out
-    _leave(cell, 70.0, dataset="domainnet")
+    monkeypatch.setattr(Toy, "name", "domainnet")
+    _leave(cell, 70.0)
     assert main(words) == 0
     text = capsys.readouterr().out
     assert f"- {domainnet.UNSAID}" in text
@@ -136,11 +137,12 @@ def test_published_rows_of_domainnet_do_not_state_their_variant(
 
 @pytest.mark.parametrize("split", ["coda", "inflora"])
 def test_lists_with_equal_numbers_of_test_images_are_distinguished(
-    wanted: Wanted, split: Split, capsys: pytest.CaptureFixture[str]
+    wanted: Wanted, split: Split, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Toy, "name", "imagenet_r")
     for name in ("lora", "inflora"):
         for cell in wanted.cells(name):
-            _leave(cell, 70.0, dataset="imagenet_r", identity={"test_images": SHA256[split, "test"]})
+            _leave(cell, 70.0, identity={"test_images": SHA256[split, "test"]})
     assert main(_command(wanted)) == 0
     text = capsys.readouterr().out
     named = {

@@ -117,7 +117,7 @@ def test_digest_is_the_documented_hash() -> None:
 def test_a_foreign_file_and_another_schema_are_errors(result: Result, tmp_path: Path) -> None:
     path = tmp_path / FILE_NAME
     path.write_text("not json")
-    with pytest.raises(ValueError, match="is not a result file"):
+    with pytest.raises(ValueError, match="it is not JSON"):
         read(path)
     path = result.write(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 99}))
@@ -133,7 +133,7 @@ def test_unreadable_files_are_returned_with_the_results(result: Result, tmp_path
     results, unreadable = read_all(tmp_path)
     assert results == [result]
     assert len(unreadable) == 3
-    assert all("is not a result file: run its cell again" in line for line in unreadable)
+    assert all(line.endswith("; run its cell again, or remove the file.") for line in unreadable)
 
 
 def test_a_result_file_has_the_permissions_of_any_other(result: Result, tmp_path: Path) -> None:

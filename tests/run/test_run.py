@@ -1,6 +1,7 @@
 import logging
 import warnings
 from collections import Counter
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ def toy(folder: Path, *overrides: str) -> Configuration:
     return resolve(layers("linear_probe", "toy"), words)
 
 
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Configuration:
+    configuration = toy(tmp_path_factory.mktemp("done"))
+    run(configuration)
+    return configuration
+
+
 def test_only_a_finished_cell_is_done_under_any_name_of_its_setting(tmp_path: Path) -> None:
     configuration = toy(tmp_path)
     assert finished(configuration) is None
@@ -33,6 +41,31 @@ def test_only_a_finished_cell_is_done_under_any_name_of_its_setting(tmp_path: Pa
     assert finished(configuration) is None
     path.write_text("broken")
     assert finished(configuration) is None
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"strategy": "InfLoRA"},
+        {"dataset": "digits"},
+        {"seed": 2},
+        {"order": "numpy-1993"},
+        {"config": {"rank": 4}},
+        {"regime": "joint", "rows": [None, None]},
+    ],
+    ids=lambda forged: next(iter(forged)),
+)
+def test_a_result_of_another_cell_under_the_right_name_is_not_done(
+    done: Configuration, tmp_path: Path, forged: dict[str, Any]
+) -> None:
+    result = read(done.folder / FILE_NAME)
+    if "rows" in forged:
+        forged = forged | {"rows": [*forged["rows"], result.rows[-1]]}
+    again = toy(tmp_path)
+    replace(result).write(again.folder)
+    assert finished(again) == again.folder / FILE_NAME
+    replace(result, **forged).write(again.folder)
+    assert finished(again) is None
 
 
 def test_a_second_attempt_replaces_the_files_of_the_first(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_bench import __version__
+from cl_bench.errors import visible
 from cl_bench.report.comparison import Entry, flat
 from cl_bench.report.records import finite, statistic_record
 from cl_bench.report.statistics import Contrast, statistic
@@ -26,6 +27,7 @@ from cl_bench.report.tables import (
     HOW_TO_READ_DIFFERENCES,
     INCOMPLETE,
     SHORT_NAMES,
+    TRAINING_DATA,
     Table,
     absent,
     compared,
@@ -33,13 +35,22 @@ from cl_bench.report.tables import (
     protocol_differences,
     unnamed_differences,
 )
-from cl_bench.results.metrics import DEFINITIONS, HIGHER_IS_BETTER, accuracy_matrix, incremental_accuracy
+from cl_bench.results.escapes import in_json
+from cl_bench.results.metrics import (
+    BOUNDS,
+    DEFINITIONS,
+    HIGHER_IS_BETTER,
+    accuracy_matrix,
+    incremental_accuracy,
+)
 from cl_bench.results.result import COSTS, Result
 
 Array = npt.NDArray[np.float64]
 Json = dict[str, Any]
 
 _SCRIPTS = ("data.js", "charts.js", "accuracy.js", "inside.js", "tables.js", "page.js")
+_PLACES = re.compile(r"<!-- (\w+) -->")
+_PERCENT = (0.0, 100.0)
 _EXPORTS = re.compile(r"export\{[^}]*?(\w+) as default[^}]*\};")  # itables' bundle hands on DataTables
 
 
@@ -54,20 +65,16 @@ def page(tables: Sequence[Table], title: str, unreadable: Sequence[str] = ()) ->
     Raises:
         FileNotFoundError: If the package plotly or itables lacks its script.
     """
-    # A closing tag in a text would end the script element; JSON allows a backslash before the slash.
-    data = json.dumps(_payload(tables, title, unreadable), ensure_ascii=False, separators=(",", ":"))
     parts = {
-        "title": escape(title),
+        "title": escape(visible(title)),
         "style": _part("page.css"),
         "plotly": _packaged("plotly", "package_data/plotly.min.js"),
         "datatables": _EXPORTS.sub(r"globalThis.DataTable=\1;", _packaged("itables", "html/dt_bundle.js")),
-        "data": data.replace("</", "<\\/"),
+        "data": in_json(_payload(tables, title, unreadable)),
         "scripts": "\n".join(map(_part, _SCRIPTS)),
     }
-    text = _part("page.html")
-    for name, part in parts.items():
-        text = text.replace(f"<!-- {name} -->", part, 1)
-    return text
+    # In one step, so that nothing in a part is taken for the place of another.
+    return _PLACES.sub(lambda place: parts[place[1]], _part("page.html"))
 
 
 def _part(name: str) -> str:
@@ -85,14 +92,20 @@ def _packaged(package: str, path: str) -> str:
 def _payload(tables: Sequence[Table], title: str, unreadable: Sequence[str]) -> Json:
     shown = [comparison for table in tables for comparison in table.comparisons]
     return {
-        "title": title,
+        "title": visible(title),
         "version": __version__,
         "shown": list(tables[0].metrics),
         "metrics": {
-            name: {"short": SHORT_NAMES.get(name, name), "definition": text, "higher": HIGHER_IS_BETTER[name]}
+            name: {
+                "short": SHORT_NAMES.get(name, name),
+                "definition": text,
+                "higher": HIGHER_IS_BETTER[name],
+                "bounds": BOUNDS[name],
+            }
             for name, text in DEFINITIONS.items()
         },
         "costs": COST_HEADINGS,
+        "kept": TRAINING_DATA if any(table.keeps_training_data for table in tables) else None,
         "incomplete": INCOMPLETE,
         "how": HOW_TO_READ_DIFFERENCES,
         "protocols": protocol_differences(shown),
@@ -116,13 +129,12 @@ def _benchmark(table: Table, index: int) -> Json:
         for number, (row, ranked) in enumerate(zip(table.rows, table.ranked(index), strict=True))
     }
     return {
-        "title": comparison.title,
-        "dataset": run.dataset,
+        "title": visible(comparison.title),
         "length": run.num_experiences,
         "blocks": len(comparison.blocks),
         "sentence": compared(comparison),
         "fingerprint": comparison.fingerprint,
-        "identity": {key: _plain(value) for key, value in flat(comparison.identity).items()},
+        "identity": {visible(key): _plain(value) for key, value in flat(comparison.identity).items()},
         "mixed": mixed_provenance(comparison),
         "absent": absent(comparison),
         "unnamed": unnamed_differences(comparison),
@@ -135,7 +147,7 @@ def _benchmark(table: Table, index: int) -> Json:
 
 
 def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return visible(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 def _entry(entry: Entry, shown: Sequence[str]) -> Json:
@@ -145,6 +157,7 @@ def _entry(entry: Entry, shown: Sequence[str]) -> Json:
         "joint": entry.is_joint,
         "statuses": entry.statuses,
         "n": len(entry.runs),
+        "kept": entry.training_data,
         "statistics": {
             name: statistic_record(entry.statistic(name), bootstrap=name in shown) for name in names
         },
@@ -162,27 +175,32 @@ def _entry(entry: Entry, shown: Sequence[str]) -> Json:
 
 def _run(run: Result, entry: Entry, shown: Sequence[str]) -> Json:
     provenance = run.provenance
+    versions: Mapping[str, str] = provenance.get("versions", {})
     measured = entry.measured.get((run.seed, run.order), {}) if run.status == "done" else {}
     return {
         "seed": run.seed,
-        "order": run.order,
+        "order": visible(run.order),
         "cell": run.cell,
         "status": run.status,
-        "error": run.error or "",
+        "error": visible(run.error or ""),
         "values": [finite(measured[name]) if name in measured else None for name in shown],
         "seconds": finite(round(measured["seconds"], 1)) if measured else None,
-        "commit": provenance.get("commit") or "",
-        "device": provenance.get("device") or "",
+        "commit": visible(provenance.get("commit") or ""),
+        "device": visible(provenance.get("device") or ""),
         "threads": provenance.get("threads"),
-        "started": provenance.get("started") or "",
-        "versions": ", ".join(f"{name} {value}" for name, value in provenance.get("versions", {}).items()),
+        "started": visible(provenance.get("started") or ""),
+        "versions": visible(", ".join(f"{name} {value}" for name, value in versions.items())),
     }
 
 
 def _curve(entry: Entry) -> list[Json]:
     """Return the accuracy over the classes seen after every experience, as statistics over runs."""
     runs = np.array([incremental_accuracy(run.counts("correct"), run.totals) for run in entry.runs])
-    return [statistic_record(statistic(values), bootstrap=False) for values in runs.T]
+    resolutions = 100 / np.min([np.cumsum(run.totals) for run in entry.runs], axis=0)
+    return [
+        statistic_record(statistic(values, _PERCENT, resolution), bootstrap=False)
+        for values, resolution in zip(runs.T, resolutions, strict=True)
+    ]
 
 
 def _matrix(run: Result) -> Array:
@@ -198,8 +216,11 @@ def _domains(entry: Entry) -> Json:
             continue
         for name, correct, images in zip(run.domains, row.correct_by_domain, run.domain_images, strict=True):
             if sum(images):
-                by_domain.setdefault(name, []).append(100.0 * sum(correct) / sum(images))
-    return {name: statistic_record(statistic(values), bootstrap=False) for name, values in by_domain.items()}
+                by_domain.setdefault(visible(name), []).append(100.0 * sum(correct) / sum(images))
+    return {
+        name: statistic_record(statistic(values, _PERCENT), bootstrap=False)
+        for name, values in by_domain.items()
+    }
 
 
 def _inside(entry: Entry) -> Json | None:
@@ -216,7 +237,7 @@ def _inside(entry: Entry) -> Json | None:
         ),
         "violation": {
             kind: {
-                target: _mean_list(
+                visible(target): _mean_list(
                     [[layer[kind] for layer in (one.get("violation") or {}).get(target, [])] for one in last]
                 )
                 for target in sorted({target for one in last for target in one.get("violation") or {}})

@@ -42,7 +42,10 @@ function forest() {
         name: clear ? "interval clear of zero" : "possibly noise, or n too small",
         marker: { color, size: 10, symbol: clear ? "circle" : "circle-open", line: { width: 2, color } },
         error_x: {
+          type: "data",
+          symmetric: false,
           array: pairs.map((pair) => (pair.interval ? pair.interval[1] - pair.mean : 0)),
+          arrayminus: pairs.map((pair) => (pair.interval ? pair.mean - pair.interval[0] : 0)),
           thickness: 2,
           width: 5,
           color,
@@ -52,7 +55,7 @@ function forest() {
       };
     })
     .filter((trace) => trace.x.length);
-  // The widest interval of two blocks would flatten all others; the table below has it in full.
+  // The widest interval would flatten all others; the table below has it in full.
   const widest = 4 * Math.max(1, ...found.map((pair) => Math.abs(pair.mean)));
   const ends = [0, ...found.flatMap((pair) => pair.interval ?? [pair.mean])];
   const [low, high] = [Math.max(-widest, Math.min(...ends)), Math.min(widest, Math.max(...ends))];
@@ -94,7 +97,7 @@ function curves() {
     kind === "interval"
       ? mean.interval
       : kind === "std" && known(mean.std)
-        ? [mean.mean - mean.std, mean.mean + mean.std]
+        ? spread(mean)
         : null;
   const band = (entry) => {
     const found = entry.curve.map(bounds);
@@ -127,7 +130,7 @@ function curves() {
     hovertemplate: `${escaped(entry.label)}${entry.joint ? ", upper bound" : ", %{x} learned"}: %{y:.2f}%{customdata} %<extra></extra>`,
   }));
   const all = entries.flatMap(means);
-  const [low, high] = [Math.min(...all), Math.max(...all)];
+  const [low, high] = [least(all), greatest(all)];
   const room = Math.max(4, 0.12 * (high - low));
   draw(
     byId("curve"),
@@ -140,7 +143,7 @@ function curves() {
         showgrid: false,
       }),
       yaxis: axis("accuracy over all classes seen (%)", {
-        range: [Math.max(0, low - room), Math.min(101, high + room)],
+        range: [Math.max(0, low - room), Math.min(100, high + room)],
       }),
     },
     "Incremental accuracy: accuracy over all classes seen against experiences learned",
@@ -150,7 +153,7 @@ function curves() {
     : "";
   fill(
     "curves-description",
-    `Accuracy over the test images of all classes seen, after every experience; mean over runs.${single} The axis may cut wide bands.`,
+    `Accuracy over the images of all classes seen, after every experience; mean over runs.${single} The axis may cut wide bands.`,
   );
   plain(
     "curve-numbers",
@@ -164,8 +167,8 @@ function curves() {
 function matrices() {
   const entries = drawn();
   const all = entries.flatMap((entry) => entry.matrix.flat().filter(known));
-  const low = all.length ? Math.min(90, 10 * Math.floor(Math.min(...all) / 10)) : 0;
-  const high = all.length ? Math.max(low + 10, 10 * Math.ceil(Math.max(...all) / 10)) : 100;
+  const low = all.length ? Math.min(90, 10 * Math.floor(least(all) / 10)) : 0;
+  const high = all.length ? Math.max(low + 10, 10 * Math.ceil(greatest(all) / 10)) : 100;
   const gradient = HEAT.map(([at, colour]) => `${colour} ${100 * at}%`).join(",");
   fill(
     "matrix-scale",
@@ -203,6 +206,7 @@ const dotted = (x, y, color) => ({
 
 function pareto() {
   const [name, metric] = [byId("cost-name").value, data.shown[0]];
+  const { bounds } = data.metrics[metric];
   const points = drawn()
     .map((entry) => ({ entry, x: value(entry, name).mean, y: value(entry, metric).mean }))
     .filter(({ x, y }) => known(x) && known(y));
@@ -212,7 +216,7 @@ function pareto() {
     ...point(entry),
     x: [x],
     y: [y],
-    ...whiskers([value(entry, metric)], "y"),
+    ...whiskers([value(entry, metric)], "y", bounds),
     hovertemplate: `${escaped(entry.label)}: %{y:.2f} % at ${quantity(x)} ${escaped(data.costs[name])}<extra></extra>`,
   }));
   if (best.length > 1)
@@ -229,7 +233,12 @@ function pareto() {
     {
       ...withLegend(380, points.length),
       xaxis: axis(data.costs[name], logarithmic ? { type: "log" } : { rangemode: "tozero" }),
-      yaxis: axis(`${heading(metric)} (%)`),
+      yaxis: axis(`${heading(metric)} (%)`, {
+        range: within(
+          points.flatMap(({ entry }) => spread(value(entry, metric), bounds)),
+          bounds,
+        ),
+      }),
     },
     `Accuracy against cost: ${heading(metric)} against ${data.costs[name]}`,
     "No ticked strategy has measured this cost.",
@@ -242,7 +251,7 @@ function tasks() {
     .filter(({ x, y }) => known(x.mean) && known(y.mean));
   const ends = (means) => {
     const room = Math.max(4, 0.2 * (Math.max(...means) - Math.min(...means)));
-    return [Math.max(0, Math.min(...means) - room), Math.min(100.5, Math.max(...means) + room)];
+    return [Math.max(0, Math.min(...means) - room), Math.min(100, Math.max(...means) + room)];
   };
   const [left, right] = ends(points.map(({ x }) => x.mean));
   const [bottom, top] = ends(points.map(({ y }) => y.mean));
@@ -301,7 +310,7 @@ function domains() {
   const traces = entries.map((entry) => ({
     type: "bar",
     name: escaped(entry.label),
-    x: Object.keys(entry.domains),
+    x: Object.keys(entry.domains).map(escaped),
     y: Object.values(entry.domains).map((one) => one.mean),
     marker: {
       color: pen(entry).colour,
@@ -318,10 +327,10 @@ function domains() {
       barmode: "group",
       bargap: 0.25,
       bargroupgap: 0.08,
-      xaxis: axis("", { showgrid: false }),
-      yaxis: axis("final accuracy (%)", { rangemode: "tozero" }),
+      xaxis: axis("", { type: "category", showgrid: false }),
+      yaxis: axis("final accuracy (%)", { range: [0, 100] }),
     },
-    "By domain: final accuracy over the test images of each domain",
+    "By domain: final accuracy over the images of each domain",
   );
 }
 

@@ -91,6 +91,7 @@ function named(labels, more = {}) {
   const most = isPhone() ? 16 : 40;
   const cut = (label) => (label.length > most ? `${label.slice(0, most - 1)}…` : label);
   return axis("", {
+    type: "category",
     showgrid: false,
     ticks: "",
     tickvals: labels.map(escaped),
@@ -103,6 +104,7 @@ function line(entry) {
   const { colour, symbol, dash } = pen(entry);
   return {
     mode: "lines+markers",
+    cliponaxis: false,
     name: escaped(entry.label),
     legendgroup: entry.label,
     line: { color: colour, dash, width: 2 },
@@ -113,15 +115,25 @@ function line(entry) {
 function point(entry) {
   const { colour, symbol } = pen(entry);
   const edge = entry.joint ? { color: colour, width: 2 } : { color: paper("paper"), width: 1 };
-  return { mode: "markers", name: escaped(entry.label), marker: { color: colour, symbol, size: 12, line: edge } };
+  const marker = { color: colour, symbol, size: 12, line: edge };
+  return { mode: "markers", cliponaxis: false, name: escaped(entry.label), marker };
 }
 
-function whiskers(statistics, axisName) {
-  const found = statistics.map((one) => one.std ?? 0);
-  return found.some(Boolean)
-    ? { [`error_${axisName}`]: { array: found, thickness: 1, width: 3, color: paper("faint") } }
-    : {};
+/** Return error bars of one standard deviation, cut where values are no longer possible. */
+function whiskers(statistics, axisName, bounds = [0, 100]) {
+  const found = statistics.map((one) => spread(one, bounds));
+  if (!statistics.some((one) => one.std)) return {};
+  const array = found.map(([, high], place) => high - statistics[place].mean);
+  const arrayminus = found.map(([low], place) => statistics[place].mean - low);
+  const shown = { thickness: 1, width: 3, color: paper("faint") };
+  return { [`error_${axisName}`]: { type: "data", symmetric: false, array, arrayminus, ...shown } };
 }
+
+/** Return mean minus and plus one standard deviation, cut where values are no longer possible. */
+const spread = ({ mean, std }, [low, high] = [0, 100]) => [
+  Math.max(low, mean - (std ?? 0)),
+  Math.min(high, mean + (std ?? 0)),
+];
 
 /** Draw a square heat map of `rows`, whose first is numbered `first`, on the colour scale from `low` to `high`. */
 function heatmap(box, rows, { low, high, first, down, hover }, label) {

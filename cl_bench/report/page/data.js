@@ -41,8 +41,20 @@ const percent = (number) => (known(number) ? number.toFixed(2).replace("-", "−
 const signed = (number) => (known(number) ? (number > 0 ? "+" : "") + percent(number) : UNDEFINED);
 const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
-/** Return `text` for Plotly and DataTables, which read HTML. */
-const escaped = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/"/g, "&#34;");
+/** Return `text` for Plotly and DataTables, which read HTML; Plotly also fills in what stands behind `%{`. */
+const escaped = (text) =>
+  String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/"/g, "&#34;").replace(/%\{/g, "%&#123;");
+
+// Not Math.min(...numbers), which fails for more numbers than a function takes arguments.
+const least = (numbers) => numbers.reduce((one, other) => Math.min(one, other), Infinity);
+const greatest = (numbers) => numbers.reduce((one, other) => Math.max(one, other), -Infinity);
+
+/** Return the range of an axis around `numbers` that ends where values are no longer possible. */
+function within(numbers, [low, high] = [0, 100]) {
+  const [from, to] = [least(numbers), greatest(numbers)];
+  const room = Math.max(1, 0.08 * (to - from));
+  return [Math.max(low, from - room), Math.min(high, to + room)];
+}
 
 function quantity(number) {
   if (!known(number)) return UNDEFINED;

@@ -43,7 +43,7 @@ function violation(entries) {
   // A plain axis reads best, unless values are zero to rounding: those need powers of ten.
   const values = traces.flatMap((trace) => trace.y).filter((y) => known(y) && y > 0);
   const scale =
-    values.length && Math.max(...values) / Math.min(...values) > 100
+    values.length && greatest(values) / least(values) > 100
       ? { type: "log", exponentformat: "power", dtick: 2 }
       : { rangemode: "tozero" };
   const axes = targets.map((target, place) => [
@@ -73,7 +73,7 @@ function basis(entries) {
       return [entry, grown[0].map((_, layer) => grown.map((layers) => layers[layer]))];
     }),
   );
-  const high = Math.max(1, ...[...tables.values()].flat(2).filter(known));
+  const high = Math.max(1, greatest([...tables.values()].flat(2).filter(known)));
   const how = {
     low: 0,
     high,
@@ -145,7 +145,7 @@ function held(entries) {
     {
       ...withLegend(320, entries.length),
       xaxis: axis("experience", { dtick: 1, showgrid: false }),
-      yaxis: axis("nearest-mean accuracy (%)"),
+      yaxis: axis("nearest-mean accuracy (%)", { range: within(traces.flatMap(({ y }) => y).filter(known)) }),
     },
     "Nearest mean on classes outside of the stream: before and after learning",
   );

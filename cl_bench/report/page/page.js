@@ -52,7 +52,7 @@ function enter() {
       state.reference,
     ),
   );
-  byId("band").value = finished.every((entry) => entry.n > 2) ? "interval" : "std"; // of two runs a t interval fills the axis
+  byId("band").value = finished.every((entry) => entry.n > 2) ? "interval" : "std"; // below three runs there is no interval
   fill("results-description", benchmark().sentence);
   showResults();
   showAbsent();

@@ -41,7 +41,7 @@ function valueCell(entry, name) {
   if (!one.n) return element("span", { class: "faint" }, UNDEFINED);
   if (!isMetric(name)) return quantity(one.mean);
   const range = (bounds) => `[${percent(bounds[0])}, ${percent(bounds[1])}]`;
-  const interval = one.interval ? `95 % t interval ${range(one.interval)}` : "interval: n too small";
+  const interval = one.interval ? `95 % logit interval ${range(one.interval)}` : "interval: n too small";
   return element(
     "span",
     { title: interval + (one.bootstrap ? `; bootstrap ${range(one.bootstrap)}` : "") },
@@ -85,6 +85,7 @@ const results = new DataTable("#table", {
         purpose === "display" ? nameCell(entry) : purpose === "filter" ? searched(entry) : escaped(entry.label),
     },
     ...[...Object.keys(data.metrics), ...Object.keys(data.costs)].map(valueColumn),
+    ...(data.kept ? [{ title: data.kept, data: (entry) => entry.kept || UNDEFINED }] : []),
   ],
   order: [],
   paging: false,
