@@ -24,6 +24,9 @@ Departures:
 * A memory that takes more than half of the dimensions in the first experience stores their complement. The
   released code would store them and treat them as free; at its thresholds this never happens.
 * The clustering of features after each experience, which the released code does not use at test, is left out.
+* If fewer than r directions are free, the run stops: a fixed adapter of lower rank would look like any other
+  in the results. The released code continues with singular vectors of rounding errors, which may lie in what
+  it protects. KeepLoRA and JANUS-LoRA, whose memories fill up by design, warn and learn in what is left.
 * ``energy: features`` is the paper's rule; the default ``covariance`` is that of the code, which produced the
   published numbers, and so is its first experience of one direction fewer.
 """

@@ -35,7 +35,8 @@ are ours, and none of them may be called reproduced:
    before the optimizer, Adam included. Without GR only the gradient of ``A`` is projected.
 3. ``row_space: safe``: rows of ``A`` are cleared of protected directions at the start of an experience and
    after every step, which makes the update exactly safe under any optimizer. The paper reports a violation
-   above zero, so it has no such step; ``free`` is nearer to it.
+   above zero, so it has no such step; ``free`` is nearer to it. If fewer than r directions are free, the
+   cleared rows span those that are, with a warning: both factors train, so the adapter keeps learning there.
 4. DML: a hinge on the cosine to the nearest old prototype, its margin, its weight, and prototypes measured
    once, when their class has been learnt, from images as at test time.
 5. A fresh adapter of rank 10 without a scale for every experience, merged at its end; a linear head for each,

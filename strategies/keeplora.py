@@ -32,7 +32,9 @@ Departures:
 * Exact decompositions in place of randomised ones, and as many directions as reach a threshold, where the
   released code takes one fewer.
 * Schedules are stepped once an epoch, and the released code's OneCycleLR once a step.
-* If fewer than r directions are free, the remaining rows of ``A`` are zero, with a warning.
+* If fewer than r directions are free, the remaining rows of ``A`` are zero, with a warning. The run
+  continues, because the memory starts from the weights and the paper lets it fill up. The released code takes
+  singular vectors of rounding errors, which may lie in what it protects.
 """
 
 from __future__ import annotations

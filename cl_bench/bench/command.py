@@ -21,7 +21,7 @@ from scipy.stats import quantile_test
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
-from torch.utils.benchmark import Timer, timer
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.bench.floor import Floor
@@ -54,7 +54,6 @@ _BATCHES = {"cpu": [4, 8], "cuda": [128, 256]}
 _SMALL_BATCHES = {"cpu": [64], "cuda": [512]}
 _TYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 _SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices that measure the rate of a device
-_SECONDS = 1.0  # for which it is measured
 _PASSED = 4  # batches of a pass for second moments; only the first goes through the whole network
 _CERTAIN = 6  # values whose range holds the median in 95 % of all cases: 1 - 2 / 2**6
 
@@ -83,13 +82,14 @@ class Bench:
 
     Attributes:
         device: What it ran on, in words.
-        matrix_rates: Floating-point operations a second of a large product, by precision.
+        matrix_rates: Floating-point operations a second of a large product at its fastest, or of a step if
+            one was faster, by precision.
         rows: Measurements.
         findings: What follows from them, a sentence each.
     """
 
     device: str
-    matrix_rates: dict[str, float]
+    matrix_rates: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
 
@@ -127,16 +127,16 @@ def bench(options: Namespace, report: Callable[[str], None] = lambda _: None) ->
         setup = _setup(options, Path(folder))
         threads = torch.get_num_threads()
         words = f"{threads} thread{'s' * (threads > 1)}, torch {torch.__version__}"
-        rates = {precision: matrix_rate(setup.device, _TYPES[precision]) for precision in setup.precisions}
-        found = Bench(f"{device_name(setup.device)}, {words}", rates)
+        found = Bench(f"{device_name(setup.device)}, {words}")
         for done, stem in enumerate(options.strategies):
             report(f"measuring {stem}, {done + 1} of {len(options.strategies)}")
             rows: list[Row] = []
             for precision in setup.precisions:
-                rows += _experience(stem, EARLY, precision, setup, rates[precision], passes=not done)
-                rows += _experience(stem, LATE, precision, setup, rates[precision])
+                rows += _experience(stem, EARLY, precision, setup, passes=not done)
+                rows += _experience(stem, LATE, precision, setup)
             found.rows += rows
             found.findings += _findings(stem, rows, setup)
+        found.matrix_rates = add_shares(found.rows)
     return found
 
 
@@ -167,10 +167,8 @@ def _require_known(kind: str, given: Sequence[str], known: Sequence[str]) -> Non
             raise ValueError(f"There is no {kind} {name!r}. {suggestion(name, known)}")
 
 
-def _experience(
-    stem: str, number: int, precision: str, setup: Setup, rate: float, passes: bool = False
-) -> list[Row]:
-    """Measure the steps of one experience, by the ``rate`` of a matrix product, and what surrounds them.
+def _experience(stem: str, number: int, precision: str, setup: Setup, passes: bool = False) -> list[Row]:
+    """Measure the steps of one experience, a large product of matrices, and what surrounds the steps.
 
     With ``passes``, also measure what no strategy changes: single passes over a batch, and its loading.
     """
@@ -182,10 +180,14 @@ def _experience(
         floor = Floor(strategy, CLASSES, half=half)
         # A floor in float32 alternates with both precisions, which are compared by their ratios to it.
         full = Floor(strategy, CLASSES, half=False) if half and "32-true" in setup.precisions else None
+        a, b = matrices(setup.device, _TYPES[precision])
         for size in setup.batches if number == EARLY else setup.batches[:1]:
             batch = images, labels = subject.stream.batch(size)
             from_zero = images, labels - labels.min()
-            calls: dict[str, Callable[[], object]] = {"floor": partial(floor.step, from_zero)}
+            calls: dict[str, Callable[[], object]] = {
+                "floor": partial(floor.step, from_zero),
+                "product": partial(torch.matmul, a, b),
+            }
             if full is not None:
                 calls["fp32 floor"] = partial(full.step, from_zero)
             if passes:
@@ -207,11 +209,16 @@ def _experience(
             with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
                 yield batch
             memory = _memory(strategy, peaks[0], floor_bytes, half)
-            share = {"of_matrix_rate": counter.get_total_flops() / median(seconds["step"]) / rate}
-            figures = {"step": memory | share, "floor": {"peak_bytes": floor_bytes, "peak_to_floor": 1.0}}
+            figures: dict[str, Row] = {
+                "step": memory | {"operations": counter.get_total_flops()},
+                "floor": {"peak_bytes": floor_bytes, "peak_to_floor": 1.0},
+                "product": {"operations": 2 * len(a) ** 3},
+            }
             for name, times in seconds.items():
                 of_one = [one / (_PASSED if name == "second moments" else 1) for one in times]
-                rows.append(place | timing(name, size, of_one, seconds["floor"]) | figures.get(name, {}))
+                images_seen = 0 if name == "product" else size
+                row = timing(name, images_seen, of_one, seconds["floor"])
+                rows.append(place | row | figures.get(name, {}))
 
     took = subject.run(steps())
     if not rows:
@@ -335,13 +342,34 @@ def _words(values: Sequence[float]) -> str:
     return "{:.3f} [{:.3f}, {:.3f}]".format(*spread(values))
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating-point operations a second of a large product of matrices, at its fastest."""
+def matrices(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return two square matrices whose product a device computes at its best rate."""
     side = _SIDE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.rand(side, side, device=device, generator=generator).to(dtype) for _ in range(2))
-    product = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
-    return 2 * side**3 / min(product.blocked_autorange(min_run_time=_SECONDS).times)
+    return a, b
+
+
+def add_shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Add ``of_matrix_rate`` to the rows with ``operations``, and return the rate of each precision.
+
+    The rate is the highest of any round, of a product or of a step, so no share passes one: a product that
+    the machine slowed in every round would make it too low.
+
+    >>> step = {"precision": "32-true", "operations": 6.0, "times": [2.0, 3.0], "median_s": 2.5}
+    >>> add_shares([step, {"precision": "32-true", "operations": 8.0, "times": [2.0, 4.0], "median_s": 3.0}])
+    {'32-true': 4.0}
+    >>> step["of_matrix_rate"]
+    0.6
+    """
+    counted = [row for row in rows if "operations" in row]
+    rates: dict[str, float] = {}
+    for row in counted:
+        rate = row["operations"] / min(row["times"])
+        rates[row["precision"]] = max(rate, rates.get(row["precision"], 0.0))
+    for row in counted:
+        row["of_matrix_rate"] = row["operations"] / row["median_s"] / rates[row["precision"]]
+    return rates
 
 
 @contextmanager

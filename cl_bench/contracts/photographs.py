@@ -10,6 +10,7 @@ from typing import Any
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data import manifest
 from cl_bench.data.cache import CachedSource, CacheKind, description
+from cl_bench.data.decoding import require_readable
 from cl_bench.data.sources import FileSource, Source, Sources
 from cl_bench.data.stream import Transform
 from cl_bench.data.views import NORMALISATION, Preset, PresetName, preset
@@ -135,16 +136,37 @@ class PhotographFiles(Photographs):
         return next((variant.images_sha256 for variant in prepared if variant.name in names), None)
 
     def ready(self, sources: Sources) -> Sources:
-        """Return ``sources`` with the cache in front; test images are cached only if they are evaluated on.
+        """Return ``sources`` with the cache in front, or check that their files can be read.
+
+        A manifest shows which files have changed since they were decoded; without one, headers and ends of
+        files are read. Building a cache decodes them all. Test images are read only if they are evaluated on.
 
         Raises:
             ValueError: If an image cannot be decoded.
             OSError: If the disk has too little room for the cache.
         """
         if self.cache == "none":
+            for source in (sources.train,) if self.val_fraction else (sources.train, sources.test):
+                self._require_readable(source)
             return sources
         test = sources.test if self.val_fraction else self._cached(sources.test)
         return replace(sources, train=self._cached(sources.train), test=test)
+
+    def _require_readable(self, source: Source) -> None:
+        assert isinstance(source, FileSource)
+        found = self._manifest
+        if found is None:
+            require_readable(source.root, source.files)
+            return
+        used = set(source.files)
+        if changed := manifest.changed(source.root, (one for one in found.images if one.path in used)):
+            raise ValueError(
+                f"{changed} below {source.root} is not the file that cl-bench prepare decoded: {self._remedy}"
+            )
+
+    @cached_property
+    def _manifest(self) -> manifest.Manifest | None:
+        return manifest.read(Path(self.root), self.name)
 
     def _cached(self, source: Source) -> CachedSource:
         assert isinstance(source, FileSource)

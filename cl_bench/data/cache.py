@@ -26,7 +26,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from cl_bench.data.sources import FileSource, decoded, opened
+from cl_bench.data.decoding import decoded, opened
+from cl_bench.data.sources import FileSource
 from cl_bench.data.views import CentreView, Picture, Pixels, resized_shape
 
 CacheKind = Literal["none", "pixels", "jpeg"]

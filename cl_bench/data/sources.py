@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from cl_bench.data.decoding import decoded
 from cl_bench.data.manifest import fingerprint
 
 if TYPE_CHECKING:  # cl-bench prepare reads sources without torch
@@ -263,33 +263,6 @@ def held_out(targets: Sequence[int], fraction: float, seed: int) -> tuple[Indice
     ]
     chosen = np.sort(np.concatenate(held))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
-
-
-def decoded(path: Path) -> Image.Image:
-    """Return the image in ``path``, in RGB.
-
-    Raises:
-        ValueError: If the file cannot be decoded.
-    """
-    with opened(path) as image:
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
-    """Yield the image in ``path`` with its size read but its pixels not yet decoded.
-
-    Raises:
-        ValueError: If the file cannot be read as an image, at once or later in the context.
-    """
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"The image {path} cannot be read ({error}): replace it, or remove it from the dataset."
-        ) from error
 
 
 def require_files(root: Path, files: Collection[str], remedy: str) -> None:

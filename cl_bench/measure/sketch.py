@@ -31,7 +31,7 @@ class InputSketch(InputStatistic):
         memory: What is protected in each of them.
         rows: Directions to keep; never more than d.
         every: Record every so many forward passes, the first included.
-        most_tokens: Tokens to record of a batch, spread over images and places.
+        most_tokens: Tokens to record of a batch, spread over images and places, and others of every batch.
 
     Attributes:
         sketch: ``Y`` (L, rows, d), so that ``Y^T Y`` is nearly ``P X^T X P`` of the inputs ``X``.
@@ -109,7 +109,8 @@ class InputSketch(InputStatistic):
 
     def take(self, index: int, tokens: Tensor) -> None:
         """Add the energies of tokens (N, d), and stack their part outside the memory below the sketch."""
-        tokens = tokens[_spread(len(tokens), self.most_tokens)].float()
+        recorded = (self._passes[index] - 1) // self.every  # batches before this one
+        tokens = tokens[_spread(len(tokens), self.most_tokens, recorded)].float()
         rest = self._memory[0].right_residual(tokens, self._projection[index])
         energy = rest.double().square().sum()
         self.inside[index] += (tokens.double().square().sum() - energy).clamp(min=0)
@@ -137,15 +138,17 @@ class InputSketch(InputStatistic):
         self.sketch[index] = (shrunk[:, None] * (vectors.mT @ stacked)).float()
 
 
-def _spread(count: int, most: int) -> list[int]:
+def _spread(count: int, most: int, turn: int) -> list[int]:
     """Return at most ``most`` of ``count`` places, widely spaced, and out of step with any period.
 
     The places of a token repeat from image to image: a stride that divided their number would pick the same
-    ones from every image. This stride shares no factor with the count, and is near its golden section.
+    ones from every image. This stride shares no factor with the count, and is near its golden section. The
+    places of each ``turn``, counted from 0, continue where those of the turn before end, so batches of equal
+    size take every token of an image equally often, up to one.
     """
     if count <= most:
         return list(range(count))
     step = round(count * 0.618)
     while math.gcd(step, count) != 1:
         step += 1
-    return [place * step % count for place in range(most)]
+    return [place * step % count for place in range(turn * most, (turn + 1) * most)]

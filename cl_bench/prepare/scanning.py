@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from cl_bench.data.decoding import UNREADABLE, fault_of, white_of
 from cl_bench.data.manifest import Scanned
 
 _AT_A_TIME = 64  # files in one task
@@ -61,9 +62,9 @@ def _scanned(root: Path, file: str) -> Scanned | str:
     content = (root / file).read_bytes()
     try:
         with Image.open(io.BytesIO(content)) as image:
+            white_of(image)
             image.load()
             width, height = image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error)
-        return f"{file} ({reason})"
+    except UNREADABLE as error:
+        return f"{file} ({fault_of(error)})"
     return Scanned(file, len(content), hashlib.sha256(content).hexdigest(), height, width)

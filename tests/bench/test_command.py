@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cl_bench.bench import command
-from cl_bench.bench.command import Bench, Row, bench, ratios, turns, watched
+from cl_bench.bench.command import Bench, Row, add_shares, bench, ratios, turns, watched
 from cl_bench.bench.options import add_arguments
 
 KEYS = [
@@ -24,10 +24,12 @@ DEPTH, WIDTH, TOKENS, RANK, CLASSES = 2, 64, 17, 10, 2
 
 # Seconds that each call is said to take, whatever the batch.
 SECONDS = {
-    "32-true": {"floor": 2.0, "step": 2.2, "forward": 0.8, "second moments": 4 * 0.88, "loading": 0.5},
+    "32-true": {"floor": 2.0, "step": 2.2, "forward": 0.8, "second moments": 4 * 0.88, "loading": 0.5}
+    | {"product": 1.0},
     "bf16-mixed": {"floor": 0.8, "step": 1.0, "forward": 0.4, "second moments": 4 * 0.6, "loading": 0.5}
-    | {"fp32 floor": 2.0},
+    | {"fp32 floor": 2.0, "product": 0.5},
 }
+SIDE = 256  # of the matrices in a product
 LATE = 1.05  # times as long does a late step take
 
 
@@ -47,7 +49,7 @@ def found() -> Bench:
     options = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "_SMALL", {"model": "vision_transformer", "options": options})
-        patch.setattr(command, "matrix_rate", lambda device, dtype: 1.0)
+        patch.setattr(command, "_SIDE", {"cpu": SIDE})
         patch.setattr(command, "turns", told)
         words = ["--backbone", "small", "--batch", "8", "4", "--strategy", "inflora", "lora"]
         return bench(parser.parse_args(words))
@@ -91,9 +93,34 @@ def test_the_operations_of_a_step_are_those_of_all_its_products(found: Bench) ->
 
     for precision in SECONDS:
         steps = rows(found, "step", precision=precision, strategy="lora")
-        assert [row["of_matrix_rate"] * row["median_s"] for row in steps] == pytest.approx(
+        rate = found.matrix_rates[precision]
+        assert [row["of_matrix_rate"] * row["median_s"] * rate for row in steps] == pytest.approx(
             [operations(4), operations(8), operations(4)]
         )
+
+
+def test_the_matrix_rate_is_the_best_of_the_products_between_the_steps(found: Bench) -> None:
+    for precision, rate in found.matrix_rates.items():
+        assert rate == 2 * SIDE**3 / SECONDS[precision]["product"]
+        products = rows(found, "product", precision=precision)
+        assert [row["of_matrix_rate"] for row in products] == [1.0] * 3
+
+
+@pytest.mark.parametrize("product", ([0.1, 0.3, 0.2], [40.0, 30.0, 50.0]))
+def test_no_step_passes_the_matrix_rate_even_if_every_product_was_slowed(product: list[float]) -> None:
+    steps: list[Row] = [
+        {"precision": "32-true", "operations": 5.0, "times": times, "median_s": sorted(times)[1]}
+        for times in ([1.0, 9.0, 2.0], [3.0, 2.0, 4.0])
+    ]
+    slowed: Row = {
+        "precision": "32-true",
+        "operations": 5.0,
+        "times": product,
+        "median_s": sorted(product)[1],
+    }
+    rates = add_shares([*steps, slowed, {"precision": "32-true", "times": [0.1]}])
+    assert rates == {"32-true": 5.0 / min(1.0, *product)}
+    assert all(0 < row["of_matrix_rate"] <= 1 for row in [*steps, slowed])
 
 
 def test_the_peak_is_close_to_that_of_the_floor_and_grows_by_what_a_batch_needs(found: Bench) -> None:

@@ -17,6 +17,7 @@ from cl_bench.data.manifest import Variant
 from cl_bench.data.sources import FileSource, Sources
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
+from cl_bench.prepare.scanning import scan
 from cl_bench.run.configuration import layers, resolve
 from strategies.linear_probe import LinearProbe
 from strategies.ncm import NearestClassMean
@@ -191,6 +192,27 @@ def test_a_result_holds_the_hash_of_the_scanned_files(root: Path, tmp_path: Path
         manifest.write(tmp_path, "pictures", [], [variant])
     assert [sha256 for sha256, _ in found] == [None, "c" * 64]
     assert found[0][1] == found[1][1]
+
+
+def test_files_that_changed_since_they_were_prepared_are_named_before_training(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    files = sorted(path.name for path in root.glob("*.png"))
+    variant = Variant("transforms inflora", 24, 8, CLASSES, "a" * 64, "b" * 64, "c" * 64)
+    manifest.write(tmp_path, "pictures", scan(tmp_path, files), [variant])
+    pictures(tmp_path)
+    (tmp_path / "1-7.png").write_bytes((tmp_path / "1-7.png").read_bytes()[:-20])
+    pictures(tmp_path, val_fraction=0.2)  # opens no test image
+    with pytest.raises(ValueError, match=r"1-7\.png below .* is not the file that .*: fetch the data with"):
+        pictures(tmp_path)
+
+
+def test_without_a_manifest_unreadable_files_are_named_before_training(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "1-2.png").write_bytes((tmp_path / "1-2.png").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"1 of 24 images below .* cannot be read, such as 1-2\.png"):
+        pictures(tmp_path)
 
 
 def test_the_folder_of_the_cache_is_not_part_of_the_cell() -> None:

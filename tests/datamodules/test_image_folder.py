@@ -239,19 +239,74 @@ def broken_chunk() -> bytes:
 DAMAGED = {"text": b"no image", "cut": broken_chunk()[:2000], "chunk": broken_chunk(), "header": b"P6\n4 "}
 
 
-@pytest.mark.parametrize("damage", DAMAGED)
-def test_an_unreadable_image_is_named_when_it_is_decoded(root: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["text", "cut", "header"])
+def test_an_unreadable_image_is_named_before_training(root: Path, damage: str) -> None:
+    (root / "train" / "bee" / "1.png").write_bytes(DAMAGED[damage])
+    with pytest.raises(ValueError, match=r"1 of 12 images below .* cannot be read, such as train/bee/1\.png"):
+        image_folder(root)
+
+
+def test_damage_that_only_decoding_shows_is_named_when_the_image_is_decoded(root: Path) -> None:
     path = root / "train" / "bee" / "1.png"
-    path.write_bytes(DAMAGED[damage])
+    path.write_bytes(DAMAGED["chunk"])
     data = image_folder(root, order=[0, 1, 3, 2])
     with pytest.raises(ValueError, match=f"The image {path} cannot be read"):
         all_of(*data.train_dataloader())
 
 
+def test_validation_reads_no_test_image_in_advance(root: Path) -> None:
+    (root / "test" / "bee" / "1.png").write_bytes(DAMAGED["text"])
+    image_folder(root, val_fraction=0.4)
+    with pytest.raises(ValueError, match=r"1 of 8 images below .* cannot be read, such as test/bee/1\.png"):
+        image_folder(root)
+
+
 def test_an_image_too_large_to_decode_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
-    with pytest.raises(ValueError, match=f"The image {root}/train/.* cannot be read"):
-        all_of(*image_folder(root).train_dataloader())
+    with pytest.raises(
+        ValueError, match=r"12 of 12 images below .* \(Image size \(120 pixels\) exceeds limit"
+    ):
+        image_folder(root)
+
+
+def test_one_line_counts_what_was_taken(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image_folder(root)
+    assert capsys.readouterr().err == (
+        f"{root}: 12 training and 8 test images of 4 classes; nothing left out\n"
+    )
+
+
+def test_one_line_names_what_was_left_out(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ant = root / "train" / "ant"
+    for name in ("x.jfif", "y.AVIF", "z.jp2", "notes"):
+        shutil.copy(ant / "0.png", ant / name)
+    for folder in ("more/of/it", "more/.hidden"):
+        (ant / folder).mkdir(parents=True)
+        shutil.copy(ant / "0.png", ant / folder / "0.png")
+    shutil.copy(ant / "0.png", root / "test" / "stray.png")
+    image_folder(root, max_train_per_class=2)
+    assert capsys.readouterr().err == (
+        f"{root}: 8 training and 8 test images of 4 classes; left out: 4 images beyond the limit of a class; "
+        "4 files of other kinds (.avif, .jfif, .jp2, no extension); 2 images outside of the class folders, "
+        "such as train/ant/more/of/it/0.png\n"
+    )
+
+
+def test_a_class_matches_its_other_unicode_spelling(root: Path) -> None:
+    before = image_folder(root)
+    (root / "test" / "über").rename(root / "test" / "u\u0308ber")
+    after = image_folder(root)
+    assert after.class_names == before.class_names
+    images, labels = all_of(*after.test_dataloader())
+    assert colours(images) == [COLOURS[after.class_names[label]] for label in labels]
+
+
+def test_two_spellings_of_a_class_in_one_split_are_refused(root: Path) -> None:
+    shutil.copytree(root / "train" / "über", root / "train" / "u\u0308ber")
+    with pytest.raises(
+        ValueError, match=r"has the class über in two spellings, 'u\\u0308ber' and '\\xfcber'"
+    ):
+        image_folder(root)
 
 
 @pytest.mark.parametrize("scale", [(0.0, 1.0), (0.9, 0.1), (0.5, 1.5)])

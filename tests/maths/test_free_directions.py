@@ -106,3 +106,21 @@ def test_a_rank_beyond_what_is_free_may_leave_zeros_with_a_warning() -> None:
 def test_a_rank_beyond_the_width_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=rf"No {rank} directions of 16 .* choose a rank from 1 to 16"):
         GPM(LAYERS, WIDTH).free_directions(normal(LAYERS, WIDTH, 40), rank)
+
+
+@KINDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(3))
+def test_weak_free_directions_are_right_beside_strong_protected_ones(
+    kind: type[GPM], dtype: torch.dtype, seed: int
+) -> None:
+    # Squared, the shares of energy that are free are 4e-9 and less, and float32 rounds at 1e-7.
+    axes = torch.linalg.qr(normal(8, 8, seed=seed)).Q
+    moments = (axes * torch.tensor([1, 1, 1, 1, 1, 3e-4, 2e-4, 1e-4])) @ axes.mT
+    memory = kind(1, 8, "covariance", dtype=dtype)
+    memory.replace(0, axes[:, :5])
+    found = memory.free_directions(moments[None], rank=3)[0]
+    torch.testing.assert_close((axes[:, 5:].mT @ found).abs(), torch.eye(3).to(found), atol=1e-3, rtol=0)
+    memory.update(moments[None], lambda shares, held: [1])
+    left = memory.residual(axes, 0).norm(dim=0)
+    torch.testing.assert_close(left, torch.tensor([0, 0, 0, 0, 0, 0, 1, 1]).to(left), atol=1e-3, rtol=0)

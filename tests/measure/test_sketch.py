@@ -103,6 +103,37 @@ def test_a_sketch_takes_tokens_from_every_place_of_an_image(images: int, places:
     assert counts.max() < 2 * taken / places + 0.01
 
 
+@pytest.mark.parametrize("places", (257, 577))
+@pytest.mark.parametrize("images", (1, 3))
+def test_every_token_of_an_image_is_taken_equally_often_up_to_one(images: int, places: int) -> None:
+    """Of 257 tokens a fixed choice of 256 misses one, and of 577 tokens 321, with all of their energy."""
+    layer = nn.Linear(places, 1)
+    sketch = InputSketch([layer], GPM(1, places), rows=places)
+    with sketch.recording():
+        for _ in range(3):
+            layer(torch.eye(places).expand(images, places, places))  # each token marks its place
+    counts = 3 * 256 * sketch.mean()[0].diagonal()
+    torch.testing.assert_close(counts, counts.round(), atol=1e-3, rtol=0)
+    assert counts.min().round() == 3 * 256 // places
+    assert counts.max().round() == 3 * 256 // places + 1
+
+
+def test_a_resumed_sketch_takes_the_tokens_that_it_would_have_taken() -> None:
+    layer, memory = nn.Linear(8, 1), GPM(1, 8)
+    images = torch.randn(6, 1, 577, 8, generator=torch.Generator().manual_seed(3))
+    whole, first, second = (InputSketch([layer], memory, rows=4, every=2) for _ in range(3))
+    for sketch, part in ((whole, images), (first, images[:3])):
+        with sketch.recording():
+            for image in part:
+                layer(image)
+    second.load_state_dict(first.state_dict())
+    with second.recording():
+        for image in images[3:]:
+            layer(image)
+    assert torch.equal(second.sketch, whole.sketch)
+    assert torch.equal(second.outside, whole.outside)
+
+
 def test_a_sketch_counts_the_tokens_that_it_takes(adapted: Making, batches: Making) -> None:
     backbone, layers = adapted()
     sketch = InputSketch(layers, GPM(2, 32), rows=4, most_tokens=20)

@@ -139,6 +139,11 @@ def test_with_the_covariance_the_first_experience_takes_one_direction_fewer(
     assert all(paper == ours for paper, ours in later)
 
 
+def test_fewer_free_directions_than_the_rank_stop_the_run(backbone: Making, walk: Walking) -> None:
+    with pytest.raises(ValueError, match=r"dimensions free, fewer than the rank \d+: lower the rank"):
+        walk(inflora(backbone, threshold=1.0, energy="features"), max_epochs=1)
+
+
 def test_only_the_chosen_blocks_carry_adapters_and_bases(backbone: Making) -> None:
     strategy = inflora(backbone, blocks=[0], memory_form="plain")
     assert len(strategy.layers) == 1
