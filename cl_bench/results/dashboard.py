@@ -24,7 +24,7 @@ import numpy as np
 import wandb
 
 from cl_bench.results.metrics import accuracy_matrix
-from cl_bench.results.result import Result
+from cl_bench.results.result import Result, digest
 
 PROJECT = "cl-bench"
 """Project of runs for which no project is given."""
@@ -33,9 +33,18 @@ MATRIX = "accuracy_matrix"
 """Name of the table that holds the accuracy matrix."""
 
 
-def run_id(benchmark: str, cell_folder: str) -> str:
-    """Return the id of a run; it depends only on the cell, whether logged live or rebuilt from its file."""
-    return f"{benchmark}-{cell_folder}"
+def run_id(benchmark: str, cell_folder: str, identity: Mapping[str, Any]) -> str:
+    """Return the id of a run, which depends only on its cell and its images.
+
+    It is the same whether the run is logged live or rebuilt from its file.
+
+    Args:
+        benchmark: Dataset and number of experiences, such as ``digits-T5``.
+        cell_folder: Name of the folder of the cell.
+        identity: The identity of its protocol, with the hashes of its images.
+    """
+    images = digest([identity.get("train_images"), identity.get("test_images")])
+    return f"{benchmark}-{cell_folder}-{images}"
 
 
 def cell_folder(result: Result) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[IO[bytes]]:
+def replaced(path: Path, require: Callable[[], None] = lambda: None) -> Iterator[IO[bytes]]:
     """Open a file for writing that replaces ``path`` when the context ends without an error.
 
     If the process is killed, the machine stops or the disk is full, ``path`` is the old file or the new one,
     never a part. The folder is created if necessary.
+
+    Args:
+        path: The file.
+        require: Called last before the new file takes its name; what it raises keeps the old one.
 
     Raises:
         OSError: If the file cannot be written; the old file is kept.
@@ -26,6 +30,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        require()
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -234,8 +234,12 @@ class Result:
             "stored_megabytes": self.costs[-1].stored_bytes / 1e6,
         }
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path, require: Callable[[], None] = lambda: None) -> Path:
         """Write the result file into ``folder``, atomically, and return its path.
+
+        Args:
+            folder: Where the file is.
+            require: Called before it replaces an earlier one; what it raises keeps that.
 
         Raises:
             OSError: If it cannot be written; the old file is kept.
@@ -246,7 +250,7 @@ class Result:
             "protocol": asdict(self.protocol) | {"fingerprint": self.protocol.fingerprint},
         }
         path = folder / FILE_NAME
-        with replaced(path) as file:
+        with replaced(path, require) as file:
             file.write(json.dumps(payload, indent=1).encode())
         return path
 
