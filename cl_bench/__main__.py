@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from rich.console import Console
 
 from cl_bench.errors import sentence
 from cl_bench.processes.launcher import launched, rank
+from cl_bench.processes.streams import unfailing_output
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -28,13 +32,52 @@ _VERBS = {
 }
 _SECONDS_FOR_THE_FIRST = 3.0
 
+# What these print is all that they do.
+_PRINTING_VERBS = ("bench", "report")
+_PRINTING_FLAGS = ("-h", "--help", "--print_config", "--print_protocol", "--dry-run")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    It is 0 when all is done, 1 when a cell failed, 2 when the command cannot be used, 130 after Ctrl-C.
+    It is 0 when all is done, 1 when a cell failed, 2 when the command cannot be used, 130 after Ctrl-C. A
+    path may begin with ``~``. Output that cannot be written changes neither the work nor the status, unless
+    output is all that was asked for and a full disk lost it.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    _spare_the_home_folder()
+    words = [_at_home(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    with unfailing_output() as (output, _):
+        status = _status(words)
+        output.flush()
+        lost = output.error
+        if isinstance(lost, OSError) and not isinstance(lost, BrokenPipeError):
+            sys.stderr.write(f"error: The output could not be written ({lost.strerror}).\n")
+            printing = {*words[:1]} & {*_PRINTING_VERBS} or {*words} & {*_PRINTING_FLAGS}
+            status = REFUSED if printing and status == DONE else status
+    return status
+
+
+def _spare_the_home_folder() -> None:
+    """Let matplotlib, which libraries import, keep its caches elsewhere unless it has a folder already."""
+    if "MPLCONFIGDIR" in os.environ:
+        return
+    for variable, folder in (("XDG_CONFIG_HOME", "~/.config"), ("XDG_CACHE_HOME", "~/.cache")):
+        place = os.path.join(os.environ.get(variable) or os.path.expanduser(folder), "matplotlib")
+        if not os.access(place, os.W_OK):
+            temporary = tempfile.TemporaryDirectory(prefix="cl-bench-matplotlib-")
+            atexit.register(temporary.cleanup)
+            os.environ["MPLCONFIGDIR"] = temporary.name
+            return
+
+
+def _at_home(word: str) -> str:
+    """Return a word with the path of the home folder in place of ``~``, as in ``--results=~/mine``."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + os.path.expanduser(value)
+
+
+def _status(words: Sequence[str]) -> int:
+    """Call the verb, print its error if there is one, and return the exit status."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         return _called(words)

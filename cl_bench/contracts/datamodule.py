@@ -304,8 +304,13 @@ class StreamDataModule(LightningDataModule, ABC):
         return sources
 
     @cached_property
+    def found(self) -> Sources:
+        """The images and their labels, before a cache is put in front of them."""
+        return self.sources()
+
+    @cached_property
     def _found(self) -> Sources:
-        return self.ready(self.sources())
+        return self.ready(self.found)
 
     @cached_property
     def _opened(self) -> Sources:

@@ -1,6 +1,6 @@
 """Class orders, the sizes of experiences, and dealing a dataset into a stream.
 
-A stream is built from Avalanche's own objects. No other module of the suite imports Avalanche, and this one
+A stream is built from Avalanche's own objects. No other module of the suite uses Avalanche, and this one
 imports it only when a stream is dealt.
 """
 
@@ -237,7 +237,7 @@ def deal(
     """
     for name, source in (("training", train), ("test", test)):
         _require_all_classes(name, source, len(order))
-    from avalanche.benchmarks import nc_benchmark
+    from cl_bench.data.avalanche import nc_benchmark
 
     benchmark = nc_benchmark(
         train,

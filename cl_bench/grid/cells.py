@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,18 @@ class Cell:
         from cl_bench.run.configuration import layers, resolve
 
         return resolve(layers(self.strategy, self.dataset), self.overrides)
+
+    def _parts(self) -> tuple[tuple[str, ...], dict[str, str]]:
+        """Return the words without seed and class order, and these two, if both are given."""
+        factors = {}
+        rest = []
+        for word in self.overrides:
+            key, equals, value = word.partition("=")
+            if key in ("--seed", "--order") and equals:
+                factors[key.removeprefix("--")] = value
+            else:
+                rest.append(word)
+        return tuple(rest), factors
 
     @property
     def command(self) -> str:
@@ -91,6 +104,23 @@ class Grid:
                 yield Cell(
                     strategy, dataset, tuple(f"--{key}={_word(value)}" for key, value in values.items())
                 )
+
+
+def configurations(cells: Iterable[Cell]) -> Iterator[Configuration]:
+    """Yield the resolved configuration of every cell; cells that differ in seed and order share most of it.
+
+    Raises:
+        ValueError: If a cell is not valid.
+        FileNotFoundError: If a config does not exist.
+    """
+    of_pair = cache(lambda strategy, dataset: Cell(strategy, dataset, ()).configuration())
+    of_setting = cache(lambda strategy, dataset, words: of_pair(strategy, dataset).overridden(words))
+    for cell in cells:
+        rest, factors = cell._parts()
+        if len(factors) == 2:
+            yield of_setting(cell.strategy, cell.dataset, rest).varied(**factors)
+        else:
+            yield of_pair(cell.strategy, cell.dataset).overridden(cell.overrides)
 
 
 def read_grid(name: str, results: Path | None = None) -> Grid:

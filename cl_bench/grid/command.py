@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    track,
+)
 
-from cl_bench.grid.cells import Cell, read_grid
+from cl_bench.grid.cells import Cell, configurations, read_grid
 from cl_bench.grid.engine import Engine
 from cl_bench.grid.sharing import require_shared
 from cl_bench.grid.work import Job, Outcome
 from cl_bench.results.result import FILE_NAME, read
 from cl_bench.run.configuration import Configuration
-from cl_bench.run.run import finished
+from cl_bench.run.run import finished, images_now, require_same_images
+
+# Settings of a dataset that leave its images as they are; cells of a grid may differ in them.
+_NOT_OF_IMAGES = {
+    "batch_size",
+    "image_size",
+    "num_classes_per_experience",
+    "num_experiences",
+    "num_workers",
+    "test_batch_size",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,12 +129,46 @@ def known(cells: Sequence[Cell]) -> list[Entry]:
     Raises:
         ValueError: If a cell is not valid, or two of them are the same.
     """
-    entries = [Entry(cell, configuration := cell.configuration(), finished(configuration)) for cell in cells]
+    shown = track(
+        configurations(cells), "reading cells", len(cells), console=Console(stderr=True), transient=True
+    )
+    present = cache(_present)
+    entries = [
+        Entry(
+            cell,
+            configuration,
+            finished(configuration) if configuration.hash in present(_benchmark(configuration)) else None,
+        )
+        for cell, configuration in zip(cells, shown, strict=True)
+    ]
+    _require_same_images(entries)
     hashes = Counter(entry.configuration.hash for entry in entries)
     for entry in entries:
         if hashes[entry.configuration.hash] > 1:
             raise ValueError(f"The grid contains this cell twice: {entry.cell.command}. Remove one of them.")
     return entries
+
+
+def _require_same_images(entries: Sequence[Entry]) -> None:
+    """Check that finished results are of the images that their datasets hold now, each read once."""
+    images: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        if entry.done is not None:
+            data = entry.configuration.resolved["data"]
+            settings = {key: value for key, value in data["init_args"].items() if key not in _NOT_OF_IMAGES}
+            key = json.dumps([data["class_path"], settings])
+            if key not in images:
+                images[key] = images_now(entry.configuration)
+            require_same_images(entry.done, entry.configuration, images[key])
+
+
+def _benchmark(configuration: Configuration) -> Path:
+    return configuration.results / configuration.benchmark
+
+
+def _present(benchmark: Path) -> set[str]:
+    """Return the hashes of the cells that have a folder in ``benchmark``."""
+    return {path.name.rpartition("-")[2] for path in benchmark.glob("*/*")}
 
 
 def _run(entries: list[Entry], engine: Engine, console: Console) -> list[tuple[Entry, str]]:

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from cl_bench.errors import sentence
 from cl_bench.grid.cells import Cell
+from cl_bench.processes.streams import Unfailing
 from cl_bench.run.claim import Held
 
 LOG_NAME = "log.txt"
 
 # Importing these takes seconds; a cell that is forked from a process with the imports starts in milliseconds.
-_PRELOAD = ["cl_bench.run.run", "cl_bench.grid.work", "avalanche.benchmarks", "sklearn.datasets", "timm"]
+_PRELOAD = ["cl_bench.run.run", "cl_bench.grid.work", "cl_bench.data.avalanche", "sklearn.datasets", "timm"]
 _TERMINATION_SECONDS = 30.0
 _REAPING_SECONDS = 1.0  # a killed forkserver is replaced after it has left the process table
 
@@ -112,9 +113,14 @@ def in_this_process(job: Job) -> Outcome:
     """
     from cl_bench.run.run import RunFailed, quiet, run  # slow; processes that only pass cells on do without
 
-    job.folder.mkdir(parents=True, exist_ok=True)
-    # Appended, since another process may be running the cell and writing there.
-    with job.log.open("a", encoding="utf-8", buffering=1) as log:
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        # Appended, since another process may be running the cell and writing there.
+        file = job.log.open("a", encoding="utf-8", buffering=1)
+    except OSError as error:
+        return Outcome(f"The log of the cell cannot be written: {sentence(error)}")
+    with file:
+        log = Unfailing(file)
         log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} process {os.getpid()} on {platform.node()}\n")
         outputs = sys.stdout, sys.stderr
         sys.stdout = sys.stderr = log

@@ -12,7 +12,7 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cl_bench.loop.course import Phase
+from cl_bench.loop.provenance import differing_images
 from cl_bench.results.files import replaced
 
 SCHEMA = 1
@@ -38,11 +39,13 @@ class Owner:
         cell: Hash of the cell.
         strategy: Class path of the method.
         weights_sha256: Of the pre-trained backbone, which a checkpoint does not hold.
+        images: Hashes of the images, by their names in a result.
     """
 
     cell: str
     strategy: str
     weights_sha256: str
+    images: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -110,6 +113,9 @@ class Checkpoints:
         folder: Where they are.
         cell: Hash of the cell.
         every: Seconds after which the end of an epoch writes another.
+
+    Attributes:
+        require: Called before a file is written or removed; what it raises keeps the files.
     """
 
     def __init__(self, folder: Path, cell: str, every: float = EVERY) -> None:
@@ -118,6 +124,7 @@ class Checkpoints:
         self.folder = folder
         self.cell = cell
         self.every = every
+        self.require: Callable[[], None] = lambda: None
         self._written = time.monotonic()
 
     @property
@@ -140,9 +147,10 @@ class Checkpoints:
         number = _number(before[-1]) + 1 if before else 1
         path = self.folder / f"{number:06d}-experience{checkpoint.experience + 1}-{checkpoint.phase}.ckpt"
         content = {part.name: getattr(checkpoint, part.name) for part in fields(checkpoint)}
+        self.require()
         for unfinished in self.folder.glob(".*.ckpt.*"):  # of a process that was killed
             unfinished.unlink()
-        with replaced(path) as file:
+        with replaced(path, self.require) as file:
             torch.save(content | {"owner": vars(checkpoint.owner)}, file)
         for old in before[: 1 - _KEPT]:
             old.unlink()
@@ -170,6 +178,7 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove the folder, with any leftovers of a killed process."""
+        self.require()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _files(self) -> list[Path]:
@@ -221,3 +230,8 @@ def _require_owner(path: Path, found: Owner, expected: Owner) -> None:
                 f"The checkpoint {path} belongs to {name} {its}, and this run to {name} {mine}: remove its "
                 "folder to restart the cell."
             )
+    if (images := differing_images(found.images, expected.images)) is not None:
+        raise Refused(
+            f"The checkpoint {path} was written with {images} than the dataset has now: restore them, or "
+            "restart the cell with --resume=false."
+        )

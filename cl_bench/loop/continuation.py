@@ -15,7 +15,7 @@ from cl_bench.data.experience import Experience
 from cl_bench.loop import progress
 from cl_bench.loop.checkpoint import Checkpoint, Checkpoints, Owner
 from cl_bench.loop.course import Course, Diverged, Phase
-from cl_bench.loop.provenance import circumstances
+from cl_bench.loop.provenance import circumstances, recorded_hashes
 from cl_bench.loop.snapshot import (
     Pretrained,
     own_share,
@@ -63,7 +63,10 @@ class Continuation:
             return
         class_ = type(strategy)
         self._owner = Owner(
-            checkpoints.cell, f"{class_.__module__}.{class_.__qualname__}", strategy.backbone.weights_sha256
+            checkpoints.cell,
+            f"{class_.__module__}.{class_.__qualname__}",
+            strategy.backbone.weights_sha256,
+            recorded_hashes(result),
         )
         self._circumstances = circumstances(result.provenance)
         self._pretrained = Pretrained(strategy)

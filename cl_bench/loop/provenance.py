@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from cl_bench.contracts.datamodule import StreamDataModule
+from cl_bench.data.manifest import fingerprint
+from cl_bench.data.sources import FileSource, for_validation, of_classes
+from cl_bench.results.result import Result
 
 _PACKAGES = ("torchvision", "lightning", "timm", "avalanche-lib", "numpy")
 
@@ -36,6 +42,61 @@ def circumstances(made: Mapping[str, Any]) -> dict[str, Any]:
     """
     named = {name: made[name] for name in ("commit", "device", "threads", "processes")}
     return {**made["versions"], **named, "processor": torch.backends.cpu.get_cpu_capability()}
+
+
+def sizes_sha256(data: StreamDataModule) -> str | None:
+    """Return the sha256 of the paths of all image files, each with its size; the files are not opened.
+
+    None if the images are not files, or if a hash of their bytes is known.
+    """
+    sources = [source for source in (data.found.train, data.found.test) if isinstance(source, FileSource)]
+    if data.images_sha256 is not None or not sources:
+        return None
+    return fingerprint(
+        f"{path}\t{os.path.getsize(source.root / path)}" for source in sources for path in source.files
+    )
+
+
+def data_hashes(data: StreamDataModule) -> dict[str, str]:
+    """Return the hashes of the images of a stream by their names in a result, before the stream is dealt.
+
+    Raises:
+        ValueError: If the data cannot be used.
+        FileNotFoundError: If they are missing.
+    """
+    sources = data.found
+    if data.held_out_classes:
+        sources = of_classes(sources, range(len(sources.class_names) - data.held_out_classes))
+    sources = for_validation(sources, data.val_fraction, data.val_seed)
+    hashes = {"train_images": sources.train.fingerprint, "test_images": sources.test.fingerprint}
+    return hashes | _known(images_sha256=data.images_sha256, sizes_sha256=sizes_sha256(data))
+
+
+def recorded_hashes(result: Result) -> dict[str, str]:
+    """Return those hashes of the images of a result that were recorded."""
+    lists = {name: result.protocol.identity.get(name) for name in ("train_images", "test_images")}
+    of_files = {name: result.provenance.get(name) for name in ("images_sha256", "sizes_sha256")}
+    return _known(**lists, **of_files)
+
+
+def differing_images(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    """Return in words which images differ between two sets of hashes; None if no hash that both hold does.
+
+    >>> differing_images({"train_images": "a", "sizes_sha256": "b"}, {"train_images": "c"})
+    'other training images'
+    """
+    words = {
+        "train_images": "other training images",
+        "test_images": "other test images",
+        "images_sha256": "images with other bytes",
+        "sizes_sha256": "images with other sizes in bytes",
+    }
+    shared = one.keys() & other.keys()
+    return next((words[name] for name in words if name in shared and one[name] != other[name]), None)
+
+
+def _known(**hashes: str | None) -> dict[str, str]:
+    return {name: value for name, value in hashes.items() if value is not None}
 
 
 def device_name(device: torch.device) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -27,9 +28,10 @@ from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, StreamMetrics
 from cl_bench.loop.checkpoint import Checkpoints
 from cl_bench.loop.continuation import Continuation
 from cl_bench.loop.course import Course, Diverged, Interrupted
-from cl_bench.loop.provenance import provenance
+from cl_bench.loop.provenance import provenance, sizes_sha256
 from cl_bench.processes.distributed import Agreement, distribution, launch, require_one_command
-from cl_bench.processes.ranks import failed_first, is_first
+from cl_bench.processes.launcher import is_single
+from cl_bench.processes.ranks import be_first, failed_first, is_first
 from cl_bench.results.result import Cost, Protocol, Regime, Result
 
 
@@ -91,6 +93,9 @@ class StreamTrainer(Trainer):
         given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         checks = [Agreement()] if check_agreement else []
         self._guard = DivergenceGuard()
+        if is_single(devices, kwargs.get("num_nodes", 1), strategy):
+            be_first()
+            kwargs["plugins"] = _without_scheduler(kwargs.get("plugins"))
         super().__init__(
             callbacks=[self._guard, *checks, *given],
             logger=logger,
@@ -129,6 +134,7 @@ class StreamTrainer(Trainer):
         setting: str | None = None,
         folder: Path | None = None,
         checkpoints: Checkpoints | None = None,
+        require: Callable[[], None] = lambda: None,
     ) -> Result:
         """Train and evaluate ``strategy`` on the whole stream of ``datamodule``.
 
@@ -143,6 +149,7 @@ class StreamTrainer(Trainer):
             folder: Where ``result.json`` is rewritten after every experience; nowhere if None.
             checkpoints: Where the run writes checkpoints at every turn, and from where it resumes; they are
                 removed when it is done. None writes none.
+            require: Called before the result is written; what it raises ends the run and keeps the file.
 
         Returns:
             The result, with status ``done``.
@@ -158,7 +165,12 @@ class StreamTrainer(Trainer):
         self.require_fit(strategy, datamodule)
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
         written = folder if is_first() else None
-        launch(self.strategy, lambda: self._run_stream(strategy, datamodule, result, written, checkpoints))
+
+        def save() -> None:
+            if written is not None:
+                result.write(written, require)
+
+        launch(self.strategy, lambda: self._run_stream(strategy, datamodule, result, save, checkpoints))
         return result
 
     def _run_stream(
@@ -166,7 +178,7 @@ class StreamTrainer(Trainer):
         strategy: Strategy,
         datamodule: StreamDataModule,
         result: Result,
-        folder: Path | None,
+        save: Callable[[], None],
         checkpoints: Checkpoints | None,
     ) -> None:
         """Fill ``result``, once all processes of the run have started."""
@@ -175,11 +187,11 @@ class StreamTrainer(Trainer):
             torch.cuda.reset_peak_memory_stats(course.device)
         metrics = StreamMetrics(result)
         continuation = Continuation(self, strategy, result, checkpoints)
-        _save(result, folder)
+        save()
         try:
             naming = _naming_batch_size(course, datamodule)
             with course.interruption, naming, self._watched(continuation, metrics):
-                self._walk(continuation, metrics, strategy, datamodule, folder)
+                self._walk(continuation, metrics, strategy, datamodule, save)
             result.status = "done"
         except BaseException as error:
             # Ctrl-C also kills the processes that load images, which then is not a failure.
@@ -193,7 +205,7 @@ class StreamTrainer(Trainer):
             raise
         finally:
             datamodule.close()
-            _save(result, folder)
+            save()
         continuation.clear()
 
     @contextmanager
@@ -214,7 +226,7 @@ class StreamTrainer(Trainer):
         metrics: StreamMetrics,
         strategy: Strategy,
         datamodule: StreamDataModule,
-        folder: Path | None,
+        save: Callable[[], None],
     ) -> None:
         """Learn and evaluate one experience after another, from where an earlier attempt stopped."""
         course, result = self.course, metrics.result
@@ -233,7 +245,7 @@ class StreamTrainer(Trainer):
             peak = self._peak_memory()
             result.costs.append(Cost(course.seconds, course.trainable, strategy.stored_bytes, peak))
             with course.timed("checkpoints"):
-                _save(result, folder)
+                save()
 
     def require_fit(self, strategy: Strategy, datamodule: StreamDataModule) -> None:
         """Read the data, and check that strategy, stream and trainer go together.
@@ -361,10 +373,21 @@ class StreamTrainer(Trainer):
             config=config,
             setting=setting,
             provenance=provenance(self.strategy.root_device)
-            | {"images_sha256": datamodule.images_sha256, "processes": self.world_size},
+            | {
+                "images_sha256": datamodule.images_sha256,
+                "sizes_sha256": sizes_sha256(datamodule),
+                "processes": self.world_size,
+            },
             domains=datamodule.domains,
             domain_images=datamodule.domain_images,
         )
+
+
+def _without_scheduler(plugins: Any) -> list[Any]:
+    """Return plugins of a trainer with which a single process ignores variables of SLURM and the like."""
+    given = list(plugins) if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
+    chosen = any(isinstance(plugin, ClusterEnvironment) for plugin in given)
+    return given if chosen else [*given, LightningEnvironment()]
 
 
 def _title(strategy: Strategy, regime: Regime) -> str:
@@ -402,8 +425,3 @@ def _require_equal_image_size(strategy: Strategy, datamodule: StreamDataModule) 
             f"The backbone takes images of {expected} pixels and the datamodule gives {given}: "
             f"set --data.image_size {expected}, or choose another backbone."
         )
-
-
-def _save(result: Result, folder: Path | None) -> None:
-    if folder is not None:
-        result.write(folder)

@@ -27,6 +27,24 @@ def rank(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("RANK", environment.get("LOCAL_RANK", "0")))
 
 
+def is_single(
+    devices: Any, num_nodes: int, strategy: Any, environment: Mapping[str, str] = os.environ
+) -> bool:
+    """Return whether flags of the trainer and the launcher ask for a run in one process.
+
+    Args:
+        devices: As the trainer takes them.
+        num_nodes: As the trainer takes them.
+        strategy: As the trainer takes it.
+        environment: The variables of this process.
+
+    >>> is_single(1, 1, "auto", {"SLURM_NTASKS": "4"}), is_single(2, 1, "ddp", {}), is_single([3], 1, "auto", {})
+    (True, False, True)
+    """
+    one = str(devices) == "1" or (isinstance(devices, list) and len(devices) == 1)
+    return one and num_nodes == 1 and strategy == "auto" and launched(environment) == 1
+
+
 def with_launcher(options: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[str]:
     """Return a command's options, extended by those that the variables of its launcher imply.
 

@@ -53,6 +53,14 @@ def is_first() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def be_first() -> None:
+    """Let this process be the first of its run, also if variables of a scheduler or a shell give it a rank.
+
+    An interactive session of SLURM, for example, sets them for every command that is typed in it.
+    """
+    rank_zero_only.rank = 0
+
+
 def slice_of(count: int, rank: int, world_size: int) -> slice:
     """Return which of ``count`` items belong to a rank; parts are in order, and sizes differ by at most one.
 

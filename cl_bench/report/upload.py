@@ -100,7 +100,7 @@ def _project(project: str) -> tuple[str | None, str]:
 
 
 def _id(result: Result) -> str:
-    return dashboard.run_id(result.benchmark, dashboard.cell_folder(result))
+    return dashboard.run_id(result.benchmark, dashboard.cell_folder(result), result.protocol.identity)
 
 
 def _sent(result: Result, id: str, label: str, project: str, folder: Path) -> bool:  # noqa: A002

@@ -26,7 +26,7 @@ import wandb
 from cl_bench.errors import visible
 from cl_bench.results.files import file_name
 from cl_bench.results.metrics import accuracy_matrix
-from cl_bench.results.result import Result
+from cl_bench.results.result import Result, digest
 
 PROJECT = "cl-bench"
 """Project of runs for which no project is given."""
@@ -37,9 +37,18 @@ MATRIX = "accuracy_matrix"
 _LONGEST = 128  # characters of a name on W&B
 
 
-def run_id(benchmark: str, cell_folder: str) -> str:
-    """Return the id of a run; it depends only on the cell, whether logged live or rebuilt from its file."""
-    return file_name(f"{benchmark}-{cell_folder}")  # W&B makes a folder of this name
+def run_id(benchmark: str, cell_folder: str, identity: Mapping[str, Any]) -> str:
+    """Return the id of a run, which depends only on its cell and its images.
+
+    It is the same whether the run is logged live or rebuilt from its file.
+
+    Args:
+        benchmark: Dataset and number of experiences, such as ``digits-T5``.
+        cell_folder: Name of the folder of the cell.
+        identity: The identity of its protocol, with the hashes of its images.
+    """
+    images = digest([identity.get("train_images"), identity.get("test_images")])
+    return file_name(f"{benchmark}-{cell_folder}-{images}")  # W&B makes a folder of this name
 
 
 def cell_folder(result: Result) -> str:

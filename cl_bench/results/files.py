@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -17,11 +17,15 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[IO[bytes]]:
+def replaced(path: Path, require: Callable[[], None] = lambda: None) -> Iterator[IO[bytes]]:
     """Open a file for writing that replaces ``path`` when the context ends without an error.
 
     If the process is killed, the machine stops or the disk is full, ``path`` is the old file or the new one,
     never a part. The folder is created if necessary.
+
+    Args:
+        path: The file.
+        require: Called last before the new file takes its name; what it raises keeps the old one.
 
     Raises:
         OSError: If the file cannot be written; the old file is kept.
@@ -33,6 +37,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        require()
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

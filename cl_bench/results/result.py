@@ -10,7 +10,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -268,8 +268,12 @@ class Result:
             "stored_megabytes": self.costs[-1].stored_bytes / 1e6,
         }
 
-    def write(self, folder: Path) -> Path:
+    def write(self, folder: Path, require: Callable[[], None] = lambda: None) -> Path:
         """Write the result file into ``folder``, atomically, and return its path.
+
+        Args:
+            folder: Where the file is.
+            require: Called before it replaces an earlier one; what it raises keeps that.
 
         Raises:
             OSError: If it cannot be written; the old file is kept.
@@ -280,7 +284,7 @@ class Result:
             "protocol": asdict(self.protocol) | {"fingerprint": self.protocol.fingerprint},
         }
         path = folder / FILE_NAME
-        with replaced(path) as file:
+        with replaced(path, require) as file:
             file.write(json.dumps(payload, indent=1).encode())
         return path
 

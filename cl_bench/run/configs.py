@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 _load_yaml = get_loader("yaml")  # PyYAML's own loader reads 5e-4 as text
 
+_MOST_VALUES = 100_000  # in a config, once every alias is replaced by what it stands for
+
 
 def stems_of(kind: str) -> list[str]:
     """Return the names of the configs under ``configs/<kind>``."""
@@ -30,7 +34,7 @@ def config_file(kind: str, name: str) -> Path:
         ValueError: If no config has that stem.
     """
     if name.endswith((".yaml", ".yml")):
-        return Path(name)
+        return Path(os.path.expanduser(name))
     stems = stems_of(kind)
     if name not in stems:
         raise ValueError(f"There is no config {name!r} among {kind}. {suggestion(name, stems)}")
@@ -38,16 +42,23 @@ def config_file(kind: str, name: str) -> Path:
 
 
 def load(path: Path) -> Config:
-    """Return the content of a config file.
+    """Return the content of a config file, with the path of the home folder for a leading ``~``.
 
     Raises:
-        ValueError: If it is not a mapping in YAML, from text to plain values.
+        ValueError: If it is not a mapping in YAML, from text to plain values, with each key once.
         FileNotFoundError: If the file does not exist.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no config file {path}.")
     try:
-        config = _load_yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        require_tree(text, str(path))
+        config = _load_yaml(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.object[error.start]:#04x} at position {error.start}): "
+            "save it as UTF-8."
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
@@ -55,7 +66,71 @@ def load(path: Path) -> Config:
             f"{path} is not a config: its top level must be a mapping of groups such as model and data."
         )
     _require_plain(config, path)
-    return config
+    expanded: Config = _with_home(config)
+    return expanded
+
+
+def require_tree(text: str, name: str) -> None:
+    """Check that a YAML text has no key twice in a mapping, and that its aliases end and stay small.
+
+    Args:
+        text: The text.
+        name: What an error calls it.
+
+    Raises:
+        ValueError: If not.
+        yaml.YAMLError: If the text is not valid YAML.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        number = 0 if root is None else _values(root, name, {}, set())
+    except RecursionError as error:
+        raise ValueError(f"{name} is nested too deeply: write fewer levels.") from error
+    if number > _MOST_VALUES:
+        raise ValueError(
+            f"The aliases in {name} stand for {number:,} values, and a config has at most {_MOST_VALUES:,}: "
+            "write the values themselves."
+        )
+
+
+def _values(node: yaml.Node, name: str, known: dict[int, int], above: set[int]) -> int:
+    """Return the number of values in ``node``, those behind an alias counted wherever it stands."""
+    if id(node) in above:
+        raise ValueError(
+            f"An alias in {name}, line {node.start_mark.line + 1}, contains itself: write the value itself."
+        )
+    if id(node) in known:
+        return known[id(node)]
+    inner: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        inner = node.value
+    elif isinstance(node, yaml.MappingNode):
+        _require_each_once([key for key, _ in node.value if isinstance(key, yaml.ScalarNode)], name)
+        inner = [part for pair in node.value for part in pair]
+    above.add(id(node))
+    known[id(node)] = 1 + sum(_values(child, name, known, above) for child in inner)
+    above.discard(id(node))
+    return known[id(node)]
+
+
+def _require_each_once(keys: Sequence[yaml.ScalarNode], name: str) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for key in keys:
+        line = key.start_mark.line + 1
+        if (before := lines.get((key.tag, key.value))) is not None:
+            raise ValueError(
+                f"The key {key.value} is in {name} twice, in lines {before} and {line}: remove one of them."
+            )
+        lines[key.tag, key.value] = line
+
+
+def _with_home(value: Any) -> Any:
+    """Return ``value`` with the path of the home folder in keys and texts that begin with ``~``."""
+    if isinstance(value, dict):
+        return {os.path.expanduser(key): _with_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _require_plain(value: Any, path: Path) -> None:

@@ -11,8 +11,8 @@ import inspect
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,10 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone, weights_identity
+from cl_bench.processes.launcher import is_single
 from cl_bench.results.result import digest
 from cl_bench.run.configs import CONFIGS, Config, config_file, dumped, load
-from cl_bench.run.schema import GROUPS, Schema, keys_of, nearest_class
+from cl_bench.run.schema import GROUPS, Schema, factors, keys_of, nearest_class
 
 # The hash of a cell contains class paths. If a class moves to another file, cells keep its first path, and
 # configs may contain either.
@@ -94,11 +95,17 @@ class Configuration:
     def resolved(self) -> Config:
         """Every setting as a plain value, without the defaults of PyTorch's and Lightning's own classes."""
         config: Config = json.loads(
-            self.schema.parser.dump(self.namespace, skip_link_targets=True, skip_unset=False, format="json")
+            self.schema.parser.dump(
+                self.namespace,
+                skip_link_targets=True,
+                skip_unset=False,
+                skip_validation=True,  # parsing validated it
+                format="json",
+            )
         )
         trainer = config["trainer"] | {"precision": _precision(config["trainer"]["precision"])}
         config["trainer"] = _without_defaults(trainer, StreamTrainer, Trainer)
-        ours = self.schema.parser.get_defaults()
+        ours = self.schema.defaults
         for group, class_ in (("model", self.strategy_class), ("data", self.datamodule_class)):
             arguments = {
                 key: _without_torch_defaults(value, ours.get(f"{group}.{key}"))
@@ -126,10 +133,52 @@ class Configuration:
             "backbone": backbone | {"weights": weights_identity(backbone["model"], backbone["weights"])},
         }
 
+    def overridden(self, overrides: Sequence[str]) -> Configuration:
+        """Return the configuration with command-line ``overrides`` on top, as :func:`resolve` does.
+
+        Raises:
+            ValueError: If a key or a value is not valid.
+        """
+        words = [_PATHS.get(word, word) for word in overrides]
+        return replace(self, namespace=self.schema.overridden(self.namespace.clone(), words))
+
+    def varied(self, seed: str, order: str) -> Configuration:
+        """Return the configuration with another seed and class order, which no other setting depends on.
+
+        It is what :func:`resolve` returns for the same words, in a hundredth of the time.
+
+        Args:
+            seed: As a word of the command line.
+            order: As a word of the command line.
+
+        Raises:
+            ValueError: If one of them is not valid.
+        """
+        values = factors(seed, order)
+        namespace = self.namespace.clone()
+        for name, value in values.items():
+            namespace[name] = namespace[f"data.{name}"] = value
+        varied = replace(self, namespace=namespace)
+        arguments = self._data_arguments | values
+        known = {
+            "resolved": self.resolved | values,
+            "cell": self.cell | values,
+            "datamodule": self.datamodule_class(**arguments),
+            "_data_arguments": arguments,
+        }
+        vars(varied).update(known)  # as if they had been computed there
+        return varied
+
     @cached_property
     def hash(self) -> str:
         """Hash of the cell, 8 hex digits."""
         return digest(self.cell)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether the run has one process."""
+        trainer = self.namespace.trainer
+        return is_single(trainer.devices, trainer.num_nodes, trainer.strategy)
 
     @property
     def yaml(self) -> str:
@@ -163,7 +212,11 @@ class Configuration:
     @cached_property
     def datamodule(self) -> StreamDataModule:
         """The stream, before its data are read."""
-        return self.datamodule_class(**self._arguments("data"))
+        return self.datamodule_class(**self._data_arguments)
+
+    @cached_property
+    def _data_arguments(self) -> Config:
+        return self._arguments("data")
 
     def build(
         self, callbacks: Sequence[Callback], loggers: Sequence[Logger]
@@ -211,10 +264,13 @@ def resolve(layers: Sequence[Path | Config], overrides: Sequence[str] = ()) -> C
     sys.path += [str(folder) for folder in dict.fromkeys(code) if str(folder) not in sys.path]
     strategy = _class(config, "model", Strategy, files)
     datamodule = _class(config, "data", StreamDataModule, files)
-    schema = Schema(strategy, datamodule)
-    words = [_PATHS.get(word, word) for word in overrides]
-    values = schema.parse(_arguments(config), words, files)
-    return Configuration(strategy, datamodule, schema, values, tuple(dict.fromkeys(code)))
+    schema = _schema(strategy, datamodule)  # type: ignore[arg-type]  # mypy: a type[Any] has no hash
+    values = schema.parsed(_arguments(config), files)
+    found = Configuration(strategy, datamodule, schema, values, tuple(dict.fromkeys(code)))
+    return found.overridden(overrides)
+
+
+_schema = cache(Schema)  # cells of a grid share few pairs of classes
 
 
 def layers(strategy: str, dataset: str) -> list[Path]:

@@ -84,11 +84,12 @@ def _print_protocol(configuration: Configuration, *, verbose: bool) -> int:
 def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
     from cl_bench.run.claim import Held
     from cl_bench.run.console import RunConsole, closing_lines, opening_lines
-    from cl_bench.run.run import RunFailed, finished, quiet, run
+    from cl_bench.run.run import RunFailed, finished, images_now, quiet, require_same_images, run
 
-    console = _console() if rank() == 0 else Console(quiet=True)
+    console = _console() if rank() == 0 or configuration.is_single else Console(quiet=True)
     done = finished(configuration)
     if done is not None:
+        require_same_images(done, configuration, images_now(configuration))
         console.print(f"This cell is already done: {done}\nTo run it again, remove its folder.", markup=False)
         return 0
     if verbose:

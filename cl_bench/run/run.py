@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from lightning.pytorch import Callback
 from cl_bench.errors import refusing, sentence
 from cl_bench.loop.checkpoint import Refused
 from cl_bench.loop.diagnostics import Diagnostics
-from cl_bench.processes.ranks import failed_first, first_is_woken, is_first
+from cl_bench.loop.provenance import data_hashes, differing_images, recorded_hashes
+from cl_bench.processes.ranks import be_first, failed_first, first_is_woken, is_first
 from cl_bench.results.result import FILE_NAME, Result, read
-from cl_bench.run.claim import claim
+from cl_bench.run.claim import Held, claim
 from cl_bench.run.configuration import Configuration
 from cl_bench.run.tracking import loggers, record
 
@@ -46,17 +48,24 @@ def run(
     Raises:
         ValueError: If configuration, data, backbone or device cannot be used. Nothing has been trained then.
         OSError: If data or weights are missing.
-        Held: If another process runs the cell and ``wait`` is None.
+        Held: If another process runs the cell and ``wait`` is None, or took it over while this process was
+            stopped.
         RunFailed: If training or evaluation failed; without a message if another process prints it.
     """
+    if configuration.is_single:
+        be_first()
     with refusing():
         configuration.datamodule.setup("fit")
         if is_first():
             _require_writable(configuration.folder)
     # Only the first of several processes holds the lock.
-    with claim(_claim_path(configuration), wait) if is_first() else nullcontext():
+    lock = claim(_claim_path(configuration), wait) if is_first() else nullcontext(lambda: None)
+    with lock as require:
         done = finished(configuration)
-        return _run(configuration, callbacks) if done is None else read(done)
+        if done is None:
+            return _run(configuration, callbacks, require)
+        require_same_images(done, configuration, data_hashes(configuration.datamodule))
+        return read(done)
 
 
 def _claim_path(configuration: Configuration) -> Path:
@@ -64,17 +73,18 @@ def _claim_path(configuration: Configuration) -> Path:
     return configuration.results / configuration.benchmark / ".claims" / configuration.hash
 
 
-def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
-    """Run a cell that this process has locked."""
+def _run(configuration: Configuration, callbacks: Sequence[Callback], require: Callable[[], None]) -> Result:
+    """Run a cell that this process has locked; ``require`` raises Held if it has lost the lock."""
     folder, values = configuration.folder, configuration.namespace
     if is_first():
         (folder / ERROR_NAME).unlink(missing_ok=True)
         (folder / "config.yaml").write_text(configuration.yaml, encoding="utf-8")
     torch.set_num_threads(values.threads)
     checkpoints = configuration.checkpoints
+    checkpoints.require = require
     if is_first() and not values.resume:
         checkpoints.clear()
-    with refusing(RunFailed), loggers(configuration) as (opened, resuming):
+    with refusing(RunFailed, Held), loggers(configuration, require) as (opened, resuming):
         watching = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
         strategy, trainer = configuration.build([*resuming, *watching], opened)
         trainer.require_fit(strategy, configuration.datamodule)
@@ -87,11 +97,13 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
                 setting=values.setting,
                 folder=folder,
                 checkpoints=checkpoints,
+                require=require,
             )
-        except Refused:
+        except (Refused, Held):
             raise
         except Exception as error:
             message = trainer.result.error or sentence(error)
+            require()
             raise RunFailed(_reported(error, message, folder)) from error
         record(result, opened)
         return result
@@ -103,7 +115,9 @@ def finished(configuration: Configuration) -> Path | None:
     The name of a folder only says where to look: the content of the file decides whose result it is.
     """
     benchmark = configuration.results / configuration.benchmark
-    for path in benchmark.glob(f"*/*-{configuration.hash}/{FILE_NAME}"):
+    own = configuration.folder / FILE_NAME
+    found = benchmark.glob(f"*/*-{configuration.hash}/{FILE_NAME}")  # searched only if its own is not done
+    for path in chain([own] if own.is_file() else [], found):
         try:
             result = read(path)
         except (ValueError, OSError):  # a damaged file: the cell runs again and replaces it
@@ -121,6 +135,39 @@ def _is_of(result: Result, configuration: Configuration) -> bool:
         and (result.strategy == name or result.strategy.startswith(f"{name} ("))
         and (result.dataset, result.num_experiences) == (data.name, data.stream_length)
         and (result.seed, result.order, result.regime) == (values.seed, data.order_name, values.regime)
+    )
+
+
+def images_now(configuration: Configuration) -> dict[str, str]:
+    """Return the hashes of the images that a cell would be run on; none if they are not at hand.
+
+    They are not read for a dataset without a root: its arguments, which the cell holds, determine it.
+
+    Raises:
+        ValueError: If the data cannot be used.
+    """
+    if not configuration.namespace.data.get("root"):
+        return {}
+    try:
+        return data_hashes(configuration.datamodule)
+    except FileNotFoundError:  # a result is of use where its data are not
+        return {}
+
+
+def require_same_images(path: Path, configuration: Configuration, images: Mapping[str, str]) -> None:
+    """Check that a finished result is of ``images``, hashes by name, as far as both are known.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    differing = differing_images(images, recorded_hashes(read(path)))
+    if differing is None:
+        return
+    data = configuration.namespace.data
+    own_name = "name this dataset with --name, " if "name" in data else ""
+    raise ValueError(
+        f"The result {path} is of {differing} than {data.get('root')} has now: {own_name}choose other "
+        "--results, or remove the folder of the result to run its cell again."
     )
 
 

@@ -11,9 +11,12 @@ import json
 import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from cl_bench.contracts.datamodule import StreamDataModule
@@ -23,7 +26,7 @@ from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Regime
-from cl_bench.run.configs import Config
+from cl_bench.run.configs import Config, require_tree
 
 GROUPS = ("model", "data", "backbone", "trainer")
 
@@ -33,7 +36,24 @@ _SWITCHES = ("wandb", "diagnostics", "resume")  # need no value
 
 # Arguments that are set under another key, and the keys of options that other codebases have.
 _LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
-_MEANT = {"lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay", "epochs": "max_epochs"}
+_MEANT = {
+    **dict.fromkeys(("lr", "learning_rate"), "optimizer.lr"),
+    **dict.fromkeys(("weight_decay", "wd"), "optimizer.weight_decay"),
+    "momentum": "optimizer.momentum",
+    "optim": "optimizer",
+    "lr_scheduler": "scheduler",
+    **dict.fromkeys(("epochs", "num_epochs"), "max_epochs"),
+    **dict.fromkeys(("bs", "batch"), "batch_size"),
+    "workers": "num_workers",
+    **dict.fromkeys(("tasks", "num_tasks"), "num_experiences"),
+    "img_size": "image_size",
+    "device": "accelerator",
+    "gpus": "devices",
+    **dict.fromkeys(("output", "output_dir"), "results"),
+    **dict.fromkeys(("data_dir", "data_root"), "root"),
+    "pretrained": "backbone.weights",
+    "amp": "precision",
+}
 
 # Lines of jsonargparse's messages that start like this contain no reason.
 _FRAME = (
@@ -94,11 +114,18 @@ class Schema:
     def parse(
         self, config: Config, overrides: Sequence[str], files: Mapping[str, Path] | None = None
     ) -> Namespace:
-        """Return the values of a merged ``config`` with command-line ``overrides`` on top.
+        """Return the values of a merged ``config`` with ``overrides`` on top; the arguments are as below.
+
+        Raises:
+            ValueError: If a key or a value is not valid.
+        """
+        return self.overridden(self.parsed(config, files), overrides)
+
+    def parsed(self, config: Config, files: Mapping[str, Path] | None = None) -> Namespace:
+        """Return the values of a merged ``config``.
 
         Args:
             config: Groups of plain values; ``model`` and ``data`` hold arguments, not class paths.
-            overrides: Words such as ``--model.rank 4``. A key needs its group only if several groups have it.
             files: The file that sets a key of ``config``, for the error that names it.
 
         Raises:
@@ -111,7 +138,18 @@ class Schema:
 
         for key in keys_of(config):
             self.full_key(key, in_config(key).removeprefix("--"))
-        values = _parsed(lambda: self.parser.parse_object(config), in_config)
+        return _parsed(lambda: self.parser.parse_object(config), in_config)
+
+    def overridden(self, values: Namespace, overrides: Sequence[str]) -> Namespace:
+        """Return ``values``, which are changed, with command-line ``overrides`` on top.
+
+        Args:
+            values: Parsed values.
+            overrides: Words such as ``--model.rank 4``. A key needs its group only if several groups have it.
+
+        Raises:
+            ValueError: If a key or a value is not valid.
+        """
         words = self._with_full_keys(overrides)
         values = _parsed(lambda: self.parser.parse_args(words, namespace=values), "--{}".format)
         for group in GROUPS:
@@ -119,7 +157,12 @@ class Schema:
                 values[group] = Namespace()
         return values
 
-    @property
+    @cached_property
+    def defaults(self) -> Namespace:
+        """The values that the signatures set."""
+        return self.parser.get_defaults()
+
+    @cached_property
     def keys(self) -> list[str]:
         """Every key with its group, such as ``model.rank``."""
         hidden = {"help", *_LINKS}
@@ -150,8 +193,12 @@ class Schema:
         raise ValueError(f"There is no key {name or key}. {self._remedy(plain, keys)}")
 
     def _remedy(self, key: str, keys: list[str]) -> str:
-        if key in _LINKS | _MEANT:
-            return f"Did you mean {(_LINKS | _MEANT)[key]}?"
+        group, _, last = key.rpartition(".")
+        meant = _LINKS.get(key) or _MEANT.get(last if group in GROUPS else key)
+        if meant and self._has(meant.partition(".")[0], keys):
+            return f"Did you mean {meant}?"
+        if key in ("strategy", "dataset", "config"):
+            return "Name strategy and dataset before the options: cl-bench run STRATEGY DATASET."
         for group, class_, base in (
             ("model", self._strategy, Strategy),
             ("data", self._datamodule, StreamDataModule),
@@ -162,6 +209,11 @@ class Schema:
         by_last_part = {known.rpartition(".")[2]: known for known in keys}
         match = nearest(key, keys) or by_last_part.get(nearest(key.rpartition(".")[2], by_last_part) or "")
         return f"Did you mean {match}?" if match else "The option --help lists the keys."
+
+    @staticmethod
+    def _has(name: str, keys: list[str]) -> bool:
+        """Whether ``name`` is a key with or without its group, or a group."""
+        return name in GROUPS or any(name in (key, key.partition(".")[2]) for key in keys)
 
     def _with_full_keys(self, overrides: Sequence[str]) -> list[str]:
         """Return ``overrides`` as words ``--GROUP.KEY=VALUE``."""
@@ -179,12 +231,31 @@ class Schema:
             elif not equals:
                 raise ValueError(f"--{self.full_key(key)} needs a value.")
             key = self.full_key(key)
+            if "{" in value or "&" in value:
+                with suppress(yaml.YAMLError):  # a text such as a&b
+                    require_tree(value, f"--{key}")
             if key == "backbone":  # its name, which replaces every setting of the group
                 value = json.dumps(Backbone.named(value))
             elif key in GROUPS:
                 raise ValueError(f"--{key} is a group: set its keys one by one, as --{key}.KEY.")
             words.append(f"--{key}={value}")
         return words
+
+
+@cache
+def factors(seed: str, order: str) -> Config:
+    """Return the values of seed and class order, given as words of the command line.
+
+    Raises:
+        ValueError: If one of them is not valid.
+
+    >>> factors("3", "[1, 0]")
+    {'seed': 3, 'order': [1, 0]}
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    _add_factors(parser)
+    words = [f"--seed={seed}", f"--order={order}"]
+    return dict(_parsed(lambda: parser.parse_args(words), "--{}".format).as_dict())
 
 
 def keys_of(config: Config) -> list[str]:
@@ -219,14 +290,8 @@ def nearest_class(class_path: str) -> str | None:
 
 def _add_settings(parser: ArgumentParser) -> None:
     """Add the settings of a run that are not arguments of its classes."""
+    _add_factors(parser)
     add = parser.add_argument
-    add("--seed", type=int, default=1, help="Seed of all randomness except the class order.")
-    add(
-        "--order",
-        type=str | list[int],
-        default="identity",
-        help="Class order: identity, numpy:SEED, python:SEED, or a list of classes.",
-    )
     add(
         "--regime",
         type=Regime,
@@ -257,6 +322,16 @@ def _add_settings(parser: ArgumentParser) -> None:
     )
 
 
+def _add_factors(parser: ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=1, help="Seed of all randomness except the class order.")
+    parser.add_argument(
+        "--order",
+        type=str | list[int],
+        default="identity",
+        help="Class order: identity, numpy:SEED, python:SEED, or a list of classes.",
+    )
+
+
 def _add_group(
     parser: ArgumentParser, group: str, class_: type[Any], skip: set[str | int] | None = None
 ) -> None:
@@ -276,8 +351,9 @@ def _parsed(parse: Callable[[], Namespace], named: Callable[[str], str]) -> Name
         values = parse()
     except ArgumentError as error:
         raise ValueError(_one_sentence(str(error), named)) from error
-    if not 1 <= values.threads <= _MOST_THREADS:
-        raise ValueError(f"{named('threads')} cannot be {values.threads}: expected 1 to {_MOST_THREADS}.")
+    threads = values.get("threads", 1)
+    if not 1 <= threads <= _MOST_THREADS:
+        raise ValueError(f"{named('threads')} cannot be {threads}: expected 1 to {_MOST_THREADS}.")
     for key in ("setting", "data.name"):
         name = values.get(key)
         if name is not None and (name in ("", ".", "..") or "/" in name or "\\" in name):

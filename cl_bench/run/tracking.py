@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,22 @@ CURVES_NAME = "curves"
 
 
 @contextmanager
-def loggers(configuration: Configuration) -> Iterator[tuple[list[Logger], list[Callback]]]:
+def loggers(
+    configuration: Configuration, require: Callable[[], None]
+) -> Iterator[tuple[list[Logger], list[Callback]]]:
     """Open the loggers of a cell in its folder, and close them when the run ends, even with an error.
 
     The callback that they come with resumes the CSV file of an interrupted run. Only the first of several
     processes has loggers and callback.
+
+    Args:
+        configuration: The cell.
+        require: Called before the CSV file is written; what it raises keeps the file.
     """
     if not is_first():
         yield [], []
         return
-    curves = Curves(configuration.folder, configuration.checkpoints.folder)
+    curves = Curves(configuration.folder, configuration.checkpoints.folder, require)
     if not configuration.namespace.wandb:
         yield [curves.logger], [curves]
         return
@@ -49,16 +55,18 @@ class Curves(Callback):
     Args:
         folder: Folder of the cell.
         checkpoints: Folder of its checkpoints.
+        require: Called before a file is written; what it raises keeps the file.
 
     Attributes:
         logger: Writes the file.
     """
 
-    def __init__(self, folder: Path, checkpoints: Path) -> None:
+    def __init__(self, folder: Path, checkpoints: Path, require: Callable[[], None] = lambda: None) -> None:
         self._file = folder / CURVES_NAME / "metrics.csv"
         self._copy = checkpoints / "curves.csv"
         shutil.rmtree(self._file.parent, ignore_errors=True)
-        self.logger = CSVLogger(folder, name=CURVES_NAME, version="")
+        self._require = require
+        self.logger = _OwnFile(require, folder, name=CURVES_NAME, version="")
 
     def state_dict(self) -> dict[str, Any]:
         """Write what is still in memory, and return the number of lines."""
@@ -66,7 +74,7 @@ class Curves(Callback):
         if not self._file.exists():  # nothing has been logged yet
             return {"lines": 0}
         written = self._file.read_bytes()
-        with replaced(self._copy) as copy:
+        with replaced(self._copy, self._require) as copy:
             copy.write(written)
         return {"lines": written.count(b"\n") - 1}  # without the header
 
@@ -74,6 +82,19 @@ class Curves(Callback):
         """Write the lines again that the interrupted run had written when the checkpoint was made."""
         self.logger.experiment.metrics[:0] = _lines(self._copy)[: state_dict["lines"]]
         self.logger.save()
+
+
+class _OwnFile(CSVLogger):
+    """A CSV logger that calls a function before every write."""
+
+    def __init__(self, require: Callable[[], None], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._require = require
+
+    def save(self) -> None:
+        """Write what is in memory."""
+        self._require()
+        super().save()
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
@@ -93,7 +114,7 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
     """
     folder = configuration.folder
     return dashboard.opened(
-        id=dashboard.run_id(configuration.benchmark, folder.name),
+        id=wandb_id(configuration),
         name=f"{folder.parent.name} {folder.name}",
         group=configuration.benchmark,
         job_type=folder.parent.name,
@@ -101,6 +122,12 @@ def wandb_run(configuration: Configuration) -> wandb.Run:
         config=configuration.cell,
         resume=configuration.checkpoints.last is not None,
     )
+
+
+def wandb_id(configuration: Configuration) -> str:
+    """Return the id of the W&B run of a cell whose datamodule is set up."""
+    folder, identity = configuration.folder, configuration.datamodule.protocol()
+    return dashboard.run_id(configuration.benchmark, folder.name, identity)
 
 
 def record(result: Result, loggers: Iterable[Logger]) -> None:

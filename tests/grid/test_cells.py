@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.grid.cells import read_grid
+from cl_bench.grid.cells import configurations, read_grid
 from cl_bench.run.configs import CONFIGS
 
 
@@ -38,6 +38,30 @@ def test_the_first_cells_are_every_strategy_with_the_first_seed(tmp_path: Path) 
     text = "{strategies: [ncm, lora, joint], datasets: [toy], seeds: [1, 2, 3]}"
     cells = list(read_grid(grid_file(tmp_path, text)).cells())
     assert [cell.strategy for cell in cells[:3]] == ["ncm", "lora", "joint"]
+
+
+def test_cells_that_share_a_setting_resolve_as_each_would_by_itself(tmp_path: Path) -> None:
+    text = """
+    strategies: [ncm, loda]
+    datasets: [toy, digits]
+    settings: {loda: {slow: {optimizer.lr: 1e-5}, sgd: {optimizer: SGD, data.batch_size: 4}}}
+    orders: [identity, numpy:1993, [5, 4, 3, 2, 1, 0]]
+    seeds: [3, 1]
+    common: {trainer.max_epochs: 2, seed: 7}
+    """
+    cells = list(read_grid(grid_file(tmp_path, text)).cells())
+    for cell, shared in zip(cells[::5], list(configurations(cells))[::5], strict=True):
+        own = cell.configuration()
+        assert (shared.hash, shared.folder, shared.yaml) == (own.hash, own.folder, own.yaml)
+        for name in ("seed", "order"):
+            assert getattr(shared.datamodule, name) == getattr(own.datamodule, name)
+        assert shared.namespace == own.namespace
+
+
+def test_a_wrong_seed_is_refused_among_cells_that_share_a_setting(tmp_path: Path) -> None:
+    cells = read_grid(grid_file(tmp_path, "{strategies: [ncm], datasets: [toy], seeds: [1, one]}")).cells()
+    with pytest.raises(ValueError, match=r"--seed cannot be 'one': expected int."):
+        list(configurations(cells))
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,16 @@ def test_the_same_cell_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFi
     assert "contains this cell twice" in capsys.readouterr().err
 
 
+def test_a_grid_starts_every_cell_when_nobody_reads_its_output(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text("{strategies: [ncm], datasets: [toy], seeds: [1, 2], common: {trainer.accelerator: cpu}}")
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe, contextlib.redirect_stdout(pipe):
+        assert main(["grid", str(path), "--results", str(tmp_path / "results"), "--workers", "1"]) == 0
+    assert [read(file).status for file in tmp_path.rglob(FILE_NAME)] == ["done", "done"]
+
+
 def test_two_grids_with_one_results_folder_run_no_cell_twice(tmp_path: Path) -> None:
     (tmp_path / "recorded_strategies.py").write_text(STRATEGIES)
     (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategies.Recorded}")

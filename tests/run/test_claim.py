@@ -1,6 +1,7 @@
 """Locks on cells between processes, and how a run uses them."""
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from cl_bench.__main__ import main
 from cl_bench.results.result import FILE_NAME, read
@@ -107,6 +109,74 @@ def toy(results: Path, *overrides: str) -> Configuration:
 
 def claim_of(configuration: Configuration) -> Path:
     return configuration.results / configuration.benchmark / ".claims" / configuration.hash
+
+
+STOPPED = f"""
+import os, signal, sys
+
+from lightning.pytorch import Callback
+
+from cl_bench.run import claim
+
+claim._LEASE_SECONDS, claim._BEAT_SECONDS = {SHORT}, {SHORT / 6}
+
+from cl_bench.run.configuration import layers, resolve
+from cl_bench.run.run import run
+
+
+class Stop(Callback):
+    def on_test_start(self, trainer, pl_module):
+        if trainer.datamodule.experience.index == 1:
+            print("stops", flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            if sys.argv[2] == "fails":
+                raise ArithmeticError
+
+
+try:
+    run(resolve(layers("linear_probe", "toy"), [f"--results={{sys.argv[1]}}", "--accelerator=cpu"]), [Stop()])
+except claim.Held as error:
+    print(error)
+"""
+
+
+class Continue(Callback):
+    """Lets a stopped process continue, and waits for its end, in the middle of a run."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.printed = ""
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.printed, _ = self.process.communicate(timeout=120)
+
+
+@pytest.mark.parametrize(("successor", "ending"), (("runs", "continues"), ("is done", "fails")))
+def test_a_process_stopped_beyond_its_lease_writes_nothing_when_it_is_back(
+    successor: str, ending: str, tmp_path: Path
+) -> None:
+    configuration = toy(tmp_path)
+    command = [sys.executable, "-c", STOPPED, str(tmp_path), ending]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        back = Continue(process)
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "stops\n"
+            result = run(configuration, [back] if successor == "runs" else [], wait=lambda _: None)
+            written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+            if successor == "is done":
+                back.on_test_start(Trainer(), LightningModule())
+        finally:
+            process.kill()
+    assert "was stopped for more than 0.6 seconds and lost the cell" in back.printed
+    assert result.status == read(configuration.folder / FILE_NAME).status == "done"
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == written
+    assert [path.name for path in configuration.folder.iterdir()].count("error.txt") == 0
+    whole = toy(tmp_path / "whole")
+    run(whole)
+    curves = "curves/metrics.csv"
+    assert (configuration.folder / curves).read_text() == (whole.folder / curves).read_text()
 
 
 def test_a_waiting_run_reads_the_result_of_the_other_and_trains_nothing(tmp_path: Path) -> None:

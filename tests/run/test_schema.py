@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,7 @@ from jsonargparse import Namespace
 
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.network.backbones import Backbone
+from cl_bench.run.configs import stems_of
 from cl_bench.run.configuration import layers, resolve
 from cl_bench.run.schema import Schema
 from datamodules.image_folder import ImageFolder
@@ -192,13 +194,47 @@ def test_help_explains_all_arguments_except_those_of_the_trainer(
     assert "+ " not in text
 
 
-@pytest.mark.parametrize(
-    ("word", "meant"),
-    (("lr", "optimizer.lr"), ("weight_decay", "optimizer.weight_decay"), ("epochs", "max_epochs")),
-)
-def test_a_word_of_other_code_bases_is_answered_with_the_key_of_this_one(word: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=f"There is no key {word}. Did you mean {meant}\\?"):
-        resolve(layers("lora", "toy"), [f"--{word}", "1"])
+MEANT = {
+    "lr": "optimizer.lr",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "epochs": "max_epochs",
+    "num_epochs": "max_epochs",
+    "bs": "batch_size",
+    "workers": "num_workers",
+    "num_tasks": "num_experiences",
+    "device": "accelerator",
+    "gpus": "devices",
+    "output_dir": "results",
+}
+
+
+@pytest.mark.parametrize("strategy", stems_of("strategies"))
+def test_a_word_of_other_code_bases_is_answered_with_the_key_of_this_one(strategy: str) -> None:
+    pair = resolve(layers(strategy, "toy"))
+    for word, meant in MEANT.items():
+        with pytest.raises(ValueError, match=f"There is no key {word}. Did you mean {meant}\\?"):
+            pair.overridden([f"--{word}", "1"])
+        assert pair.overridden([f"--{meant}=cpu" if word == "device" else f"--{meant}=1"])
+
+
+@pytest.mark.parametrize("strategy", stems_of("strategies"))
+def test_the_resolved_config_shows_the_optimizer_with_its_numbers(strategy: str) -> None:
+    pair = resolve(layers(strategy, "toy"))
+    for words, expected in (
+        ([], ("torch.optim.Adam", 5e-4)),
+        (["--optimizer.lr=0.3"], ("torch.optim.Adam", 0.3)),
+        (["--optimizer=SGD"], ("torch.optim.SGD", 5e-4)),
+    ):
+        optimizer = pair.overridden(words).resolved["model"]["init_args"]["optimizer"]
+        assert (optimizer["class_path"], optimizer["init_args"]["lr"]) == expected
+
+
+def test_aliases_that_multiply_are_refused_on_the_command_line(schema: Schema) -> None:
+    levels = (f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in pairwise("abcdefgh"))
+    bomb = f"{{a: &a [x], {', '.join(levels)}}}"
+    with pytest.raises(ValueError, match=r"The aliases in --backbone.options stand for [0-9,]+ values"):
+        schema.parse({}, [f"--backbone.options={bomb}"])
 
 
 def test_an_argument_of_the_optimizer_needs_no_group() -> None:
