@@ -11,6 +11,7 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.network.backbones import Backbone
 from strategies.bilora import BiLoRA
+from strategies.codyra import CoDyRA
 from strategies.ewc_lora import EWCLoRA
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
@@ -21,6 +22,7 @@ from strategies.lora_drs import LoRADRS
 from strategies.lora_gpm import LoRAGPM
 from strategies.o_lora import OLoRA
 from strategies.sd_lora import SDLoRA
+from strategies.slao import SLAO
 from strategies.split_lora import SplitLoRA
 
 LINEAR, COSINE = 769, 768  # head parameters of a class
@@ -59,6 +61,9 @@ def vit() -> Backbone:
         ),  # CIFAR-100, T=10: printed in the released logs, as are the next two
         (EWCLoRA, {}, 20, 384_020, 384_020),
         (EWCLoRA, {"rank": 30}, 69, 1_158_981, 1_158_981),
+        (CoDyRA, {}, 10, 2_655_360 + 10 * LINEAR, 2_655_360 + 10 * LINEAR),
+        (CoDyRA, {"targets": ("k", "v"), "rank": 10}, 10, 368_880 + 10 * LINEAR, 368_880 + 10 * LINEAR),
+        (SLAO, {}, 10, 376_330, 376_330),
         (LoDA, {}, 10, 1_179_648 + 10 * COSINE, 1_769_472 + 10 * COSINE),
         (LoDA, {"rank": 64}, 20, 2_359_296 + 20 * COSINE, 3_538_944 + 20 * COSINE),
     ),
