@@ -154,6 +154,18 @@ class GPM(nn.Module):
             )
         self._store(self.projections[projection], basis.to(self.dtype or basis.dtype, copy=True))
 
+    def clear(self) -> None:
+        """Protect nothing.
+
+        >>> memory = GPM(1, dim=2)
+        >>> memory.replace(0, torch.tensor([[1.0], [0.0]]))
+        >>> memory.clear()
+        >>> memory.dims
+        [0]
+        """
+        for number in range(self.num_bases):
+            self._store(number, self._basis(number)[:, :0].clone())
+
     @torch.no_grad()
     def update(self, moments: Tensor, count: Count) -> None:
         """Protect, in each basis, the strongest free directions, as many as ``count`` returns.

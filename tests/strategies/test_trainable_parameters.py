@@ -10,12 +10,20 @@ import pytest
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.network.backbones import Backbone
+from strategies.bilora import BiLoRA
+from strategies.codyra import CoDyRA
+from strategies.ewc_lora import EWCLoRA
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
 from strategies.keeplora import KeepLoRA
 from strategies.loda import LoDA
 from strategies.lora import LoRA
+from strategies.lora_drs import LoRADRS
 from strategies.lora_gpm import LoRAGPM
+from strategies.o_lora import OLoRA
+from strategies.sd_lora import SDLoRA
+from strategies.slao import SLAO
+from strategies.split_lora import SplitLoRA
 
 LINEAR, COSINE = 769, 768  # head parameters of a class
 
@@ -37,6 +45,25 @@ def vit() -> Backbone:
         (InfLoRA, {}, 40, 215_080, 215_080),
         (InfLoRA, {"rank": 30}, 69, 606_021, 606_021),  # DomainNet
         (KeepLoRA, {"weight_threshold": 0.0}, 20, 589_824 + 20 * LINEAR, 589_824 + 20 * LINEAR),
+        # The released log of SD-LoRA prints 384,041: its code holds 20 older magnitudes from the start.
+        (SDLoRA, {}, 20, 384_041 - 20, 384_041 - 19),
+        (LoRADRS, {}, 10, 368_640 + 10 * LINEAR, 368_640 + 10 * LINEAR),
+        (BiLoRA, {}, 10, 79_690, 79_690),
+        (BiLoRA, {}, 20, 87_380, 87_380),
+        (SplitLoRA, {}, 10, 184_320 + 10 * LINEAR, 184_320 + 10 * LINEAR),
+        (OLoRA, {}, 10, 376_330, 376_330),
+        (
+            EWCLoRA,
+            {},
+            10,
+            376_330,
+            376_330,
+        ),  # CIFAR-100, T=10: printed in the released logs, as are the next two
+        (EWCLoRA, {}, 20, 384_020, 384_020),
+        (EWCLoRA, {"rank": 30}, 69, 1_158_981, 1_158_981),
+        (CoDyRA, {}, 10, 2_655_360 + 10 * LINEAR, 2_655_360 + 10 * LINEAR),
+        (CoDyRA, {"targets": ("k", "v"), "rank": 10}, 10, 368_880 + 10 * LINEAR, 368_880 + 10 * LINEAR),
+        (SLAO, {}, 10, 376_330, 376_330),
         (LoDA, {}, 10, 1_179_648 + 10 * COSINE, 1_769_472 + 10 * COSINE),
         (LoDA, {"rank": 64}, 20, 2_359_296 + 20 * COSINE, 3_538_944 + 20 * COSINE),
     ),
