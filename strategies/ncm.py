@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from cl_bench.contracts.strategy import Strategy, TrainingData
+from cl_bench.contracts.strategy import Promises, Strategy, TrainingData
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import Prototypes
@@ -38,6 +38,7 @@ class NearestClassMean(Strategy):
     """
 
     name = "NCM"
+    promises = Promises(constant="features")
     head: Prototypes
 
     def __init__(

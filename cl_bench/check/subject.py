@@ -49,6 +49,7 @@ class Moment:
         frozen: Names of the parameters that do not.
         features: Of the probe images (N, d); (N, 0) if the first ``expand`` has yet to draw what they need.
         logits: Of the probe images (N, classes seen).
+        constant: Outputs for the probe images of the map that is declared constant; features if none is.
     """
 
     state: State
@@ -56,6 +57,7 @@ class Moment:
     frozen: frozenset[str]
     features: Tensor
     logits: Tensor
+    constant: Tensor
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Run:
         strategy, nothing = self.strategy, images.new_empty(len(images), 0)
         begun = strategy.head.num_classes > 0
         features = self._features(images, begun) if begun or not strategy.promises.drawn_once else nothing
+        queried = begun and strategy.promises.constant == "query"
         parameters = dict(strategy.named_parameters())
         trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
         return Moment(
@@ -101,6 +104,7 @@ class Run:
             frozenset(parameters) - trained,
             features,
             self.logits(images) if begun else nothing,
+            self._features(images, begun, "query") if queried else features,
         )
 
     def tested(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -115,10 +119,10 @@ class Run:
             logits: Tensor = self.strategy(images)
         return logits.clone()
 
-    def _features(self, images: Tensor, begun: bool) -> Tensor:
+    def _features(self, images: Tensor, begun: bool, name: str = "features") -> Tensor:
         try:
             with _at_test_time(self.strategy):
-                return pooled(self.strategy.features(images)).clone()
+                return pooled(getattr(self.strategy, name)(images)).clone()
         except Exception as error:
             if begun:
                 raise

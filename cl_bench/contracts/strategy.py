@@ -58,6 +58,9 @@ class Promises:
             ``experiences``, the number of old experiences.
         drawn_once: Whether the first ``expand`` draws random parts that serve the whole stream, such as a
             pool of prompts. They may then change the function in the first experience, and in no other.
+        constant: The map of an image, ``features`` or a method ``query(images)``, whose outputs in evaluation
+            mode never change once the first experience is learnt. The loop then sends every test image
+            through it once a stream.
 
     >>> Promises(start_within=1e-5).merge_within
     1e-05
@@ -70,6 +73,7 @@ class Promises:
     state_grows_with: tuple[Literal["experiences"], ...] = ()
     step_grows_with: tuple[Literal["basis", "classes", "experiences"], ...] = ()
     drawn_once: bool = False
+    constant: Literal["features", "query"] | None = None
 
 
 class Strategy(LightningModule):

@@ -10,8 +10,6 @@ import pickle
 import re
 import shutil
 import time
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 from cl_bench.loop.course import Phase
-from cl_bench.results.files import replaced
+from cl_bench.results.files import is_whole, replaced
 
 SCHEMA = 1
 FOLDER_NAME = "checkpoints"
@@ -160,7 +158,7 @@ class Checkpoints:
         """
         damaged = []
         for path in reversed(self._files()):
-            if not _is_whole(path):
+            if not is_whole(path):
                 damaged.append(path.name)
                 continue
             checkpoint = _read(path)
@@ -183,15 +181,6 @@ def _named(path: Path) -> bool:
 
 def _number(path: Path) -> int:
     return int(path.name.partition("-")[0])
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether every part of the file matches its checksum."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (zipfile.BadZipFile, EOFError, OSError, zlib.error, NotImplementedError):
-        return False
 
 
 def _read(path: Path) -> Checkpoint:

@@ -23,7 +23,7 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.errors import is_of_memory, sentence
 from cl_bench.loop import progress
-from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, StreamMetrics
+from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, Once, StreamMetrics
 from cl_bench.loop.checkpoint import Checkpoints
 from cl_bench.loop.continuation import Continuation
 from cl_bench.loop.course import Course, Diverged, Interrupted
@@ -174,12 +174,13 @@ class StreamTrainer(Trainer):
         if course.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(course.device)
         metrics = StreamMetrics(result)
+        once = Once(strategy, datamodule, result, checkpoints.folder if checkpoints else None)
         continuation = Continuation(self, strategy, result, checkpoints)
         _save(result, folder)
         try:
             naming = _naming_batch_size(course, datamodule)
-            with course.interruption, naming, self._watched(continuation, metrics):
-                self._walk(continuation, metrics, strategy, datamodule, folder)
+            with course.interruption, naming, self._watched(continuation, metrics, once):
+                self._walk(continuation, metrics, once, strategy, datamodule, folder)
             result.status = "done"
         except BaseException as error:
             # Ctrl-C also kills the processes that load images, which then is not a failure.
@@ -212,6 +213,7 @@ class StreamTrainer(Trainer):
         self,
         continuation: Continuation,
         metrics: StreamMetrics,
+        once: Once,
         strategy: Strategy,
         datamodule: StreamDataModule,
         folder: Path | None,
@@ -228,7 +230,7 @@ class StreamTrainer(Trainer):
                 self._resume(continuation, strategy, datamodule, stream[: experience.index + 1])
             self._learn(continuation, strategy, datamodule)
             metrics.row = experience.index if result.regime == "sequential" else result.num_experiences - 1
-            with course.timed("evaluation"):
+            with course.timed("evaluation"), once.applied():
                 self.test(strategy, datamodule=datamodule, verbose=False)
             peak = self._peak_memory()
             result.costs.append(Cost(course.seconds, course.trainable, strategy.stored_bytes, peak))

@@ -1,8 +1,10 @@
-"""Atomic writes: a reader finds the whole file or none."""
+"""Atomic writes: a reader finds the whole file or none, and detects a damaged one."""
 
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,15 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether ``path`` is a zip archive, such as torch writes, each part of which matches its checksum."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError, zlib.error, NotImplementedError):
+        return False
 
 
 def _sync(folder: Path) -> None:
