@@ -27,7 +27,7 @@ from cl_bench.run.configs import CONFIGS, Config
 from cl_bench.run.configuration import Configuration, resolve
 
 RANK = 4
-"""Rank of adapters under check; a published rank would fill the tiny transformer."""
+"""Rank and inner size of adapters under check; a published one would fill the tiny transformer."""
 
 LONG = 20
 """Number of experiences of the long stream, on which growth is measured."""
@@ -176,7 +176,9 @@ class Subject:
 def _small(configuration: Configuration) -> list[str]:
     """Return the options that make a strategy fit the tiny transformer."""
     depth = configuration.namespace.backbone.options["depth"]
-    words = ["--model.rank", str(RANK)] if "model.rank" in configuration.schema.keys else []
+    keys = configuration.schema.keys
+    small = {"model.rank": RANK, "model.bottleneck": RANK, "model.random_features": 16 * RANK}
+    words = [word for key, size in small.items() if key in keys for word in (f"--{key}", str(size))]
     blocks = configuration.namespace.model.get("blocks")
     return words + (["--model.blocks", str([b for b in blocks if b < depth])] if blocks else [])
 

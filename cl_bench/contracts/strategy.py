@@ -52,7 +52,8 @@ class Promises:
         keeps_old_head: Whether the head leaves what belongs to old classes as it is, bit by bit.
         vectors_per_class: Features kept for each class outside the head, such as prototypes.
         state_grows_with: What the state outside head, memory and declared vectors grows with:
-            ``experiences``, by the same bytes in each from the second on.
+            ``experiences``, by the same bytes in each from the second on; ``classes``, by an amount that
+            rises as evenly, such as a prototype of every class in a space of every experience, head included.
         step_grows_with: What the operations of a training step may grow with, by terms of first order:
             ``basis``, the columns that ``memory`` holds, ``classes``, the number of old classes, and
             ``experiences``, the number of old experiences.
@@ -70,7 +71,7 @@ class Promises:
     merge_within: float | None = 1e-5
     keeps_old_head: bool = True
     vectors_per_class: int = 0
-    state_grows_with: tuple[Literal["experiences"], ...] = ()
+    state_grows_with: tuple[Literal["experiences", "classes"], ...] = ()
     step_grows_with: tuple[Literal["basis", "classes", "experiences"], ...] = ()
     drawn_once: bool = False
     constant: Literal["features", "query"] | None = None

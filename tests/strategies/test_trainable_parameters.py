@@ -10,12 +10,15 @@ import pytest
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.network.backbones import Backbone
+from strategies.ease import EASE
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
 from strategies.keeplora import KeepLoRA
 from strategies.loda import LoDA
 from strategies.lora import LoRA
 from strategies.lora_gpm import LoRAGPM
+from strategies.ranpac import RanPAC
+from strategies.slca import SLCA
 
 LINEAR, COSINE = 769, 768  # head parameters of a class
 
@@ -39,6 +42,9 @@ def vit() -> Backbone:
         (KeepLoRA, {"weight_threshold": 0.0}, 20, 589_824 + 20 * LINEAR, 589_824 + 20 * LINEAR),
         (LoDA, {}, 10, 1_179_648 + 10 * COSINE, 1_769_472 + 10 * COSINE),
         (LoDA, {"rank": 64}, 20, 2_359_296 + 20 * COSINE, 3_538_944 + 20 * COSINE),
+        (EASE, {}, 10, 1_189_632 + 10 * COSINE + 1, 1_189_632 + 10 * COSINE + 1),  # printed by the code
+        (RanPAC, {"random_features": 8}, 10, 1_189_632 + 10 * COSINE + 1, 0),
+        (SLCA, {"covariance": "diagonal"}, 10, 516_096 + 10 * LINEAR, 516_096 + 10 * LINEAR),
     ),
 )
 def test_trained_parameters_are_those_that_authors_print(
