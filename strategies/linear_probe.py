@@ -17,10 +17,11 @@ Departures: None.
 
 from __future__ import annotations
 
-from cl_bench.contracts.strategy import Strategy
+from cl_bench.contracts.strategy import Promises, Strategy
 
 
 class LinearProbe(Strategy):
     """Heads on frozen features."""
 
     name = "linear probe"
+    promises = Promises(constant="features")

@@ -2,10 +2,11 @@
 
 One pass over the training images of an experience, transformed as at test time, gives the mean feature of
 each new class; an image gets the class whose mean is nearest. The result does not depend on the class order,
-which makes it the baseline that every trained strategy has to beat.
+which makes it the baseline that every trained strategy has to beat. With ``similarity: cosine`` it is
+SimpleCIL, and tables call it so.
 
-Source: iCaRL's classifier without exemplars, https://arxiv.org/abs/1611.07725; with ``similarity: cosine``
-it is SimpleCIL, https://arxiv.org/abs/2303.07338.
+Source: iCaRL's classifier without exemplars, https://arxiv.org/abs/1611.07725; SimpleCIL,
+https://arxiv.org/abs/2303.07338.
 
 ==========================================  ==================================
 paper                                       here
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from cl_bench.contracts.strategy import Strategy, TrainingData
+from cl_bench.contracts.strategy import Promises, Strategy, TrainingData
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import Prototypes
@@ -38,6 +39,7 @@ class NearestClassMean(Strategy):
     """
 
     name = "NCM"
+    promises = Promises(constant="features")
     head: Prototypes
 
     def __init__(
@@ -45,7 +47,8 @@ class NearestClassMean(Strategy):
     ) -> None:
         super().__init__(backbone, **kwargs)
         self.head = Prototypes(backbone.feature_dim, similarity)
-        self.variant = None if similarity == "euclidean" else similarity
+        if similarity == "cosine":
+            self.name = "SimpleCIL"
 
     def after_training(self, data: TrainingData) -> None:
         """Measure the mean of every new class."""

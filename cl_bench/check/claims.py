@@ -49,6 +49,7 @@ CLAIMS: dict[str, Callable[[Evidence], str]] = {
     "stored state grows only as declared": lambda e: cost.state(*e.measured),
     "float32 and bfloat16 both run": lambda e: reproduction.precision(e.subject),
     "the cost of a step grows only as declared": lambda e: cost.step(*e.measured),
+    "what is declared constant never changes": lambda e: stability.constant(*e.observed),
 }
 """What is claimed of every strategy, in words, and the check of it."""
 

@@ -71,6 +71,8 @@ def state(run: Run, costs: list[ExperienceCost]) -> str:
     adds the same bytes to it, and some.
     """
     head = _growth([cost.head for cost in costs])
+    if "classes" in run.strategy.promises.state_grows_with:
+        return _with_classes(_growth([cost.head + cost.rest for cost in costs]), len(costs))
     if min(head) != max(head):
         raise Broken(
             f"experiences of equal size add {min(head)} to {max(head)} bytes to the head: keep as much for "
@@ -100,6 +102,17 @@ def state(run: Run, costs: list[ExperienceCost]) -> str:
         f"an experience adds {head[0]} bytes to the head and {max(*rest, 0)} to the rest{of_memory}, "
         f"over {len(costs)} experiences"
     )
+
+
+def _with_classes(growth: list[int], experiences: int) -> str:
+    """Refuse growth of head and rest that rises by more in one experience than in another, or not at all."""
+    more = [after - before for before, after in pairwise(growth)]
+    if min(more) != max(more) or more[0] <= 0:
+        raise Broken(
+            f"growth with classes is declared, and what experiences add rises by {min(more)} to {max(more)} "
+            "bytes: keep as much for each class seen, or remove classes from state_grows_with in Promises"
+        )
+    return f"an experience adds {growth[0]} to {growth[-1]} bytes, {more[0]} more each, over {experiences}"
 
 
 def _require_even_growth(rest: list[int], vectors: int) -> None:

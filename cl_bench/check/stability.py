@@ -200,6 +200,23 @@ def after_training(run: Run, experiences: list[Stages]) -> str:
     return f"within {largest:.1e}, while training had moved features by {learnt:.1e}"
 
 
+def constant(run: Run, experiences: list[Stages]) -> str:
+    """Claim: after the first experience, the map that is declared constant gives the same bits."""
+    name = run.strategy.promises.constant
+    first, *later = (seen.finished.constant for seen in experiences)
+    changes = [_change(first, other) for other in later]
+    if name is None:
+        hint = "" if any(changes) else ', and features never changed: Promises(constant="features") would do'
+        return f"nothing is declared{hint}"
+    if any(changes):
+        index = next(index for index, change in enumerate(changes) if change)
+        raise Broken(
+            f"{name} is declared constant, and experience {index + 2} changes it by {changes[index]:.1e}: "
+            "freeze all that it depends on after the first experience, or drop constant from Promises"
+        )
+    return f"{name}, bit by bit over {len(experiences)} experiences"
+
+
 def optimizer(run: Run, experiences: list[Stages]) -> str:
     """Claim: before the first step and after each, the optimizer holds the strategy's own parameters.
 

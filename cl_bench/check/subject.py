@@ -27,7 +27,7 @@ from cl_bench.run.configs import CONFIGS, Config
 from cl_bench.run.configuration import Configuration, resolve
 
 RANK = 4
-"""Rank of adapters under check; a published rank would fill the tiny transformer."""
+"""Rank and inner size of adapters under check; a published one would fill the tiny transformer."""
 
 LONG = 20
 """Number of experiences of the long stream, on which growth is measured."""
@@ -49,6 +49,7 @@ class Moment:
         frozen: Names of the parameters that do not.
         features: Of the probe images (N, d); (N, 0) if the first ``expand`` has yet to draw what they need.
         logits: Of the probe images (N, classes seen).
+        constant: Outputs for the probe images of the map that is declared constant; features if none is.
     """
 
     state: State
@@ -56,6 +57,7 @@ class Moment:
     frozen: frozenset[str]
     features: Tensor
     logits: Tensor
+    constant: Tensor
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Run:
         strategy, nothing = self.strategy, images.new_empty(len(images), 0)
         begun = strategy.head.num_classes > 0
         features = self._features(images, begun) if begun or not strategy.promises.drawn_once else nothing
+        queried = begun and strategy.promises.constant == "query"
         parameters = dict(strategy.named_parameters())
         trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
         return Moment(
@@ -101,6 +104,7 @@ class Run:
             frozenset(parameters) - trained,
             features,
             self.logits(images) if begun else nothing,
+            self._features(images, begun, "query") if queried else features,
         )
 
     def tested(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -115,10 +119,10 @@ class Run:
             logits: Tensor = self.strategy(images)
         return logits.clone()
 
-    def _features(self, images: Tensor, begun: bool) -> Tensor:
+    def _features(self, images: Tensor, begun: bool, name: str = "features") -> Tensor:
         try:
             with _at_test_time(self.strategy):
-                return pooled(self.strategy.features(images)).clone()
+                return pooled(getattr(self.strategy, name)(images)).clone()
         except Exception as error:
             if begun:
                 raise
@@ -172,7 +176,9 @@ class Subject:
 def _small(configuration: Configuration) -> list[str]:
     """Return the options that make a strategy fit the tiny transformer."""
     depth = configuration.namespace.backbone.options["depth"]
-    words = ["--model.rank", str(RANK)] if "model.rank" in configuration.schema.keys else []
+    keys = configuration.schema.keys
+    small = {"model.rank": RANK, "model.bottleneck": RANK, "model.random_features": 16 * RANK}
+    words = [word for key, size in small.items() if key in keys for word in (f"--{key}", str(size))]
     blocks = configuration.namespace.model.get("blocks")
     return words + (["--model.blocks", str([b for b in blocks if b < depth])] if blocks else [])
 

@@ -66,6 +66,9 @@ class StreamDataModule(LightningDataModule, ABC):
     decoding: str = "uint8 RGB"
     """How stored images become pixels; part of the protocol."""
 
+    blank_test_batches: int = 0
+    """Number of first test batches whose images (B, 0) are not loaded."""
+
     def __init__(
         self,
         *,
@@ -264,13 +267,19 @@ class StreamDataModule(LightningDataModule, ABC):
         return self._loader(train, RankBatches(sampler, self.batch_size, *place()))
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Serve the test images of all classes seen, in the order of the dataset.
+        """Serve the test images of all classes seen, one experience after another.
 
-        If the dataset has domains, a batch also holds the index of each image's domain (B,).
+        A batch holds images of one experience in the order of the dataset, with the index of each image's
+        domain (B,) if there are domains; later experiences serve the same batches before their own.
         """
-        test = self._dealt.test
-        seen = np.flatnonzero(test.positions < self.experience.classes.stop)
-        return self._one_pass(test, seen, _TEST)
+        test, seen = self._dealt.test, self.experience.classes.stop
+        stops = [one.classes.stop for one in self.experiences if one.classes.stop <= seen]
+        owner = np.searchsorted(stops, test.positions, side="right")
+        groups = np.bincount(owner)[: len(stops)].tolist()
+        own = np.argsort(owner, kind="stable")[: sum(groups)]
+        sampler = DrawSampler(own, (self.seed, self.experience.index, _TEST), shuffle=False)
+        batches = RankBatches(sampler, self.test_batch_size, *place(), groups)
+        return self._loader(test, batches, self.blank_test_batches)
 
     def augmented_dataloader(self, pass_index: int) -> DataLoader[Batch]:
         """Serve every training image of the experience once, augmented anew in each pass.
@@ -324,8 +333,8 @@ class StreamDataModule(LightningDataModule, ABC):
         number = len(self._found.class_names)
         outside = of_classes(self._found, range(number - self.held_out_classes, number))
         sources = for_validation(outside, self.val_fraction, self.val_seed)
-        labels, plain = range(self.held_out_classes), self.test_transform()
-        return DrawnImages(sources.train, labels, plain), DrawnImages(sources.test, labels, plain)
+        dealt = range(self.held_out_classes), self.test_transform()
+        return DrawnImages(sources.train, *dealt), DrawnImages(sources.test, *dealt)
 
     def _first_images(self, images: DrawnImages) -> DataLoader[Batch]:
         first = [np.flatnonzero(images.positions == label) for label in range(self.held_out_classes)]
@@ -344,8 +353,7 @@ class StreamDataModule(LightningDataModule, ABC):
         sizes = dict.fromkeys(("image_size", "batch_size", "test_batch_size"), 1)
         counts = dict.fromkeys(("seed", "num_workers", "held_out_classes", "val_seed"), 0)
         for name, least in (sizes | counts).items():
-            value = getattr(self, name)
-            if value < least:
+            if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name} is {value} and must be at least {least}: choose a larger one.")
         if self.num_workers > _MOST_WORKERS:
             raise ValueError(
@@ -407,7 +415,7 @@ class StreamDataModule(LightningDataModule, ABC):
         _, processes = place()
         return max(1, math.ceil(largest / processes) * 3 * self.image_size**2)
 
-    def _loader(self, images: DrawnImages, batches: RankBatches) -> DataLoader[Batch]:
+    def _loader(self, images: DrawnImages, batches: RankBatches, blank: int = 0) -> DataLoader[Batch]:
         outside = self._held_out if self.held_out_classes else ()
         datasets = (self._dealt.train, self._dealt.plain, self._dealt.test, *outside)
         if self.num_workers and self._pool is None:
@@ -422,6 +430,7 @@ class StreamDataModule(LightningDataModule, ABC):
             finish=partial(self.on_after_batch_transfer, dataloader_idx=0) if on_cpu else copied,
             pool=self._pool if self.num_workers else None,
             index=datasets.index(images),
+            blank=blank,
         )
 
 

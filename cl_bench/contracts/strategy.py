@@ -52,12 +52,16 @@ class Promises:
         keeps_old_head: Whether the head leaves what belongs to old classes as it is, bit by bit.
         vectors_per_class: Features kept for each class outside the head, such as prototypes.
         state_grows_with: What the state outside head, memory and declared vectors grows with:
-            ``experiences``, by the same bytes in each from the second on.
+            ``experiences``, by the same bytes in each from the second on; ``classes``, by an amount that
+            rises as evenly, such as a prototype of every class in a space of every experience, head included.
         step_grows_with: What the operations of a training step may grow with, by terms of first order:
             ``basis``, the columns that ``memory`` holds, ``classes``, the number of old classes, and
             ``experiences``, the number of old experiences.
         drawn_once: Whether the first ``expand`` draws random parts that serve the whole stream, such as a
             pool of prompts. They may then change the function in the first experience, and in no other.
+        constant: The map of an image, ``features`` or a method ``query(images)``, whose outputs in evaluation
+            mode never change once the first experience is learnt. The loop then sends every test image
+            through it once a stream.
 
     >>> Promises(start_within=1e-5).merge_within
     1e-05
@@ -67,9 +71,10 @@ class Promises:
     merge_within: float | None = 1e-5
     keeps_old_head: bool = True
     vectors_per_class: int = 0
-    state_grows_with: tuple[Literal["experiences"], ...] = ()
+    state_grows_with: tuple[Literal["experiences", "classes"], ...] = ()
     step_grows_with: tuple[Literal["basis", "classes", "experiences"], ...] = ()
     drawn_once: bool = False
+    constant: Literal["features", "query"] | None = None
 
 
 class Strategy(LightningModule):

@@ -95,10 +95,15 @@ class DrawnImages(Dataset[tuple[Any, ...]]):
     def _drawn(self, draw: Draw, generator: torch.Generator) -> tuple[Any, ...]:
         generator.manual_seed(draw.seed)
         image, _ = self.source[draw.image]
-        transformed = self._transformed(image)
-        position = int(self.positions[draw.image])
+        return (self._transformed(image), *self._position_and_domain(draw))
+
+    def blank(self, draw: Draw) -> tuple[Any, ...]:
+        """Return the same sample with an empty image (0,), which is not loaded."""
+        return (torch.empty(0), *self._position_and_domain(draw))
+
+    def _position_and_domain(self, draw: Draw) -> tuple[int, ...]:
         domain = (int(self.domains[draw.image]),) if len(self.domains) else ()
-        return (transformed, position, *domain)
+        return (int(self.positions[draw.image]), *domain)
 
     def _transformed(self, image: Any) -> Tensor:
         return self.transform.pixels(image) if isinstance(self.transform, View) else self.transform(image)

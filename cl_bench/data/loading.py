@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -98,15 +99,24 @@ class RankBatches(BatchSampler):
 
     Args:
         sampler: Draws of all images, the same in every process.
-        batch_size: Images of a batch over all processes.
+        batch_size: Images of a batch over all processes, at most.
         rank: Rank of this process.
         world_size: Number of processes.
+        groups: Sizes of consecutive groups of draws; no batch spans two. All draws are one group if None.
     """
 
-    def __init__(self, sampler: Sampler[Any], batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        sampler: Sampler[Any],
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        groups: Sequence[int] | None = None,
+    ) -> None:
         super().__init__(sampler, batch_size, drop_last=False)
         self.rank = rank
         self.world_size = world_size
+        self.groups = [len(sampler)] if groups is None else list(groups)  # type: ignore[arg-type]
 
     @property
     def sizes(self) -> list[int]:
@@ -115,12 +125,21 @@ class RankBatches(BatchSampler):
 
     def __iter__(self) -> Iterator[list[Any]]:
         """Yield the draws of one batch after another."""
-        for batch in super().__iter__():
-            yield batch[self._own(len(batch))] or batch[:1]
+        draws = iter(self.sampler)
+        for count in self._counts():
+            batch = list(islice(draws, count))
+            yield batch[self._own(count)] or batch[:1]
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self._counts())
 
     def _counts(self) -> list[int]:
-        whole, left = divmod(len(self.sampler), self.batch_size)  # type: ignore[arg-type]
-        return [self.batch_size] * whole + [left] * bool(left)
+        counts = []
+        for size in self.groups:
+            whole, left = divmod(size, self.batch_size)
+            counts += [self.batch_size] * whole + [left] * bool(left)
+        return counts
 
     def _own(self, count: int) -> slice:
         return slice_of(count, self.rank, self.world_size)
@@ -134,6 +153,7 @@ class StreamLoader(DataLoader[Any]):
         finish: Called with every batch; it must return new tensors.
         pool: The workers that load; this process loads if None.
         index: Index of the dataset in the pool.
+        blank: Number of first batches whose images (B, 0) are not loaded.
         kwargs: As for every DataLoader.
     """
 
@@ -144,6 +164,7 @@ class StreamLoader(DataLoader[Any]):
         finish: Callable[[Any], Any],
         pool: WorkerPool | None = None,
         index: int = 0,
+        blank: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(batch_sampler=batches, **kwargs)
@@ -151,17 +172,21 @@ class StreamLoader(DataLoader[Any]):
         self.finish = finish
         self.pool = pool
         self.index = index
+        self.blank = blank
         self._done = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of one pass; nothing is loaded before the first batch is requested."""
         done, self._done = self._done, 0
         batches = list(self.batches)[done:]
+        dataset: Any = self.dataset
+        blank = (default_collate([dataset.blank(draw) for draw in batch]) for batch in batches[: self.blank])
+        batches = batches[self.blank :]
         if self.pool is None:
             loaded: Iterable[Any] = _loader(self.dataset, _Batches(batches), default_collate)
         else:
             loaded = self.pool.load(self.index, batches)
-        for batch, size in zip(loaded, self.batches.sizes[done:], strict=True):
+        for batch, size in zip(chain(blank, loaded), self.batches.sizes[done:], strict=True):
             yield self.finish(batch if size else [column[:0] for column in batch])
 
     def state_dict(self) -> dict[str, int]:

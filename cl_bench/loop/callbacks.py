@@ -1,10 +1,11 @@
-"""Callbacks of every run: the accuracy matrix, the loss that must stay finite, the hooks of the strategy."""
+"""Callbacks of every run: accuracy matrix, constant features, a loss that stays finite, the hooks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +14,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Batch
 from cl_bench.loop import progress
 from cl_bench.loop.continuation import Continuation
 from cl_bench.loop.course import Course, Diverged
-from cl_bench.processes.ranks import agree, of_all, total
+from cl_bench.loop.provenance import circumstances
+from cl_bench.measure.kept import KeptBatch, KeptBatches
+from cl_bench.network.heads import FeatureMap, pooled
+from cl_bench.processes.fingerprints import fingerprint
+from cl_bench.processes.ranks import agree, of_all, place, total
 from cl_bench.results.result import Result, Row
 
 
@@ -129,6 +135,109 @@ class StreamMetrics(Callback):
             correct_experience=(confusion * same_experience).sum(dim=1).tolist(),
             correct_by_domain=by_domain.tolist(),
         )
+
+
+class Once(Callback):
+    """Sends every test image only once through what the strategy promises to be constant.
+
+    :class:`~cl_bench.contracts.strategy.Promises` names the map, ``features`` or ``query``. Its output for a
+    test batch is kept, and returned when a later experience evaluates the batch again; of known features not
+    even the images are loaded. Test batches stay the same throughout a stream, so every logit has the same
+    bits as without. If the weights have changed after all, everything is sent again.
+
+    Args:
+        strategy: The method.
+        datamodule: The stream, set up.
+        result: The result of the run.
+        folder: Where outputs are kept for a resumed run; a temporary folder if None.
+    """
+
+    def __init__(
+        self, strategy: Strategy, datamodule: StreamDataModule, result: Result, folder: Path | None
+    ) -> None:
+        self._strategy = strategy
+        self._datamodule = datamodule
+        self._result = result
+        self._folder = folder
+        self._name = strategy.promises.constant if result.regime == "sequential" else None
+        self._kept: KeptBatches | None = None
+        self._index: int | None = None
+        self._labels: Tensor
+        self._fresh: list[KeptBatch] = []
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Use what is kept while the context is open, and keep what is new when it ends without an error."""
+        if self._name is None:
+            yield
+            return
+        if self._kept is None:  # the processes of a run have met by now
+            rank, processes = place()
+            own = f"{rank + 1}-of-{processes}"
+            self._kept = KeptBatches(None if self._folder is None else self._folder / self._name / own)
+        self._kept.open(self._key(self._name))
+        self._fresh = []
+        self._datamodule.blank_test_batches = len(self._kept.batches) if self._name == "features" else 0
+        original: FeatureMap = getattr(self._strategy, self._name)
+        setattr(self._strategy, self._name, lambda images: self._output(original, images))
+        try:
+            yield
+        finally:
+            delattr(self._strategy, self._name)
+            self._datamodule.blank_test_batches = 0
+        self._kept.add(self._fresh)
+
+    def on_test_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note which batch is evaluated."""
+        self._index, self._labels = batch_idx, batch[1]
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Note that none is."""
+        self._index = None
+
+    def _output(self, original: FeatureMap, images: Tensor) -> Tensor:
+        """Return what is kept of the batch at hand, or what ``original`` makes of its images."""
+        if self._index is None or self._kept is None:
+            return pooled(original(images))
+        batches = [*self._kept.batches, *self._fresh]
+        if self._index < len(batches):
+            batch = batches[self._index]
+            if torch.equal(batch.labels, self._labels.cpu()):
+                return batch.outputs.to(self._strategy.device)
+        found = pooled(original(images))
+        if self._index == len(batches):
+            self._fresh.append(KeptBatch(self._labels.cpu(), found.detach().cpu()))
+        return found
+
+    def _key(self, name: str) -> dict[str, Any]:
+        """Return all that the outputs depend on: weights, views and batches, machine and versions."""
+        weights = {
+            key: int(fingerprint(value))
+            for key, value in self._strategy.state_dict().items()
+            if isinstance(value, Tensor)
+            and (key.startswith("backbone.") if name == "query" else not key.startswith("head."))
+        }
+        return {
+            "weights": weights,
+            "protocol": vars(self._result.protocol),
+            "test_batch_size": self._datamodule.test_batch_size,
+            "circumstances": circumstances(self._result.provenance),
+        }
 
 
 class DivergenceGuard(Callback):

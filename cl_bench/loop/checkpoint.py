@@ -10,8 +10,6 @@ import pickle
 import re
 import shutil
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 
 from cl_bench.loop.course import Phase
 from cl_bench.loop.provenance import differing_images
-from cl_bench.results.files import replaced
+from cl_bench.results.files import is_whole, replaced
 
 SCHEMA = 1
 FOLDER_NAME = "checkpoints"
@@ -168,7 +166,7 @@ class Checkpoints:
         """
         damaged = []
         for path in reversed(self._files()):
-            if not _is_whole(path):
+            if not is_whole(path):
                 damaged.append(path.name)
                 continue
             checkpoint = _read(path)
@@ -192,15 +190,6 @@ def _named(path: Path) -> bool:
 
 def _number(path: Path) -> int:
     return int(path.name.partition("-")[0])
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether every part of the file matches its checksum."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            return file.testzip() is None
-    except (zipfile.BadZipFile, EOFError, OSError, zlib.error, NotImplementedError):
-        return False
 
 
 def _read(path: Path) -> Checkpoint:

@@ -24,7 +24,7 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.errors import is_of_memory, sentence
 from cl_bench.loop import progress
-from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, StreamMetrics
+from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, Once, StreamMetrics
 from cl_bench.loop.checkpoint import Checkpoints
 from cl_bench.loop.continuation import Continuation
 from cl_bench.loop.course import Course, Diverged, Interrupted
@@ -186,12 +186,13 @@ class StreamTrainer(Trainer):
         if course.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(course.device)
         metrics = StreamMetrics(result)
+        once = Once(strategy, datamodule, result, checkpoints.folder if checkpoints else None)
         continuation = Continuation(self, strategy, result, checkpoints)
         save()
         try:
             naming = _naming_batch_size(course, datamodule)
-            with course.interruption, naming, self._watched(continuation, metrics):
-                self._walk(continuation, metrics, strategy, datamodule, save)
+            with course.interruption, naming, self._watched(continuation, metrics, once):
+                self._walk(continuation, metrics, once, strategy, datamodule, save)
             result.status = "done"
         except BaseException as error:
             # Ctrl-C also kills the processes that load images, which then is not a failure.
@@ -224,6 +225,7 @@ class StreamTrainer(Trainer):
         self,
         continuation: Continuation,
         metrics: StreamMetrics,
+        once: Once,
         strategy: Strategy,
         datamodule: StreamDataModule,
         save: Callable[[], None],
@@ -240,7 +242,7 @@ class StreamTrainer(Trainer):
                 self._resume(continuation, strategy, datamodule, stream[: experience.index + 1])
             self._learn(continuation, strategy, datamodule)
             metrics.row = experience.index if result.regime == "sequential" else result.num_experiences - 1
-            with course.timed("evaluation"):
+            with course.timed("evaluation"), once.applied():
                 self.test(strategy, datamodule=datamodule, verbose=False)
             peak = self._peak_memory()
             result.costs.append(Cost(course.seconds, course.trainable, strategy.stored_bytes, peak))

@@ -261,6 +261,85 @@ class Prototypes(nn.Module):
             )
 
 
+class RidgeHead(nn.Module):
+    """Ridge regression from features, or random features of them, to one-hot labels, over all classes seen.
+
+    With hidden features H (N, M), one row for each training image so far, and one-hot labels Y (N, C),
+
+        W = (H^T H + ridge I)^-1 H^T Y,    logits = h W,
+
+    so that only the sums H^T H and H^T Y are kept, and the solution is that of all experiences at once.
+
+    Source: RanPAC, https://arxiv.org/abs/2307.02251, equations 4 to 6.
+
+    Args:
+        feature_dim: Size of a feature, ``d``.
+        width: Number M of random features relu(f R), R standard normal; None for the features themselves.
+
+    Attributes:
+        gram: H^T H (M, M).
+        sums: Y^T H (C, M).
+        weight: W^T (C, M).
+
+    >>> head = RidgeHead(feature_dim=1)
+    >>> head.grow(2)
+    >>> head.add(torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]))
+    >>> head.solve(ridge=2.0)
+    >>> head(torch.tensor([[4.0]]))
+    tensor([[ 1., -1.]])
+    """
+
+    projection: Tensor | None
+    gram: Tensor
+    sums: Tensor
+    weight: Tensor
+
+    def __init__(self, feature_dim: int, width: int | None = None) -> None:
+        super().__init__()
+        size = feature_dim if width is None else width
+        self.register_buffer("projection", None if width is None else torch.zeros(feature_dim, width))
+        self.register_buffer("gram", torch.zeros(size, size))
+        self.register_buffer("sums", torch.zeros(0, size))
+        self.register_buffer("weight", torch.zeros(0, size))
+        self.num_classes = 0
+
+    def grow(self, num_classes: int) -> None:
+        """Make room for ``num_classes`` new classes; the first call draws the projection.
+
+        Raises:
+            ValueError: If there is no class to add.
+        """
+        _require_classes(num_classes)
+        if not self.num_classes and self.projection is not None:
+            self.projection.normal_()
+        self.num_classes += num_classes
+        self.sums = F.pad(self.sums, (0, 0, 0, num_classes))
+        self.weight = F.pad(self.weight, (0, 0, 0, num_classes))
+
+    def hidden(self, features: Tensor) -> Tensor:
+        """Return the hidden features (B, M) of features (B, d), in full precision."""
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.gram.dtype)
+            return features if self.projection is None else (features @ self.projection).relu()
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Add the features (B, d) and labels (B,) of training images to the sums."""
+        hidden = self.hidden(features)
+        self.gram += hidden.T @ hidden
+        self.sums.index_add_(0, labels, hidden)
+
+    def solve(self, ridge: float) -> None:
+        """Set the weight to the solution for all that was added, computed in float64."""
+        regular = self.gram.double()
+        regular.diagonal().add_(ridge)
+        self.weight.copy_(torch.linalg.solve(regular, self.sums.double().T).T)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the logits (B, classes seen) of features (B, d)."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(self.hidden(features), self.weight)
+
+
 def _require_classes(num_classes: int) -> None:
     if num_classes < 1:
         raise ValueError(f"A head cannot grow by {num_classes} classes: give at least one.")

@@ -6,6 +6,8 @@ import hashlib
 import os
 import re
 import unicodedata
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,15 @@ def replaced(path: Path, require: Callable[[], None] = lambda: None) -> Iterator
         temporary.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether ``path`` is a zip archive, such as torch writes, each part of which matches its checksum."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except (zipfile.BadZipFile, EOFError, OSError, zlib.error, NotImplementedError):
+        return False
 
 
 def _sync(folder: Path) -> None:

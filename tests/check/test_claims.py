@@ -10,7 +10,7 @@ from cl_bench.run.run import quiet
 
 WRONG = Path(__file__).with_name("wrong_strategies.py")
 
-START, FROZEN, HEADS, MERGE, OPTIMIZER, TASK, DATA, SEED, RESUME, STATE, PRECISION, STEP = CLAIMS
+START, FROZEN, HEADS, MERGE, OPTIMIZER, TASK, DATA, SEED, RESUME, STATE, PRECISION, STEP, CONSTANT = CLAIMS
 
 
 def checked(name: str | Path, *overrides: str) -> dict[str, Verdict]:
@@ -76,6 +76,7 @@ def test_every_option_keeps_the_contract(stem: str, overrides: tuple[str, ...]) 
         ("RepeatsItself", STEP, "in experience 2 and .* in experience 20, and no growth is declared"),
         ("RepeatsItselfAndBlamesTheBasis", STEP, "which columns in the memory do not explain"),
         ("RepeatsItselfMoreAndMore", STEP, "which old experiences do not explain"),
+        ("DeclaresMovingFeatures", CONSTANT, "features is declared constant, and experience 2 changes it by"),
     ),
 )
 def test_a_wrong_strategy_breaks_its_claim_and_no_other(strategy: str, claim: str, reason: str) -> None:

@@ -306,3 +306,9 @@ class RepeatsItselfMoreAndMore(RepeatsItselfAndSaysSo):
     @property
     def times(self) -> int:
         return self.experience.index**2
+
+
+class DeclaresMovingFeatures(LowRankStrategy):
+    """Trains adapters in every experience, and declares that features never change."""
+
+    promises = Promises(constant="features")

@@ -110,8 +110,27 @@ def test_class_names_follow_the_order() -> None:
 
 
 def test_test_batches_are_twice_as_large_unless_given() -> None:
-    assert len(next(iter(toy(1).test_dataloader()))[1]) == 20
+    assert len(next(iter(toy(1, test_images_per_class=12).test_dataloader()))[1]) == 20
     assert len(next(iter(toy(1, test_batch_size=3).test_dataloader()))[1]) == 3
+
+
+def test_later_experiences_serve_the_same_test_batches_before_their_own() -> None:
+    first, second = (list(toy(index, test_batch_size=5).test_dataloader()) for index in (0, 1))
+    assert [len(labels) for _, labels in first] == [5, 5, 2]
+    assert [len(labels) for _, labels in second] == [5, 5, 2, 5, 5, 2]
+    assert all(equal(one, other) for one, other in zip(first, second, strict=False))
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_images_of_blank_batches_are_not_loaded(workers: int) -> None:
+    data = toy(1, test_batch_size=5, num_workers=workers)
+    whole = list(toy(1, test_batch_size=5).test_dataloader())
+    data.blank_test_batches = 3
+    blank = list(data.test_dataloader())
+    data.close()
+    assert [images.numel() for images, _ in blank[:3]] == [0, 0, 0]
+    assert all(map(torch.equal, (labels for _, labels in blank), (labels for _, labels in whole)))
+    assert all(equal(one, other) for one, other in zip(blank[3:], whole[3:], strict=True))
 
 
 LOADERS: list[Callable[[Toy], DataLoader[Batch]]] = [

@@ -48,6 +48,14 @@ def test_there_is_nothing_to_train_and_no_loss(backbone: Backbone) -> None:
         strategy.loss(torch.zeros(1, 32), torch.tensor([0]))
 
 
-def test_the_variant_names_the_similarity_that_is_not_the_default(backbone: Backbone) -> None:
-    assert NearestClassMean(backbone).variant is None
-    assert NearestClassMean(backbone, similarity="cosine").variant == "cosine"
+def test_nearest_by_angle_is_called_by_its_published_name(backbone: Backbone) -> None:
+    assert NearestClassMean(backbone).name == "NCM"
+    assert NearestClassMean(backbone, similarity="cosine").name == "SimpleCIL"
+
+
+def test_simplecil_gives_the_same_class_whatever_the_length_of_a_feature(backbone: Backbone) -> None:
+    strategy = NearestClassMean(backbone, similarity="cosine")
+    strategy.expand(Experience(0, 1, range(2)))
+    strategy.head.write(torch.eye(2, backbone.feature_dim), range(2))
+    feature = torch.tensor([[0.6, 0.5] + [0.0] * (backbone.feature_dim - 2)])
+    assert [int(strategy.head(scale * feature).argmax()) for scale in (0.01, 1, 100)] == [0, 0, 0]

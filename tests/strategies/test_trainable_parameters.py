@@ -12,6 +12,7 @@ from cl_bench.data.experience import Experience
 from cl_bench.network.backbones import Backbone
 from strategies.bilora import BiLoRA
 from strategies.codyra import CoDyRA
+from strategies.ease import EASE
 from strategies.ewc_lora import EWCLoRA
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
@@ -21,8 +22,10 @@ from strategies.lora import LoRA
 from strategies.lora_drs import LoRADRS
 from strategies.lora_gpm import LoRAGPM
 from strategies.o_lora import OLoRA
+from strategies.ranpac import RanPAC
 from strategies.sd_lora import SDLoRA
 from strategies.slao import SLAO
+from strategies.slca import SLCA
 from strategies.split_lora import SplitLoRA
 
 LINEAR, COSINE = 769, 768  # head parameters of a class
@@ -66,6 +69,9 @@ def vit() -> Backbone:
         (SLAO, {}, 10, 376_330, 376_330),
         (LoDA, {}, 10, 1_179_648 + 10 * COSINE, 1_769_472 + 10 * COSINE),
         (LoDA, {"rank": 64}, 20, 2_359_296 + 20 * COSINE, 3_538_944 + 20 * COSINE),
+        (EASE, {}, 10, 1_189_632 + 10 * COSINE + 1, 1_189_632 + 10 * COSINE + 1),  # printed by the code
+        (RanPAC, {"random_features": 8}, 10, 1_189_632 + 10 * COSINE + 1, 0),
+        (SLCA, {"covariance": "diagonal"}, 10, 516_096 + 10 * LINEAR, 516_096 + 10 * LINEAR),
     ),
 )
 def test_trained_parameters_are_those_that_authors_print(
