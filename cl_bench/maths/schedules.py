@@ -14,7 +14,8 @@ class QuarterCosine(LambdaLR):
     In epoch ``e`` of ``E`` it is ``lr cos(99 π e / (200 (E - 1)))``: it falls late and fast, where PyTorch's
     cosine annealing falls most in the middle.
 
-    Source: the released code of InfLoRA, https://arxiv.org/abs/2404.00228, and its relatives.
+    Source: the formula as the released code of InfLoRA, https://arxiv.org/abs/2404.00228, and of CODA-Prompt,
+    https://arxiv.org/abs/2211.13218, writes it; what that code yields is :class:`DelayedQuarterCosine`.
 
     Args:
         optimizer: Its learning rates are scaled.
@@ -55,6 +56,26 @@ class QuarterCosine(LambdaLR):
             )
 
     def _share(self, epoch: int) -> float:
+        """Return the rate of ``epoch``, counted from 0, as a share of the full one."""
         # A run of one epoch never leaves the start; epochs past the end stay at its rate.
         last = max(self.epochs - 1, 1)
         return math.cos(99 * math.pi * min(epoch, last) / (200 * last))
+
+
+class DelayedQuarterCosine(QuarterCosine):
+    """A quarter of a cosine that starts one epoch late: the first two epochs have the full learning rate.
+
+    The released class computes the rate of epoch 0 in its constructor and then sets its count back, so the
+    step at the end of epoch 0 computes that rate once more, and published numbers were trained so. The mean
+    rate is 7.7 % above that of the formula over 20 epochs, and 3.1 % over 50.
+
+    Source: the released code of InfLoRA, https://arxiv.org/abs/2404.00228.
+
+    Args:
+        optimizer: Its learning rates are scaled.
+        epochs: Epochs of one experience, ``E``.
+    """
+
+    def _share(self, epoch: int) -> float:
+        """Return the rate of ``epoch``, counted from 0, as a share of the full one."""
+        return super()._share(max(epoch - 1, 0))

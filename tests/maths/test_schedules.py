@@ -3,12 +3,13 @@ import math
 import pytest
 import torch
 
-from cl_bench.maths.schedules import QuarterCosine
+from cl_bench.maths.schedules import DelayedQuarterCosine, QuarterCosine
+from cl_bench.run.configs import CONFIGS, load
 
 
-def rates(epochs: int, stepped: int) -> list[float]:
+def rates(epochs: int, stepped: int, kind: type[QuarterCosine] = QuarterCosine) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    schedule = QuarterCosine(optimizer, epochs)
+    schedule = kind(optimizer, epochs)
     found = []
     for _ in range(stepped):
         found.append(optimizer.param_groups[0]["lr"])
@@ -23,8 +24,36 @@ def test_the_rate_follows_the_formula_of_the_released_code() -> None:
     assert rates(20, 20)[-1] == pytest.approx(0.5 * math.cos(0.495 * math.pi))
 
 
+@pytest.mark.parametrize(
+    ("epochs", "first", "last", "above"),
+    (
+        (20, (1, 1, 0.9967), (0.2583, 0.1784, 0.0974), 7.7),
+        (50, (1, 1, 0.9995), (0.1107, 0.0791, 0.0474), 3.1),
+    ),
+)
+def test_delayed_rates_are_those_that_the_released_class_of_inflora_prints(
+    epochs: int, first: tuple[float, ...], last: tuple[float, ...], above: float
+) -> None:
+    found = [2 * rate for rate in rates(epochs, epochs, DelayedQuarterCosine)]
+    assert found[:3] == pytest.approx(first, abs=5e-5)
+    assert found[-3:] == pytest.approx(last, abs=5e-5)
+    assert 100 * (sum(found) / (2 * sum(rates(epochs, epochs))) - 1) == pytest.approx(above, abs=0.05)
+
+
+def test_every_recipe_that_follows_inflora_has_the_schedule_of_its_class() -> None:
+    kinds = {
+        recipe: load(recipe)["model"]["init_args"]["scheduler"]["class_path"].rpartition(".")[2]
+        for stem in ("inflora", "inflora_b5", "janus_lora", "lora", "lora_gpm")
+        for recipe in (CONFIGS / "recipes").glob(f"*/{stem}.yaml")
+    }
+    assert len(kinds) == 14 + 4
+    for recipe, kind in kinds.items():
+        expected = "MultiStepLR" if recipe.parent.name == "domainnet" else "DelayedQuarterCosine"
+        assert kind == expected, recipe
+
+
 def test_a_single_epoch_has_the_full_rate_and_epochs_past_the_end_the_last() -> None:
-    assert rates(1, 1) == [0.5]
+    assert rates(1, 1) == rates(1, 1, DelayedQuarterCosine) == [0.5]
     assert rates(3, 5)[2:] == pytest.approx([0.5 * math.cos(0.495 * math.pi)] * 3)
 
 
