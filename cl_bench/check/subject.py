@@ -172,13 +172,9 @@ class Subject:
 def _small(configuration: Configuration) -> list[str]:
     """Return the options that make a strategy fit the tiny transformer."""
     depth = configuration.namespace.backbone.options["depth"]
-    words = []
-    for key, size in (("model.rank", RANK), ("model.pool", LONG)):
-        words += [f"--{key}", str(size)] if key in configuration.schema.keys else []
-    for name, blocks in configuration.namespace.model.items():
-        if name.rpartition("_")[2] == "blocks" and blocks:
-            words += [f"--model.{name}", str(sorted({block % depth for block in blocks}))]
-    return words
+    words = ["--model.rank", str(RANK)] if "model.rank" in configuration.schema.keys else []
+    blocks = configuration.namespace.model.get("blocks")
+    return words + (["--model.blocks", str([b for b in blocks if b < depth])] if blocks else [])
 
 
 def strong(run: Run) -> Run:
