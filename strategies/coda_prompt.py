@@ -79,7 +79,7 @@ class CODAPrompt(PromptedStrategy):
         backbone: Pre-trained vision transformer.
         pool: Components of the whole stream in each block, ``M``; every experience gets an equal share.
         length: Length of a component; half of it is keys, half values.
-        blocks: Blocks that see a prefix, from 0.
+        blocks: Blocks that see a prefix, from 0; the first five if null, or all of fewer.
         orthogonality: Weight ``λ`` of the penalty on components that are not orthonormal.
         kwargs: Settings of every strategy.
 
@@ -101,7 +101,7 @@ class CODAPrompt(PromptedStrategy):
         *,
         pool: int = 100,
         length: int = 8,
-        blocks: Sequence[int] = (0, 1, 2, 3, 4),
+        blocks: Sequence[int] | None = None,
         orthogonality: float = 0.0,
         **kwargs: Any,
     ) -> None:
@@ -117,7 +117,7 @@ class CODAPrompt(PromptedStrategy):
             )
         self.pool = pool
         self.length = length
-        self.blocks = tuple(blocks)
+        self.blocks = tuple(range(min(5, backbone.depth)) if blocks is None else blocks)
         self.orthogonality = orthogonality
         self.parts = nn.ModuleList()
 

@@ -56,9 +56,10 @@ class DualPrompt(PromptedStrategy):
 
     Args:
         backbone: Pre-trained vision transformer.
-        general_blocks: Blocks that see the general prefix, from 0.
+        general_blocks: Blocks that see the general prefix, from 0; the first two if null.
         general_length: Keys, and values, of the general prefix in each of its blocks.
         expert_blocks: Blocks that see an expert prefix, from 0; in a shared block it follows the general one.
+            If null, they are 2 to 4, as far as there are, and otherwise the last.
         length: Keys, and values, of an expert prefix in each of its blocks.
         pull: Weight ``λ`` of the term that pulls the key of the experience towards the queries.
         ported_reshape: Whether to mix prefixes within a batch as the PyTorch ports do; see the departures.
@@ -76,17 +77,20 @@ class DualPrompt(PromptedStrategy):
         self,
         backbone: Backbone,
         *,
-        general_blocks: Sequence[int] = (0, 1),
+        general_blocks: Sequence[int] | None = None,
         general_length: int = 5,
-        expert_blocks: Sequence[int] = (2, 3, 4),
+        expert_blocks: Sequence[int] | None = None,
         length: int = 5,
         pull: float = 0.1,
         ported_reshape: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, pull=pull, **kwargs)
-        self.general_blocks, self.general_length = tuple(general_blocks), general_length
-        self.expert_blocks, self.length = tuple(expert_blocks), length
+        depth = backbone.depth
+        general = range(min(2, depth)) if general_blocks is None else general_blocks
+        expert = (range(2, min(5, depth)) or [depth - 1]) if expert_blocks is None else expert_blocks
+        self.general_blocks, self.general_length = tuple(general), general_length
+        self.expert_blocks, self.length = tuple(expert), length
         self.ported_reshape = ported_reshape
         self.experts, self.keys = nn.ParameterList(), nn.ParameterList()
 

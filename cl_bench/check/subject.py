@@ -172,7 +172,9 @@ class Subject:
 def _small(configuration: Configuration) -> list[str]:
     """Return the options that make a strategy fit the tiny transformer."""
     depth = configuration.namespace.backbone.options["depth"]
-    words = ["--model.rank", str(RANK)] if "model.rank" in configuration.schema.keys else []
+    keys = configuration.schema.keys
+    words = ["--model.rank", str(RANK)] if "model.rank" in keys else []
+    words += ["--model.pool", str(LONG)] if "model.pool" in keys else []
     blocks = configuration.namespace.model.get("blocks")
     return words + (["--model.blocks", str([b for b in blocks if b < depth])] if blocks else [])
 
