@@ -89,7 +89,10 @@ def _weights(strategy: Any) -> list[Tensor]:
         weight = layer.weight.detach().double()
         for name, rows in layer.rows.items():
             adapter = layer.adapter(name)
-            weight[rows] += float(adapter.scale) * (adapter.B.double() @ adapter.A.double()).detach()
+            weight[rows] += (
+                float(torch.as_tensor(adapter.scale).detach())
+                * (adapter.B.double() @ adapter.A.double()).detach()
+            )
         found.append(weight)
     return strategy.of_projections(found)
 
