@@ -20,7 +20,8 @@ M / T components for each experience      ``expand``; older ones without gradien
 
 Departures:
 
-* ``orthogonality`` is 0, as in every config of the released code; the paper has 0.1.
+* The penalty is a mean over the entries, as in the released code, where the paper has a squared norm; and
+  ``orthogonality`` is 0, as in every config of that code, where the paper has 0.1.
 * New components start orthonormal to the span of all older ones, by a QR decomposition. The released code
   subtracts the projection onto each older one, which overlaps once training has made those overlap.
 * A smaller last batch is trained on; the released code drops it.
