@@ -1,18 +1,22 @@
-"""The floor: the shortest training loop that one can write by hand for the adapters of a strategy.
+"""The floor: the shortest training loop that one can write by hand for the adapters or prompts of a strategy.
 
 It has the same transformer and adapters, made of the layers of PyTorch and timm, and neither Lightning nor
 hooks. All adapters of a layer share one ``A`` and one ``B``, so a step does not assemble them; ``B`` stays
-zero where it belongs to no adapter. In half precision the floor keeps frozen weights only in half precision.
+zero where it belongs to no adapter. Prompts are as many as the strategy makes for an image, the same for all
+images, and the floor takes the query pass as well: what it does without is the choice of prompts. In half
+precision it keeps frozen weights only in half precision.
 """
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_bench.contracts.prompted import PromptedStrategy
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Batch
 from cl_bench.network.adapters import AdaptedLinear
@@ -23,10 +27,11 @@ _COPIES = 3  # of a trained tensor: itself, and the two averages of Adam
 
 
 class Floor:
-    """A hand-written training of the adapters that a strategy currently has, and of a head.
+    """A hand-written training of the adapters or prompts that a strategy currently has, and of a head.
 
     Args:
-        strategy: What to copy: the transformer, its adapters, and which of their factors are trained.
+        strategy: What to copy: the transformer, its adapters, and which of their factors are trained; or its
+            prompts.
         classes: Columns of the head.
         half: Whether autocast multiplies in bfloat16.
 
@@ -41,7 +46,8 @@ class Floor:
             if isinstance(module, Frozen):
                 vit.set_submodule(name, _plain(module, torch.bfloat16 if half else torch.float32))
         head = nn.Linear(strategy.backbone.feature_dim, classes, device=strategy.device)
-        self.model = nn.Sequential(vit, head)
+        features = _Prompted(vit, strategy) if isinstance(strategy, PromptedStrategy) else vit
+        self.model = nn.Sequential(features, head)
         self._adapted = [module for module in vit.modules() if isinstance(module, _Adapted)]
         self._belongs = [layer.belongs for layer in self._adapted]
         self.half = half
@@ -55,7 +61,8 @@ class Floor:
             loss = F.cross_entropy(self.model(images), labels)
         loss.backward()
         gradients = [layer.B.grad for layer in self._adapted if layer.B.grad is not None]
-        torch._foreach_mul_(gradients, self._belongs)
+        if gradients:
+            torch._foreach_mul_(gradients, self._belongs)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -114,3 +121,47 @@ class _Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.A), self.B)
+
+
+class _Prompted(nn.Module):
+    """A transformer that runs twice: for a query, and with trained prompt tokens or prefixes."""
+
+    def __init__(self, vit: Any, strategy: PromptedStrategy) -> None:
+        super().__init__()
+        self.vit = vit
+        query = torch.zeros(1, strategy.backbone.feature_dim, device=strategy.device)
+        prompts, _ = strategy.prompts(query)
+        self.tokens = None if prompts.tokens is None else nn.Parameter(prompts.tokens.detach().clone())
+        prefixes = (prompts.prefixes or {}).items()
+        self.prefixes = nn.ParameterDict({str(at): torch.cat(pair).detach() for at, pair in prefixes})
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.vit(images)
+        x = self.vit._pos_embed(self.vit.patch_embed(images))
+        first = self.vit.num_prefix_tokens
+        if self.tokens is not None:
+            x = torch.cat([x[:, :first], self.tokens.to(x.dtype).expand(len(x), -1, -1), x[:, first:]], dim=1)
+        for at, block in enumerate(self.vit.blocks):
+            x = self._with_prefix(block, x, self.prefixes[str(at)]) if str(at) in self.prefixes else block(x)
+        x = self.vit.norm(x)
+        features: Tensor
+        if self.tokens is None:
+            features = self.vit.forward_head(x)
+        else:
+            features = x[:, first : first + self.tokens.shape[1]].mean(dim=1)
+        return features
+
+    def _with_prefix(self, block: Any, x: Tensor, prefix: Tensor) -> Tensor:
+        attention = block.attn
+        q, k, v = attention.qkv(block.norm1(x)).chunk(3, dim=-1)
+        pair = prefix.to(k.dtype)[:, None].expand(2, len(x), -1, -1)
+        rows = q, torch.cat([pair[0], k], dim=1), torch.cat([pair[1], v], dim=1)
+        q, k, v = (one.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for one in rows)
+        if attention.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q * attention.scale @ k.mT).softmax(dim=-1) @ v
+        x = x + attention.proj(y.transpose(1, 2).flatten(2))
+        outputs: Tensor = x + block.mlp(block.norm2(x))
+        return outputs

@@ -75,8 +75,6 @@ def _with_prefix(block: Any, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 
 
 def _attention(attention: Any, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    batch, count, _ = x.shape
-
     def heads(tokens: Tensor) -> Tensor:
         split: Tensor = tokens.unflatten(-1, (attention.num_heads, -1))
         return split.transpose(1, 2)
@@ -89,7 +87,7 @@ def _attention(attention: Any, x: Tensor, keys: Tensor, values: Tensor) -> Tenso
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     else:
         x = attention.attn_drop(((q * attention.scale) @ k.mT).softmax(dim=-1)) @ v
-    x = attention.norm(x.transpose(1, 2).reshape(batch, count, -1))
+    x = attention.norm(x.transpose(1, 2).flatten(2))
     outputs: Tensor = attention.proj_drop(attention.proj(x))
     return outputs
 

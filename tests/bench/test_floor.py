@@ -4,12 +4,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from cl_bench.bench.command import held_bytes
 from cl_bench.bench.floor import Floor
 from cl_bench.bench.subject import Subject
-from cl_bench.data.experience import Batch
+from cl_bench.contracts.prompted import PromptedStrategy
+from cl_bench.data.experience import Batch, Experience
+from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import GrowingLinear
+from strategies.coda_prompt import CODAPrompt
+from strategies.dualprompt import DualPrompt
+from strategies.l2p import L2P
 
 During = Callable[[Subject, Callable[[], None]], None]
 
@@ -95,3 +102,70 @@ def test_the_floor_has_no_layer_of_ours(subject: Callable[..., Subject]) -> None
     floor = Floor(subject("inflora").strategy, 2, half=False)
     own = {type(module) for module in floor.model.modules() if type(module).__module__.startswith("cl_bench")}
     assert {module.__module__ for module in own} == {"cl_bench.bench.floor"}
+
+
+# Prompts
+
+
+def drawn(kind: Callable[..., PromptedStrategy], backbone: Backbone, **settings: object) -> PromptedStrategy:
+    torch.manual_seed(0)
+    strategy = kind(backbone, **settings)
+    strategy.expand(Experience(0, 2, range(2)))
+    return strategy
+
+
+def test_the_floor_of_prompts_learns_what_the_strategy_learns(
+    tiny_backbone: Callable[..., Backbone],
+) -> None:
+    """All images of an experience share DualPrompt's prefixes in training, as they do in the floor."""
+    ours = drawn(DualPrompt, tiny_backbone(), general_blocks=[0], expert_blocks=[1])
+    floor = Floor(ours, 2, half=False)
+    assert isinstance(ours.head, GrowingLinear)
+    floor.model[1].load_state_dict(ours.head.parts[-1].state_dict())
+    optimizer = torch.optim.Adam([p for p in ours.parameters() if p.requires_grad], lr=1e-4)
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
+    before = ours.features(images).pooled.detach()
+    torch.testing.assert_close(floor.model[0](images), before, rtol=0, atol=1e-6)
+    for _ in range(20):
+        floor.step((images, labels))
+        optimizer.zero_grad()
+        ours.batch_loss((images, labels)).backward()
+        optimizer.step()
+    theirs, own = floor.model[0](images).detach(), ours.features(images).pooled.detach()
+    moved = (own - before).norm()
+    assert moved > 1e-3
+    assert (own - theirs).norm() < 0.02 * moved
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    ((L2P, {"pool": 3, "chosen": 2}), (CODAPrompt, {"pool": 4, "blocks": [0, 1]})),
+)
+def test_the_floor_of_prompts_has_as_many_as_an_image_gets(
+    kind: Callable[..., PromptedStrategy],
+    settings: dict[str, object],
+    tiny_backbone: Callable[..., Backbone],
+) -> None:
+    floor = Floor(drawn(kind, tiny_backbone(), **settings), 2, half=False)
+    trained = sum(p.numel() for p in floor.model[0].parameters() if p.requires_grad)
+    assert trained == (2 * 5 * 32 if kind is L2P else 2 * 8 * 32)
+    before = [p.detach().clone() for p in floor.model.parameters()]
+    floor.step((torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])))
+    moved = {
+        p.requires_grad
+        for p, old in zip(floor.model.parameters(), before, strict=True)
+        if not torch.equal(p, old)
+    }
+    assert moved == {True}
+
+
+def test_the_floor_of_prompts_takes_the_operations_of_both_passes(
+    tiny_backbone: Callable[..., Backbone],
+) -> None:
+    ours = drawn(DualPrompt, tiny_backbone(), general_blocks=[0], expert_blocks=[1], pull=0.0)
+    floor, images, counted = Floor(ours, 2, half=False), torch.rand(4, 3, 8, 8), []
+    for features in (floor.model[0], ours.features):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            features(images)
+        counted.append(counter.get_total_flops())
+    assert counted[1] - counted[0] == 2 * 4 * 32  # four queries meet a key of width 32

@@ -111,6 +111,17 @@ def test_a_prefix_reaches_only_the_chosen_blocks_and_adds_no_token(
     assert (prompted - plain).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_prefix_accepts_a_batch_without_an_image(fused: bool, tiny_backbone: Making) -> None:
+    """One process of several may have none of a batch."""
+    backbone = tiny_backbone()
+    backbone.fuse_attention(fused)
+    keys, values = (torch.zeros(0, 4, 32, requires_grad=True) for _ in range(2))
+    found = backbone(torch.zeros(0, 3, 8, 8), Prompts(prefixes={0: (keys, values)}))
+    assert found.shape == (0, 32)
+    found.sum().backward()
+
+
 # Prompt tokens
 
 

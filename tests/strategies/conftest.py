@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
@@ -88,7 +89,10 @@ def _weights(strategy: Any) -> list[Tensor]:
         weight = layer.weight.detach().double()
         for name, rows in layer.rows.items():
             adapter = layer.adapter(name)
-            weight[rows] += float(adapter.scale) * (adapter.B.double() @ adapter.A.double()).detach()
+            weight[rows] += (
+                float(torch.as_tensor(adapter.scale).detach())
+                * (adapter.B.double() @ adapter.A.double()).detach()
+            )
         found.append(weight)
     return strategy.of_projections(found)
 
@@ -135,3 +139,55 @@ def held_energy() -> Callable[[GPM, Tensor], list[float]]:
         return found
 
     return shares
+
+
+Prefix = tuple[Tensor, Tensor]
+ByHand = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="session")
+def by_hand() -> ByHand:
+    """Returns the tokens (N, d) of one image after a plain vision transformer, from its weights by hand.
+
+    Takes the timm model, an image (3, H, W), prompt tokens (P, d), and prefixes by block, each keys and
+    values (L, d). It computes one head after the other.
+    """
+    return _by_hand
+
+
+@torch.no_grad()
+def _by_hand(
+    vit: Any, image: Tensor, tokens: Tensor | None = None, prefixes: dict[int, Prefix] | None = None
+) -> Tensor:
+    weight: dict[str, Tensor] = vit.state_dict()
+    kernel = weight["patch_embed.proj.weight"]
+    side = kernel.shape[-1]
+    patches = image.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4).flatten(0, 1)
+    x = patches.flatten(1) @ kernel.flatten(1).T + weight["patch_embed.proj.bias"]
+    x = torch.cat([weight["cls_token"][0], x]) + weight["pos_embed"][0]
+    if tokens is not None:
+        x = torch.cat([x[:1], tokens, x[1:]])
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(dim=1, keepdim=True)
+        scaled = centred / (centred.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
+        return scaled * weight[f"{name}.weight"] + weight[f"{name}.bias"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weight[f"{name}.weight"].T + weight[f"{name}.bias"]
+
+    for index, block in enumerate(vit.blocks):
+        name = f"blocks.{index}"
+        q, k, v = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv").chunk(3, dim=1)
+        if prefixes and index in prefixes:
+            keys, values = prefixes[index]
+            k, v = torch.cat([keys, k]), torch.cat([values, v])
+        heads = []
+        for columns in torch.arange(x.shape[1]).split(x.shape[1] // block.attn.num_heads):
+            scores = q[:, columns] @ k[:, columns].T / len(columns) ** 0.5
+            heads.append(scores.softmax(dim=1) @ v[:, columns])
+        x = x + linear(torch.cat(heads, dim=1), f"{name}.attn.proj")
+        hidden = linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+        hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
+        x = x + linear(hidden, f"{name}.mlp.fc2")
+    return norm(x, "norm")
