@@ -364,6 +364,7 @@ class StreamTrainer(Trainer):
             | {"images_sha256": datamodule.images_sha256, "processes": self.world_size},
             domains=datamodule.domains,
             domain_images=datamodule.domain_images,
+            training_data=strategy.promises.training_data,
         )
 
 

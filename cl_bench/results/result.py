@@ -20,7 +20,7 @@ from cl_bench.results import metrics
 from cl_bench.results.files import replaced
 
 SCHEMA = 1
-_ADDED_FIELDS = {"diagnostics", "domains", "domain_images"}
+_ADDED_FIELDS = {"diagnostics", "domains", "domain_images", "training_data"}
 FILE_NAME = "result.json"
 
 PHASES = ("data_passes", "training", "evaluation", "checkpoints")
@@ -132,6 +132,7 @@ class Result:
             See :mod:`cl_bench.loop.diagnostics`.
         domains: Names of the domains of the test images; empty if the dataset has none.
         domain_images: Number of test images of each domain and of the class at each position.
+        training_data: What the method keeps of training images: none, features or images; empty if unknown.
         schema: Version of this layout.
     """
 
@@ -154,6 +155,7 @@ class Result:
     diagnostics: list[dict[str, Any]] = field(default_factory=list)
     domains: list[str] = field(default_factory=list)
     domain_images: list[list[int]] = field(default_factory=list)
+    training_data: str = ""
     schema: int = SCHEMA
 
     @property
