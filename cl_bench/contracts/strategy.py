@@ -226,7 +226,7 @@ class Strategy(LightningModule):
     def optimizer_bytes(self) -> int:
         """Bytes of state of the optimizer that the stream keeps; 0 if every experience builds its own."""
         kept = self.kept_optimizer
-        return 0 if kept is None else sum(map(plain_bytes, kept.state.values()))
+        return 0 if kept is None else sum(plain_bytes(list(state.values())) for state in kept.state.values())
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """Return this process's share of the mean loss of a batch, images and labels.

@@ -50,14 +50,16 @@ class CountsTheBatches(Strategy):
 
 
 class Pool(Strategy):
-    """Prompts for images by their strongest colour, drawn once for the whole stream."""
+    """Fixed prompts for images by their strongest colour, drawn once for the whole stream."""
 
     promises = Promises(drawn_once=True)
 
     def expand(self, experience: Experience) -> None:
         super().expand(experience)
         if experience.is_first:
-            self.prompts = nn.Parameter(0.2 * torch.randn(4, 2, self.backbone.feature_dim))
+            width = self.backbone.feature_dim
+            prompts = torch.randn(2, width) + 0.1 * torch.randn(4, 2, width)
+            self.prompts = nn.Parameter(prompts, requires_grad=False)
 
     def features(self, images: Tensor) -> Tensor:
         return self.prompted(images, self.choice(images))
