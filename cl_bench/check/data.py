@@ -209,7 +209,8 @@ def keeping(found: Kept, seen: ImagesSeen) -> str:
     """
     declared = found.strategy.promises.training_data
     each = found.in_memory + found.in_files
-    where = "in memory" if found.in_memory > _FEW_BYTES else f"in files, such as {', '.join(found.files[:1])}"
+    in_files = ", ".join(["in files", *(f"such as {file}" for file in found.files[:1])])
+    where = "in memory" if found.in_memory > _FEW_BYTES else in_files
     measured = f"an image leaves {max(each, 0):.0f} bytes behind after its experience"
     if declared == "none" and each > _FEW_BYTES:
         raise Broken(
@@ -273,11 +274,12 @@ def _alive(run: Run) -> int:
     run.stream.test.read.clear()
     gc.collect()
     reached: list[Any] = gc.get_objects()
+    found = {id(one): one for one in reached}
     for class_ in type(run.strategy).__mro__:
         if class_.__module__.partition(".")[0] not in _LIBRARIES:
             for attributes in (vars(class_), vars(sys.modules[class_.__module__])):
+                found |= {id(value): value for value in attributes.values()}
                 reached += [value for value in attributes.values() if isinstance(value, _CONTAINERS)]
-    found = {id(one): one for one in reached}
     while reached:
         referents = {id(one): one for one in gc.get_referents(*reached) if id(one) not in found}
         found |= referents

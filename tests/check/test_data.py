@@ -32,7 +32,7 @@ def in_text(strategy: Any, images: Tensor) -> None:
 
 
 def in_a_closure(strategy: Any, images: Tensor) -> None:
-    older = getattr(strategy, "recall", lambda: [])
+    older: Callable[[], list[Tensor]] = getattr(strategy, "recall", list)
     strategy.recall = lambda: [*older(), images]
 
 
@@ -56,6 +56,10 @@ def in_a_view(strategy: Any, images: Tensor) -> None:
 
 def in_the_class(strategy: Any, images: Tensor) -> None:
     type(strategy).shelf.append(pixels(images).copy())
+
+
+def in_an_attribute_of_the_class(strategy: Any, images: Tensor) -> None:
+    type(strategy).text = getattr(strategy, "text", b"") + pixels(images).tobytes()
 
 
 def in_the_data(strategy: Any, images: Tensor) -> None:

@@ -111,7 +111,7 @@ class Regression(nn.Module):
         self.sums.index_add_(0, labels, features.double())
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = torch.linalg.solve(self.products, self.sums.T)
+        weight: Tensor = torch.linalg.solve(self.products, self.sums.T)
         return features.double() @ weight
 
 
