@@ -49,6 +49,7 @@ With all three parts off it is plain LoRA, ``merge``, bit for bit.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -101,6 +102,9 @@ class JanusLoRA(DecoupledMargin, ProtectedStrategy):
             row_space=row_space,
             **kwargs,
         )
+        if online_estimation is None:  # then no basis grows
+            grown = tuple(name for name in self.promises.step_grows_with if name != "basis")
+            self.promises = replace(self.promises, step_grows_with=grown)
         self.inputs: SecondMoments | InputSketch | None = None
         if online_estimation == "exact":
             # OE needs only shares of energy, and they are the same from float32 products.

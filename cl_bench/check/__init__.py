@@ -2,8 +2,8 @@
 
 subject.py        the strategy under check: built, trained and observed
 stream.py         the tiny stream, which records which of its images were read
-stability.py      what must not change while a strategy trains
-data.py           no task id at test time, no data of other experiences
+training.py       what training changes and what it leaves: the method learns, and nothing else moves
+data.py           no task id at test time, no data of other experiences, none kept
 reproduction.py   the same bits from the same seed and after a resumption; float32 and bfloat16
 cost.py           stored state and the operations of a step, on a long stream
 claims.py         all claims in order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cached_property
 
-from cl_bench.check import cost, data, reproduction, stability
+from cl_bench.check import cost, data, reproduction, training
 from cl_bench.check.subject import Broken, Subject, Verdict
 from cl_bench.errors import sentence
 
@@ -21,9 +21,9 @@ class Evidence:
         self.subject = subject
 
     @cached_property
-    def observed(self) -> stability.Observed:
+    def observed(self) -> training.Observed:
         """A training under a strong optimizer, observed four times in every experience."""
-        return stability.observed(self.subject)
+        return training.observed(self.subject)
 
     @cached_property
     def plain(self) -> reproduction.Plain:
@@ -37,19 +37,21 @@ class Evidence:
 
 
 CLAIMS: dict[str, Callable[[Evidence], str]] = {
-    "the function is unchanged at the start of an experience": lambda e: stability.start(*e.observed),
-    "frozen parts stay frozen": lambda e: stability.frozen(*e.observed),
-    "old heads are untouched": lambda e: stability.old_head(*e.observed),
-    "after_training keeps the trained features": lambda e: stability.after_training(*e.observed),
-    "the optimizer's parameters are the strategy's own": lambda e: stability.optimizer(*e.observed),
+    "the first experience is learnt": lambda e: training.learning(training.learnt(e.subject)),
+    "the function is unchanged at the start of an experience": lambda e: training.start(*e.observed),
+    "frozen parts stay frozen": lambda e: training.frozen(*e.observed),
+    "old heads are untouched": lambda e: training.old_head(*e.observed),
+    "after_training keeps the trained features": lambda e: training.after_training(*e.observed),
+    "the optimizer's parameters are the strategy's own": lambda e: training.optimizer(*e.observed),
     "no task id at test time": lambda e: data.prediction(e.plain.run),
     "no data of other experiences is seen": lambda e: data.training(e.plain.seen),
+    "training data are kept only as declared": lambda e: data.keeping(data.kept(e.subject), e.plain.seen),
     "the same seed gives the same bits": lambda e: reproduction.seed(e.plain, reproduction.plain(e.subject)),
     "a resumed run ends in the same bits": lambda e: reproduction.resume(e.subject),
     "stored state grows only as declared": lambda e: cost.state(*e.measured),
     "float32 and bfloat16 both run": lambda e: reproduction.precision(e.subject),
     "the cost of a step grows only as declared": lambda e: cost.step(*e.measured),
-    "what is declared constant never changes": lambda e: stability.constant(*e.observed),
+    "what is declared constant never changes": lambda e: training.constant(*e.observed),
 }
 """What is claimed of every strategy, in words, and the check of it."""
 

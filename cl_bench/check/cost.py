@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,8 @@ from cl_bench.contracts.low_rank import memory_of
 from cl_bench.contracts.strategy import Strategy, state_bytes
 
 _FLOAT = 4  # bytes
+_MOMENTS = 4  # the most that an optimizer of torch keeps for a parameter, its count of steps included
+_TOGETHER = {"classes", "experiences"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class ExperienceCost:
         experiences: Number of old experiences in that step.
         head: Bytes of the head afterwards.
         memory: Bytes of the memory of protected directions afterwards.
+        optimizer: Bytes of the optimizer of the stream afterwards, if there is one.
         rest: Bytes of everything else that is kept beyond the pre-trained backbone.
     """
 
@@ -38,6 +42,7 @@ class ExperienceCost:
     experiences: int
     head: int
     memory: int
+    optimizer: int
     rest: int
 
 
@@ -56,9 +61,10 @@ def measured(subject: Subject) -> Measured:
         strategy, kept = run.strategy, memory_of(run.strategy)
         assert isinstance(strategy.head, nn.Module)
         head, memory = state_bytes(strategy.head), 0 if kept is None else state_bytes(kept)
-        rest = strategy.stored_bytes - head - memory
+        optimizer = strategy.optimizer_bytes
+        rest = strategy.stored_bytes - head - memory - optimizer
         old = experience.classes.start, experience.index
-        costs.append(ExperienceCost(counter.flops, counter.basis, *old, head, memory, rest))
+        costs.append(ExperienceCost(counter.flops, counter.basis, *old, head, memory, optimizer, rest))
     return run, costs
 
 
@@ -66,29 +72,28 @@ def state(run: Run, costs: list[ExperienceCost]) -> str:
     """Claim: stored state grows with the classes, up to full bases, and as declared.
 
     The head grows by the same bytes in every experience. The memory of protected directions never holds more
-    than all of them. Everything else, such as adapters and moments, is as large after the last experience as
-    after the second, but for the declared vectors of each class. If growth with experiences is declared, each
-    adds the same bytes to it, and some.
+    than all of them, and an optimizer of the stream a few numbers for each that it trains. Everything else,
+    such as adapters and moments, is as large after the last experience as after the second, but for the
+    declared vectors of each class. What is declared to grow does, and no faster.
     """
-    head = _growth([cost.head for cost in costs])
-    if "classes" in run.strategy.promises.state_grows_with:
-        return _with_classes(_growth([cost.head + cost.rest for cost in costs]), len(costs))
-    if min(head) != max(head):
-        raise Broken(
-            f"experiences of equal size add {min(head)} to {max(head)} bytes to the head: keep as much for "
-            "each class, in whichever experience it comes"
-        )
     promises, strategy = run.strategy.promises, run.strategy
-    rest = _growth([cost.rest for cost in costs])
     per_class = promises.vectors_per_class * strategy.backbone.feature_dim * _FLOAT
     vectors = per_class * run.experiences[0].num_classes
-    if "experiences" in promises.state_grows_with:
-        _require_even_growth(rest, vectors)
-    elif max(rest) > vectors:
+    head, rest = _growth([cost.head for cost in costs]), _growth([cost.rest for cost in costs])
+    if "classes" in promises.state_grows_with:
+        _require_growth_with_classes([a + b for a, b in zip(head, rest, strict=True)])
+    else:
+        if min(head) != max(head):
+            raise Broken(
+                f"experiences of equal size add {min(head)} to {max(head)} bytes to the head: keep as much "
+                "for each class, in whichever experience it comes"
+            )
+        most = costs[1].rest - costs[0].rest if "experiences" in promises.state_grows_with else vectors
+        _require_growth(rest, vectors, most, "experiences" in promises.state_grows_with)
+    if vectors and min(rest) < vectors:
         raise Broken(
-            f"an experience adds {max(rest)} bytes outside head and memory, and {vectors} are declared: "
-            "merge or drop what it leaves, or declare vectors_per_class or state_grows_with in Promises if "
-            "the method needs it"
+            f"vectors_per_class={promises.vectors_per_class} is declared, and an experience adds {min(rest)} "
+            f"bytes of {vectors} outside head and memory: declare as many vectors as the method keeps"
         )
     kept = memory_of(strategy)
     most = 0 if kept is None else kept.most_bytes
@@ -97,6 +102,7 @@ def state(run: Run, costs: list[ExperienceCost]) -> str:
             f"the memory holds {costs[-1].memory} bytes, and all directions would take {most}: keep each "
             "protected direction once"
         )
+    _require_moments(strategy)
     of_memory = f"; the memory holds {costs[-1].memory} of at most {most} bytes" if most else ""
     return (
         f"an experience adds {head[0]} bytes to the head and {max(*rest, 0)} to the rest{of_memory}, "
@@ -104,29 +110,52 @@ def state(run: Run, costs: list[ExperienceCost]) -> str:
     )
 
 
-def _with_classes(growth: list[int], experiences: int) -> str:
-    """Refuse growth of head and rest that rises by more in one experience than in another, or not at all."""
-    more = [after - before for before, after in pairwise(growth)]
-    if min(more) != max(more) or more[0] <= 0:
+def _require_growth(rest: list[int], vectors: int, most: int, declared: bool) -> None:
+    """Refuse growth beyond ``most``, and a declaration of growth with experiences that nothing needs."""
+    if declared and max(rest) <= vectors:
         raise Broken(
-            f"growth with classes is declared, and what experiences add rises by {min(more)} to {max(more)} "
-            "bytes: keep as much for each class seen, or remove classes from state_grows_with in Promises"
-        )
-    return f"an experience adds {growth[0]} to {growth[-1]} bytes, {more[0]} more each, over {experiences}"
-
-
-def _require_even_growth(rest: list[int], vectors: int) -> None:
-    """Refuse growth that differs between experiences, and a declaration that nothing needs."""
-    if min(rest) != max(rest):
-        raise Broken(
-            f"experiences add {min(rest)} to {max(rest)} bytes outside head and memory, and equal growth is "
-            "declared: keep as much for each experience"
-        )
-    if rest[0] <= vectors:
-        raise Broken(
-            f"growth with experiences is declared, and an experience adds {rest[0]} bytes outside head and "
-            f"memory, {vectors} of them declared as vectors of its classes: drop experiences from "
+            f"growth with experiences is declared, and an experience adds {max(rest)} bytes outside head and "
+            f"memory, {vectors} of them declared as vectors of its classes: remove experiences from "
             "state_grows_with in Promises"
+        )
+    if declared and max(rest) > most:
+        raise Broken(
+            f"an experience adds {max(rest)} bytes outside head and memory, more than the {most} of "
+            "experience 2: keep no more for an experience than for the one before"
+        )
+    if not declared and max(rest) > most:
+        raise Broken(
+            f"an experience adds {max(rest)} bytes outside head and memory, and {most} are declared: merge "
+            "or drop what it leaves"
+        )
+
+
+def _require_growth_with_classes(whole: list[int]) -> None:
+    """Refuse growth of head and rest that rises by more in one experience than in another, or not at all."""
+    steps = [after - before for before, after in pairwise(whole)]
+    if max(steps) <= 0:
+        raise Broken(
+            "growth with classes is declared, and no experience adds more bytes than the one before: remove "
+            "classes from state_grows_with in Promises"
+        )
+    if max(steps) > steps[0]:
+        raise Broken(
+            f"what an experience adds outside of the memory grows by {steps[0]} to {max(steps)} bytes: keep "
+            "as much for each class seen, in whichever experience"
+        )
+
+
+def _require_moments(strategy: Strategy) -> None:
+    """Refuse an optimizer of the stream that holds more than moments of its parameters."""
+    optimizer = strategy.kept_optimizer
+    if optimizer is None:
+        return
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    most = sum(_MOMENTS * p.numel() * p.element_size() + _MOMENTS * 8 for p in trained)
+    if strategy.optimizer_bytes > most:
+        raise Broken(
+            f"the optimizer of the stream keeps {strategy.optimizer_bytes} bytes, and {_MOMENTS} numbers for "
+            f"each that it trains take {most}: keep nothing but moments in its state"
         )
 
 
@@ -140,25 +169,29 @@ def step(run: Run, costs: list[ExperienceCost]) -> str:
     declared = run.strategy.promises.step_grows_with
     later = costs[1:]
     second, last = later[0].flops, later[-1].flops
-    if not last:
+    if not last and not declared:
         return "no training step to count"
-    sizes = np.array([[1, *(getattr(cost, name) for name in declared)] for cost in later], dtype=np.float64)
-    flops = np.array([cost.flops for cost in later], dtype=np.float64)
-    terms = np.linalg.lstsq(sizes, flops, rcond=None)[0]
-    unexplained = float(np.abs(sizes @ terms - flops).max())
+    unexplained, terms = _fit(later, declared)
     if unexplained > 0.5:
         words = " and ".join(_WORDS[name] for name in declared)
         raise Broken(
             f"a step takes {second} operations in experience 2 and {last} in experience {len(costs)}, "
             + (f"which {words} do not explain" if declared else "and no growth is declared")
-            + ": merge or drop what older experiences left, or declare step_grows_with in Promises if the "
-            "method needs it"
+            + ": merge or drop what older experiences left"
         )
+    for name in declared:
+        # On a stream of equal experiences, classes and experiences grow together.
+        together = _TOGETHER if name in _TOGETHER else {name}
+        if _fit(later, [other for other in declared if other not in together])[0] <= 0.5:
+            raise Broken(
+                f"growth with {name} is declared, and a step takes as many operations whatever the number of "
+                f"{_WORDS[name]}: remove {name} from step_grows_with in Promises"
+            )
     if second == last:
         return f"{second} operations in experience 2 and in experience {len(costs)}"
     each = ", ".join(
         f"{round(term)} for each of the {_WORDS[name]}"
-        for name, term in zip(declared, terms[1:], strict=True)
+        for name, term in zip(declared, terms, strict=True)
         if round(term)
     )
     return f"{second} operations in experience 2, {last} in experience {len(costs)}, as declared: {each}"
@@ -169,6 +202,14 @@ _WORDS = {
     "classes": "old classes",
     "experiences": "old experiences",
 }
+
+
+def _fit(costs: list[ExperienceCost], names: Sequence[str]) -> tuple[float, list[float]]:
+    """Return how far operations are from a sum of terms in the sizes ``names``, and the factor of each."""
+    sizes = np.array([[1, *(getattr(cost, name) for name in names)] for cost in costs], dtype=np.float64)
+    flops = np.array([cost.flops for cost in costs], dtype=np.float64)
+    terms = np.linalg.lstsq(sizes, flops, rcond=None)[0]
+    return float(np.abs(sizes @ terms - flops).max()), terms[1:].tolist()
 
 
 def _growth(sizes: list[int]) -> list[int]:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from cl_bench.check.data import ImagesSeen
-from cl_bench.check.subject import Broken, Moment, Run, Subject, copied_state, differing, some
+from cl_bench.check.subject import Broken, Moment, Run, State, Subject, copied_state, differing, some
 from cl_bench.loop.checkpoint import Checkpoint, Checkpoints
 from cl_bench.loop.continuation import resumption
 from cl_bench.processes.state import NoPlace
@@ -30,11 +30,13 @@ class Plain:
 
     Attributes:
         run: The strategy, after training.
+        built: As the constructor made it.
         moments: After every experience.
         seen: The images that the strategy saw.
     """
 
     run: Run
+    built: State
     moments: list[Moment]
     seen: ImagesSeen
 
@@ -42,23 +44,31 @@ class Plain:
 def plain(subject: Subject) -> Plain:
     """Train ``subject`` on the tiny stream, and observe it after every experience."""
     run = subject.run()
-    seen = ImagesSeen(run)
+    built, seen = copied_state(run.strategy), ImagesSeen(run)
     moments = []
     for experience in run.experiences:
         with seen.during(experience):
             run.learn(experience)
         moments.append(run.moment())
-    return Plain(run, moments, seen)
+    return Plain(run, built, moments, seen)
 
 
 def seed(one: Plain, other: Plain) -> str:
     """Claim: two trainings from one seed end in the same bits, whatever was drawn before."""
+    of_constructor = differing(one.built, other.built)
     for index, (mine, its) in enumerate(zip(one.moments, other.moments, strict=True), 1):
         names = differing(mine.state, its.state)
+        if drawn := [name for name in names if name in of_constructor]:
+            raise Broken(
+                f"{some(drawn)} differ after experience {index}, and before the first one, so the "
+                "constructor draws them: draw random numbers in the hooks, where the generators are seeded. "
+                "What serves the whole stream is drawn in the first expand, and declared by drawn_once in "
+                "Promises if it changes a feature"
+            )
         if names:
             raise Broken(
-                f"{some(names)} differ after experience {index}: draw random numbers in the hooks, where the "
-                "generators are seeded, and not in the constructor or from a generator of your own"
+                f"{some(names)} differ after experience {index}: draw random numbers in the hooks, from "
+                "torch's, NumPy's and Python's global generators, which are seeded there"
             )
         if not torch.equal(mine.logits, its.logits):
             raise Broken(
@@ -74,7 +84,8 @@ def resume(subject: Subject) -> str:
 
     A run writes its checkpoints halfway through the stream: before the pass over the data, the steps, the
     second epoch, the pass after training, and the evaluation. From each, a newly built strategy runs to the
-    end of the stream.
+    end of the stream. Before that, another one learns the classes in another order: it overwrites whatever
+    is kept outside of strategies, in a class or a file, which is lost when a process ends.
     """
     run = subject.run()
     half = len(run.experiences) // 2
@@ -82,6 +93,9 @@ def resume(subject: Subject) -> str:
         kept = _Kept(Path(name), half)
         run.trainer.run(run.strategy, run.stream, checkpoints=kept)
         whole = run.moment()
+        other = subject.run({"data.order": "python:1", "trainer.max_epochs": 1})
+        for experience in other.experiences:
+            other.learn(experience)
         for moment, folder in kept.folders.items():
             _require_equal(_resumed(subject, folder), whole, moment)
     return f"interrupted before {', '.join(kept.folders)} of experience {half + 1}; the same bits each time"
@@ -122,8 +136,8 @@ def _require_equal(found: Moment, expected: Moment, interrupted: str) -> None:
     names = differing(found.state, expected.state)
     if names:
         raise Broken(
-            f"{some(names)} {when}: keep what training depends on in parameters, in buffers, or in what "
-            "get_extra_state of a module returns"
+            f"{some(names)} {when}: keep what training depends on in parameters and buffers, or, if it is a "
+            "few numbers, in what get_extra_state of a module returns; all of it counts as stored"
         )
     if not torch.equal(found.logits, expected.logits):
         raise Broken(

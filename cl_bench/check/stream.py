@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
@@ -17,6 +18,10 @@ from cl_bench.data.stream import Transform
 CLASSES_PER_EXPERIENCE = 2
 IMAGES_PER_CLASS = 6
 TEST_IMAGES_PER_CLASS = 3
+
+_TILE = 4  # pixels, one patch
+
+Pictures = npt.NDArray[np.float64]
 
 
 class WatchedSource(ArraySource):
@@ -40,12 +45,16 @@ class TinyStream(StreamDataModule):
     """Slopes of one colour a class, without noise: the inputs of every layer span few directions.
 
     A memory that only grows therefore has room for many experiences, although the transformer is small. No
-    two images are equal and training augments none, so an image is recognised by its pixels. The training
-    images of an experience fit into one batch.
+    two images are equal and training augments none, so an image is recognised by its pixels. Unless a batch
+    size is given, the training images of an experience fit into one batch.
 
     Args:
-        num_experiences: Number of experiences, of two classes each.
-        image_size: Height and width of the images, in pixels.
+        num_experiences: Number of experiences.
+        classes_per_experience: Number of classes of each.
+        images_per_class: Number of training images of each class.
+        separable: Whether a class is a pattern of its own in place of a colour, which a method can learn in
+            few steps.
+        image_size: Height and width of the images, in pixels; a multiple of 4.
         batch_size: Images in a batch of training.
         kwargs: As in every dataset.
     """
@@ -57,6 +66,9 @@ class TinyStream(StreamDataModule):
         self,
         *,
         num_experiences: int = 4,
+        classes_per_experience: int = CLASSES_PER_EXPERIENCE,
+        images_per_class: int = IMAGES_PER_CLASS,
+        separable: bool = False,
         image_size: int = 8,
         batch_size: int = CLASSES_PER_EXPERIENCE * IMAGES_PER_CLASS,
         **kwargs: Any,
@@ -64,10 +76,10 @@ class TinyStream(StreamDataModule):
         super().__init__(
             num_experiences=num_experiences, image_size=image_size, batch_size=batch_size, **kwargs
         )
-        self.num_classes = CLASSES_PER_EXPERIENCE * num_experiences
-        colours = np.random.RandomState(0).uniform(0.3, 1, (self.num_classes, 3, 1, 1))
-        self.train = self._slopes(colours, IMAGES_PER_CLASS, 0.6, 1)
-        self.test = self._slopes(colours, TEST_IMAGES_PER_CLASS, 0.63, 0.97)
+        self.num_classes = classes_per_experience * num_experiences
+        pictures = self._patterns() if separable else self._slopes()
+        self.train = _of_brightness(pictures, np.linspace(0.6, 1, images_per_class))
+        self.test = _of_brightness(pictures, np.linspace(0.63, 0.97, TEST_IMAGES_PER_CLASS))
 
     def sources(self) -> Sources:
         """Return the generated images."""
@@ -90,11 +102,22 @@ class TinyStream(StreamDataModule):
         """Return the indices of the training images of ``experience``."""
         return {index for index, label in enumerate(self.train.targets) if label in experience.classes}
 
-    def _slopes(self, colours: Any, number: int, darkest: float, brightest: float) -> WatchedSource:
-        """Return ``number`` images of each class, which differ in brightness."""
-        labels = np.repeat(np.arange(len(colours)), number)
-        brightness = np.tile(np.linspace(darkest, brightest, number), len(colours)).reshape(-1, 1, 1, 1)
+    def _slopes(self) -> Pictures:
+        """Return a slope of one colour for each class."""
+        colours = np.random.RandomState(0).uniform(0.3, 1, (self.num_classes, 3, 1, 1))
         slope = np.linspace(0.5, 1, self.image_size)
-        pictures = colours[labels] * brightness * np.broadcast_to(slope, (3, len(slope), len(slope)))
-        pixels = np.rint(255 * pictures).astype(np.uint8)
-        return WatchedSource(torch.from_numpy(pixels), labels.tolist())
+        return colours * np.broadcast_to(slope, (3, len(slope), len(slope)))
+
+    def _patterns(self) -> Pictures:
+        """Return a picture for each class that repeats random pixels of its own."""
+        tiles = np.random.RandomState(0).uniform(0, 1, (self.num_classes, 3, _TILE, _TILE))
+        times = self.image_size // _TILE
+        return np.tile(tiles, (1, 1, times, times))
+
+
+def _of_brightness(pictures: Pictures, brightness: Pictures) -> WatchedSource:
+    """Return every picture of a class (C, 3, H, W) in [0, 1] in each brightness (N,)."""
+    images = pictures[:, None] * brightness[:, None, None, None]
+    pixels = np.rint(255 * images.reshape(-1, *pictures.shape[1:])).astype(np.uint8)
+    labels = np.repeat(np.arange(len(pictures)), len(brightness))
+    return WatchedSource(torch.from_numpy(pixels), labels.tolist())

@@ -23,6 +23,7 @@ from cl_bench.loop.callbacks import at_rest
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import pooled
+from cl_bench.processes.state import put
 from cl_bench.run.configs import CONFIGS, Config
 from cl_bench.run.configuration import Configuration, resolve
 
@@ -47,8 +48,9 @@ class Moment:
         state: Copies of its parameters and persistent buffers.
         trained: Names of the parameters that require a gradient.
         frozen: Names of the parameters that do not.
-        features: Of the probe images (N, d); (N, 0) if the first ``expand`` has yet to draw what they need.
+        features: Of the probe images (N, d); (N, 0) if the first ``expand`` has yet to make what they need.
         logits: Of the probe images (N, classes seen).
+        unready: The error of ``features`` before the first ``expand``; empty if it runs.
         constant: Outputs for the probe images of the map that is declared constant; features if none is.
     """
 
@@ -57,6 +59,7 @@ class Moment:
     frozen: frozenset[str]
     features: Tensor
     logits: Tensor
+    unready: str
     constant: Tensor
 
 
@@ -92,25 +95,29 @@ class Run:
     def moment(self) -> Moment:
         """Observe the strategy, and leave it as it is."""
         images, _ = self.stream.probe()
-        strategy, nothing = self.strategy, images.new_empty(len(images), 0)
-        begun = strategy.head.num_classes > 0
-        features = self._features(images, begun) if begun or not strategy.promises.drawn_once else nothing
-        queried = begun and strategy.promises.constant == "query"
+        strategy = self.strategy
         parameters = dict(strategy.named_parameters())
         trained = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
-        return Moment(
-            copied_state(strategy),
-            trained,
-            frozenset(parameters) - trained,
-            features,
-            self.logits(images) if begun else nothing,
-            self._features(images, begun, "query") if queried else features,
-        )
+        state, unready = copied_state(strategy), ""
+        features = constant = logits = images.new_empty(len(images), 0)
+        if strategy.head.num_classes:
+            features, logits = self._features(images), self.logits(images)
+            queried = strategy.promises.constant == "query"
+            constant = self._features(images, "query") if queried else features
+        else:
+            try:
+                features = self._features(images)
+            except Exception as error:  # a strategy may raise anything
+                unready = sentence(error).rstrip(".")
+        for name in differing(state, copied_state(strategy)):  # a method may learn from test images
+            put(strategy, name, state.get(name))
+        frozen = frozenset(parameters) - trained
+        return Moment(state, trained, frozen, features, logits, unready, constant)
 
-    def tested(self, images: Tensor, labels: Tensor) -> Tensor:
+    def tested(self, images: Tensor, labels: Tensor, batch: int = 0) -> Tensor:
         """Return the logits (B, classes seen) of Lightning's test step for images with ``labels``."""
         with _at_test_time(self.strategy):
-            logits: Tensor = self.strategy.test_step((images, labels), 0)
+            logits: Tensor = self.strategy.test_step((images, labels), batch)
         return logits.clone()
 
     def logits(self, images: Tensor) -> Tensor:
@@ -119,18 +126,9 @@ class Run:
             logits: Tensor = self.strategy(images)
         return logits.clone()
 
-    def _features(self, images: Tensor, begun: bool, name: str = "features") -> Tensor:
-        try:
-            with _at_test_time(self.strategy):
-                return pooled(getattr(self.strategy, name)(images)).clone()
-        except Exception as error:
-            if begun:
-                raise
-            raise Broken(
-                f"before the first experience, features stops with {sentence(error).rstrip('.')}: make what "
-                "it needs in the constructor, or declare drawn_once in Promises if the first expand draws "
-                "that for the whole stream"
-            ) from error
+    def _features(self, images: Tensor, name: str = "features") -> Tensor:
+        with _at_test_time(self.strategy):
+            return pooled(getattr(self.strategy, name)(images)).clone()
 
 
 class Subject:
@@ -155,6 +153,10 @@ class Subject:
     def strategy_class(self) -> type[Strategy]:
         """The method."""
         return self._configuration.strategy_class
+
+    def backbone_options(self, **changes: Any) -> dict[str, Any]:
+        """Return the options of the tiny transformer with ``changes``."""
+        return dict(self._configuration.namespace.backbone.options) | changes
 
     def run(self, settings: Mapping[str, Any] | None = None, callbacks: Sequence[Callback] = ()) -> Run:
         """Build a new strategy with its own trainer and stream.
@@ -188,8 +190,13 @@ def _small(configuration: Configuration) -> list[str]:
     return words + (["--model.blocks", str([b for b in blocks if b < depth])] if blocks else [])
 
 
-def strong(run: Run) -> Run:
-    """Raise learning rate and weight decay, so that whatever the optimizer can move moves visibly."""
+def strong(run: Run, weight_decay: float | None = _WEIGHT_DECAY) -> Run:
+    """Raise learning rate and weight decay, so that whatever the optimizer can move moves visibly.
+
+    Args:
+        run: A run that has not begun.
+        weight_decay: The decay, if the optimizer has one; as it is configured if None.
+    """
     strategy = run.strategy
     build = strategy._optimizer
 
@@ -197,8 +204,8 @@ def strong(run: Run) -> Run:
         optimizer = build(parameters)
         for settings in (optimizer.defaults, *optimizer.param_groups):  # groups added later take the defaults
             settings["lr"] = max(settings["lr"], _LEARNING_RATE)
-            if "weight_decay" in settings:
-                settings["weight_decay"] = _WEIGHT_DECAY
+            if weight_decay is not None and "weight_decay" in settings:
+                settings["weight_decay"] = weight_decay
         return optimizer
 
     strategy._optimizer = strengthened

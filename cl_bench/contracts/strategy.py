@@ -6,7 +6,7 @@ A strategy owns a frozen backbone, whatever it trains inside that, and a head th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -39,10 +39,10 @@ class TrainingData(Protocol):
 
 @dataclass(frozen=True)
 class Promises:
-    """What a method guarantees; ``cl-bench check`` verifies it.
+    """What a method guarantees; ``cl-bench check`` verifies it from both sides.
 
     The defaults are what most methods can guarantee. A method that cannot sets ``promises``, which makes the
-    exception a documented part of the method.
+    exception a documented part of the method. An exception that the method does not use is refused.
 
     Attributes:
         start_within: Largest change of a feature, or of the logit of an old class, from the end of an
@@ -50,15 +50,18 @@ class Promises:
         merge_within: Largest change of a feature by ``after_training``, where merging only rounds; None if
             the method changes what it has trained.
         keeps_old_head: Whether the head leaves what belongs to old classes as it is, bit by bit.
-        vectors_per_class: Features kept for each class outside the head, such as prototypes.
-        state_grows_with: What the state outside head, memory and declared vectors grows with:
-            ``experiences``, by the same bytes in each from the second on; ``classes``, by an amount that
-            rises as evenly, such as a prototype of every class in a space of every experience, head included.
-        step_grows_with: What the operations of a training step may grow with, by terms of first order:
+        vectors_per_class: Features kept for each class outside the head: 1 for a prototype, d + 1 for a mean
+            and a covariance (d, d).
+        state_grows_with: What an experience adds to the state outside head, memory and declared vectors:
+            ``experiences``, at most what the second one added; ``classes``, at most that much more than the
+            one before, such as a prototype of every class seen in a space of its own, head included.
+        step_grows_with: What the operations of a training step grow with, by terms of first order:
             ``basis``, the columns that ``memory`` holds, ``classes``, the number of old classes, and
             ``experiences``, the number of old experiences.
         drawn_once: Whether the first ``expand`` draws random parts that serve the whole stream, such as a
-            pool of prompts. They may then change the function in the first experience, and in no other.
+            pool of prompts. They change the function in the first experience, and in no other.
+        training_data: What is kept of training images after their experience: ``none``, statistics such as
+            class means and bases included; ``features`` of single images; or ``images``. Results show it.
         constant: The map of an image, ``features`` or a method ``query(images)``, whose outputs in evaluation
             mode never change once the first experience is learnt. The loop then sends every test image
             through it once a stream.
@@ -74,6 +77,7 @@ class Promises:
     state_grows_with: tuple[Literal["experiences", "classes"], ...] = ()
     step_grows_with: tuple[Literal["basis", "classes", "experiences"], ...] = ()
     drawn_once: bool = False
+    training_data: Literal["none", "features", "images"] = "none"
     constant: Literal["features", "query"] | None = None
 
 
@@ -87,8 +91,8 @@ class Strategy(LightningModule):
     A strategy draws random numbers in these hooks, not in its constructor: the trainer seeds the generators
     at the start of every experience. What it must remember is a parameter or a buffer, or plain numbers and
     words that one of its modules returns from torch's ``get_extra_state``: a run can then resume after an
-    interruption. What is computed only from these may be computed again in Lightning's
-    ``on_load_checkpoint``.
+    interruption. All of it counts as stored. What is computed only from these may be computed again in
+    Lightning's ``on_load_checkpoint``.
 
     Attributes:
         name: What tables call the method; the name of its class unless it sets another.
@@ -216,8 +220,17 @@ class Strategy(LightningModule):
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of state beyond the pre-trained backbone: adapters, heads, prototypes, bases."""
-        return state_bytes(self) - self._pretrained_bytes
+        """Bytes of state beyond the pre-trained backbone: adapters, heads, prototypes, bases.
+
+        What modules return from ``get_extra_state`` counts, and the moments of an optimizer of the stream.
+        """
+        return state_bytes(self) - self._pretrained_bytes + self.optimizer_bytes
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of state of the optimizer that the stream keeps; 0 if every experience builds its own."""
+        kept = self.kept_optimizer
+        return 0 if kept is None else sum(plain_bytes(list(state.values())) for state in kept.state.values())
 
     def batch_loss(self, batch: Batch) -> Tensor:
         """Return this process's share of the mean loss of a batch, images and labels.
@@ -300,6 +313,35 @@ class Strategy(LightningModule):
 
 
 def state_bytes(module: nn.Module) -> int:
-    """Return the bytes of the parameters and persistent buffers of ``module``, shared ones counted once."""
+    """Return the bytes of the parameters, persistent buffers and extra states of ``module``, each once."""
     found = {id(value): value for value in module.state_dict(keep_vars=True).values()}.values()
-    return sum(value.numel() * value.element_size() for value in found if isinstance(value, Tensor))
+    return sum(
+        value.numel() * value.element_size() if isinstance(value, Tensor) else plain_bytes(value)
+        for value in found
+    )
+
+
+def plain_bytes(value: Any) -> int:
+    """Return the bytes of tensors, text and numbers in ``value``, nested lists and dicts included.
+
+    A number takes 8 bytes, or more if it needs them, and a tensor all of its storage, which is what is saved.
+
+    >>> plain_bytes({"passes": [3, 4], "mean": torch.zeros(2)})
+    34
+    """
+    match value:
+        case None:
+            return 0
+        case Tensor():
+            return value.untyped_storage().nbytes()
+        case str():
+            return len(value.encode())
+        case bytes() | bytearray():
+            return len(value)
+        case int():
+            return max(8, (value.bit_length() + 7) // 8)
+        case Mapping():
+            return sum(map(plain_bytes, value)) + sum(map(plain_bytes, value.values()))
+        case list() | tuple() | set() | frozenset():
+            return sum(map(plain_bytes, value))
+    return int(getattr(value, "nbytes", 8))

@@ -382,6 +382,7 @@ class StreamTrainer(Trainer):
             },
             domains=datamodule.domains,
             domain_images=datamodule.domain_images,
+            training_data=strategy.promises.training_data,
         )
 
 

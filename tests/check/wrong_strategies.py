@@ -1,14 +1,14 @@
 """Strategies that are wrong on purpose, each in one way that the contract kit must find."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import Promises, Strategy, TrainingData
-from cl_bench.data.experience import Batch, Experience
+from cl_bench.data.experience import Experience
 from cl_bench.measure.means import class_means
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import GrowingLinear, pooled
@@ -79,6 +79,49 @@ class DrawsUnannounced(Strategy):
         return found
 
 
+class DrawsPromptsTooEarly(Strategy):
+    """Draws its prompts in the constructor."""
+
+    def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
+        super().__init__(backbone, **kwargs)
+        self.prompts = nn.Parameter(torch.randn(2, backbone.feature_dim))
+
+    def features(self, images: Tensor) -> Tensor:
+        found: Tensor = self.backbone(images, Prompts(self.prompts))
+        return found
+
+
+class ClimbsTheLoss(Strategy):
+    """Trains with the wrong sign."""
+
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
+        return -super().loss(features, labels)
+
+
+class ShiftsTheLabels(Strategy):
+    """Trains every image with the label of another."""
+
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
+        return super().loss(features, labels.roll(1))
+
+
+class TrainsOldAdapters(LowRankStrategy):
+    """Adds an adapter to every projection in every experience, and does not freeze the older ones."""
+
+    promises = Promises(state_grows_with=("experiences",), step_grows_with=("experiences",))
+
+    def renew(self) -> None:
+        if self.experience.is_first:
+            super().renew()
+            return
+        for layer in self.layers:
+            for target in ("k", "v"):
+                layer.add(f"{target}_{self.experience.index}", layer.rows[target], self.rank)
+
+    def after_training(self, data: TrainingData) -> None:
+        """Keep the adapters."""
+
+
 class ZeroesAGradient(Strategy):
     """Zeroes the gradient of a backbone weight, which does not stop a weight decay."""
 
@@ -133,51 +176,6 @@ class ReplacesParameters(LowRankStrategy):
             adapter.A = nn.Parameter(adapter.A.detach().clone())
 
 
-class CentresBatches(Strategy):
-    """Subtracts the mean of the batch from the features at test time."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = pooled(self.features(images))
-        logits: Tensor = self.head(features - features.mean(dim=0))
-        return logits
-
-
-class AsksForTheTask(Strategy):
-    """Takes a task id at test time."""
-
-    def forward(self, images: Tensor, task: int | None = None) -> Tensor:
-        return super().forward(images)
-
-
-class ReadsTheLabels(Strategy):
-    """Raises the logits of the experience that the label belongs to."""
-
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = super().test_step(batch, batch_idx)
-        own = torch.arange(logits.shape[1]) // 2 == batch[1][:, None] // 2
-        return logits + 10 * own
-
-
-class Replays(Strategy):
-    """Shows the backbone the images of the previous experience."""
-
-    def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
-        super().__init__(backbone, **kwargs)
-        self.kept: list[Tensor] = []
-
-    def before_training(self, data: TrainingData) -> None:
-        for images in self.kept:
-            self.features(images)
-        self.kept = [images for images, _ in data.plain()]
-
-
-class PeeksAtTheTest(Strategy):
-    """Reads the test images while it trains."""
-
-    def after_training(self, data: TrainingData) -> None:
-        list(self.trainer.datamodule.test_dataloader())  # type: ignore[attr-defined]
-
-
 class DrawsTooEarly(Strategy):
     """Draws noise for the loss in the constructor."""
 
@@ -203,6 +201,49 @@ class KeepsAPlainTensor(Strategy):
 
     def after_training(self, data: TrainingData) -> None:
         self.centre = class_means(self.features, data.plain(), self.experience.classes).mean(dim=0)
+
+
+class RemembersInItsClass(Strategy):
+    """Keeps the mean feature of an experience in its class, which outlives it in the process."""
+
+    centres: ClassVar[dict[int, Tensor]] = {}
+
+    def loss(self, features: Any, labels: Tensor) -> Tensor:
+        centre = 0 if self.experience.is_first else self.centres[self.experience.index - 1]
+        return super().loss(pooled(features) - centre, labels)
+
+    def after_training(self, data: TrainingData) -> None:
+        classes = self.experience.classes
+        self.centres[self.experience.index] = class_means(self.features, data.plain(), classes).mean(dim=0)
+
+
+class RemembersInExtraState(Strategy):
+    """Keeps a list of numbers for every experience outside of tensors."""
+
+    def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
+        super().__init__(backbone, **kwargs)
+        self.centres: list[list[float]] = []
+
+    def after_training(self, data: TrainingData) -> None:
+        centre = class_means(self.features, data.plain(), self.experience.classes).mean(dim=0)
+        self.centres.append(centre.tolist())
+
+    def get_extra_state(self) -> list[list[float]]:
+        return list(self.centres)
+
+    def set_extra_state(self, state: list[list[float]]) -> None:
+        self.centres = list(state)
+
+
+class HidesInItsOptimizer(Strategy):
+    """Keeps more than moments in the state of the optimizer of its stream."""
+
+    optimizer_scope = "stream"
+
+    def after_training(self, data: TrainingData) -> None:
+        assert self.kept_optimizer is not None
+        first = next(iter(self.kept_optimizer.state.values()))
+        first["updates"] = torch.zeros(100_000)
 
 
 class HoardsUpdates(LowRankStrategy):

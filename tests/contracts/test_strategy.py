@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_bench.contracts.strategy import Strategy, TrainingData
+from cl_bench.contracts.strategy import Promises, Strategy, TrainingData
 from cl_bench.data.experience import Experience
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.maths.schedules import QuarterCosine
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import Features, pooled
+from cl_bench.results.result import Result
 from datamodules.toy import Toy
 from strategies.linear_probe import LinearProbe
 from strategies.lora import LoRA
@@ -27,10 +28,10 @@ def backbone(tiny_backbone: Callable[..., Backbone]) -> Backbone:
     return tiny_backbone()
 
 
-def run(strategy: Strategy, *, precision: Any = "32-true", max_epochs: int = 1, **changes: Any) -> None:
+def run(strategy: Strategy, *, precision: Any = "32-true", max_epochs: int = 1, **changes: Any) -> Result:
     settings = {"num_classes": 4, "num_experiences": 2, "image_size": 8, "batch_size": 8}
     trainer = StreamTrainer(max_epochs=max_epochs, accelerator="cpu", precision=precision)
-    trainer.run(strategy, Toy(**settings | changes))
+    return trainer.run(strategy, Toy(**settings | changes))
 
 
 def random_images(count: int) -> Tensor:
@@ -332,3 +333,33 @@ def test_trainable_parameters_and_stored_bytes_count_adapters_and_heads(backbone
     strategy.expand(SECOND)
     assert strategy.trainable_parameters == adapters + 2 * 32 + 2
     assert strategy.stored_bytes == 4 * (adapters + head + 2 * 32 + 2)
+
+
+class Notes(LinearProbe):
+    """Keeps text and numbers outside of tensors."""
+
+    optimizer_scope = "stream"
+    notes: ClassVar = {"ones": [1, 1.0], "word": "é", "rows": torch.zeros(8, 2)[:3]}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return dict(self.notes)
+
+
+def test_stored_bytes_count_extra_state_and_the_optimizer_of_the_stream(backbone: Backbone) -> None:
+    strategy = Notes(backbone)
+    strategy.expand(FIRST)
+    head, text, numbers, storage = 3 * 32 + 3, len("onesword") + len("rows") + 2, 2, 16
+    assert strategy.stored_bytes == 4 * head + text + 8 * numbers + 4 * storage
+    before = strategy.stored_bytes
+    strategy.configure_optimizers()
+    strategy.loss(torch.rand(2, 32), torch.tensor([0, 1])).backward()
+    assert strategy.kept_optimizer is not None
+    strategy.kept_optimizer.step()
+    steps = 2  # of weight and bias, a float32 each
+    assert strategy.stored_bytes - before == 4 * (2 * head + steps)
+
+
+def test_a_result_shows_what_is_kept_of_training_images(backbone: Backbone) -> None:
+    strategy = LinearProbe(backbone)
+    strategy.promises = Promises(training_data="features")
+    assert run(strategy).training_data == "features"

@@ -146,10 +146,10 @@ def test_a_missing_results_folder_is_an_error(tmp_path: Path) -> None:
         list(read_all(tmp_path / "absent"))
 
 
-def test_an_older_file_without_domains_and_diagnostics_is_read(result: Result, tmp_path: Path) -> None:
+def test_an_older_file_without_later_fields_is_read(result: Result, tmp_path: Path) -> None:
     path = result.write(tmp_path)
     payload = json.loads(path.read_text())
-    for name in ("diagnostics", "domains", "domain_images"):
+    for name in ("diagnostics", "domains", "domain_images", "training_data"):
         del payload[name]
     for row in payload["rows"]:
         del row["correct_by_domain"]

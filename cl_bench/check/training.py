@@ -1,9 +1,10 @@
-"""What must not change while a strategy trains: one training, observed four times in every experience."""
+"""What training changes and what it leaves: one observed four times in every experience, and learning."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -11,8 +12,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from cl_bench.check.subject import Broken, Moment, Run, State, Subject, called_around, differing, some, strong
-from cl_bench.contracts.strategy import Strategy
+from cl_bench.contracts.strategy import Promises, Strategy
 from cl_bench.network.adapters import AdaptedLinear
+
+_ROUNDING = 1e-5  # of a feature
+_BY_CHANCE = 1e-4
+_SHORT, _LONG = 20, 100  # epochs
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,18 @@ def start(run: Run, experiences: list[Stages]) -> str:
     Features stay, and so do the logits of old classes. The first experience starts from the function that the
     constructor made, unless its ``expand`` draws what the features need.
     """
-    promises = run.strategy.promises
+    promises, first = run.strategy.promises, experiences[0]
+    if first.before.unready and not promises.drawn_once:
+        raise Broken(
+            f"before the first experience, features stops with {first.before.unready}: let the constructor "
+            "build what it needs, without random numbers; what is drawn once for the whole stream is drawn "
+            "in the first expand, and declared by drawn_once in Promises"
+        )
+    if promises.drawn_once and torch.equal(first.before.features, first.ready.features):
+        raise Broken(
+            "drawn_once is declared, and experience 1 draws nothing that changes a feature: remove "
+            "drawn_once from Promises"
+        )
     changes = []
     for seen in experiences[1:] if promises.drawn_once else experiences:
         old = seen.before.logits.shape[1]
@@ -107,6 +123,7 @@ def start(run: Run, experiences: list[Stages]) -> str:
         changes.append(max(of_features, _change(seen.before.logits, seen.ready.logits[:, :old])))
     drawn = "after the parts drawn in experience 1, " if promises.drawn_once else ""
     largest = max(changes)
+    _require_used("start_within", promises.start_within, Promises().start_within, largest)
     if promises.start_within is None:
         return f"{drawn}declared otherwise; the largest change was {largest:.1e}"
     if not largest <= promises.start_within:
@@ -114,20 +131,31 @@ def start(run: Run, experiences: list[Stages]) -> str:
         raise Broken(
             f"experience {index + 1} starts {largest:.1e} away from "
             f"{'where the previous one ended' if index else 'what the constructor made'}, and "
-            f"{_allowed(promises.start_within)} is promised: {_remedy_of_start(index, promises.drawn_once)}"
+            f"{_allowed(promises.start_within)} is promised: "
+            + _remedy_of_start(index, experiences[index], promises.drawn_once)
         )
     if largest == 0:
         return f"{drawn}the same bits in {len(changes)} experiences"
     return f"{drawn}within {largest:.1e} in {len(changes)} experiences, {promises.start_within:.0e} declared"
 
 
-def _remedy_of_start(index: int, drawn_once: bool) -> str:
-    new_parts = "let new parts add nothing before the first step"
+def _remedy_of_start(index: int, seen: Stages, drawn_once: bool) -> str:
+    before, ready = seen.before.state, seen.ready.state
+    written = [name for name in differing(before, ready) if not name.startswith("head.")]
+    cause = f"expand or before_training writes {some(written)}; " if written else ""
+    factors = [name for name in written if ".adapters." in name]
+    if factors and len(factors) == len(written):
+        return f"{cause}let a new adapter add nothing before the first step, by an up-projection of zeros"
     if index == 0:
-        return f"{new_parts}, or declare drawn_once in Promises if these serve the whole stream"
+        return (
+            f"{cause}let it change no feature before the first step, or declare drawn_once in Promises if it "
+            "is drawn once and serves the whole stream"
+        )
     if drawn_once:
-        return f"draw in the first experience only, and {new_parts} in a later one"
-    return f"{new_parts}, or declare start_within in Promises if the method changes the function on purpose"
+        return (
+            f"{cause}draw in the first experience only, and let what is new add nothing before the first step"
+        )
+    return f"{cause}let what is new add nothing before the first step"
 
 
 def frozen(run: Run, experiences: list[Stages]) -> str:
@@ -135,11 +163,19 @@ def frozen(run: Run, experiences: list[Stages]) -> str:
 
     During the steps, the backbone and every parameter without a gradient are frozen, even under a weight
     decay. From one experience to the next, the adapted rows of a weight may change, and nothing else of the
-    backbone.
+    backbone. A method that adds parts of one kind in every experience, such as adapters, trains the newest:
+    what an older experience trained is frozen once parameters of its shape are added. Single numbers, such as
+    the magnitude of a direction, may go on learning.
     """
     backbone = _backbone(run, experiences[0].before.state)
     learnt: set[str] = set()
     for index, seen in enumerate(experiences, 1):
+        if old := _thawed(seen, learnt):
+            raise Broken(
+                f"the steps of experience {index} move {some(old)}, which an older experience trained, "
+                "although new parameters of the same shape are there: freeze the old ones with "
+                "requires_grad_(False) in expand"
+            )
         moved = set(differing(seen.ready.state, seen.trained.state))
         learnt |= moved & seen.ready.trained
         if kept := sorted(moved & (backbone.keys() | seen.ready.frozen)):
@@ -161,6 +197,16 @@ def frozen(run: Run, experiences: list[Stages]) -> str:
     return f"{len(backbone)} tensors of the backbone and all others without a gradient, bit by bit"
 
 
+def _thawed(seen: Stages, learnt: set[str]) -> list[str]:
+    """Return the parameters outside the head that older experiences trained and that move with new ones."""
+    state = {name: seen.ready.state[name] for name in seen.ready.trained if not name.startswith("head.")}
+    added = {value.shape for name, value in state.items() if name not in seen.before.state}
+    moved = differing(state, {name: seen.trained.state[name] for name in state})
+    return [
+        name for name in moved if name in learnt and state[name].numel() > 1 and state[name].shape in added
+    ]
+
+
 def old_head(run: Run, experiences: list[Stages]) -> str:
     """Claim: an experience does not change what the head holds of older classes."""
     changed = []
@@ -172,12 +218,17 @@ def old_head(run: Run, experiences: list[Stages]) -> str:
             )
             changed += [] if kept else [(index, name)]
     if not run.strategy.promises.keeps_old_head:
+        if not changed:
+            raise Broken(
+                "keeps_old_head=False is declared, and no experience changes what the head holds of older "
+                "classes: remove it from Promises"
+            )
         return f"declared otherwise; {len(changed)} changes in {len(experiences)} experiences"
     if changed:
         index, name = changed[0]
         raise Broken(
             f"experience {index} changes {name} in the rows of old classes: write only what belongs to new "
-            "classes, or declare keeps_old_head=False in Promises if the method changes the others on purpose"
+            "classes"
         )
     old = len(_of_head(experiences[-1].before.state))
     return f"{old} tensors of old classes after {len(experiences)} experiences, bit by bit"
@@ -189,13 +240,14 @@ def after_training(run: Run, experiences: list[Stages]) -> str:
     changes = [_change(seen.trained.features, seen.finished.features) for seen in experiences]
     learnt = max(_change(seen.ready.features, seen.trained.features) for seen in experiences)
     largest = max(changes)
+    _require_used("merge_within", promises.merge_within, Promises().merge_within, largest)
     if promises.merge_within is None:
         return f"declared otherwise; after_training changed features by {largest:.1e}"
     if not largest <= promises.merge_within:
         raise Broken(
             f"after_training of experience {changes.index(largest) + 1} changes features by {largest:.1e}, "
             f"and {_allowed(promises.merge_within)} is promised: keep exactly what was trained, with its "
-            "scale if it is merged, or declare merge_within in Promises if the method changes it on purpose"
+            "scale if it is merged"
         )
     return f"within {largest:.1e}, while training had moved features by {learnt:.1e}"
 
@@ -234,6 +286,109 @@ def optimizer(run: Run, experiences: list[Stages]) -> str:
     return f"{trained[0]}{most} tensors in each of {len(experiences)} experiences"
 
 
+class _Losses(Callback):
+    """Records the loss of every step."""
+
+    def __init__(self) -> None:
+        self.of_steps: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        self.of_steps.append(float(loss))
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What the first experience of a separable stream has taught.
+
+    Attributes:
+        classes: Number of its classes.
+        correct: Share of its test images that are classified correctly, among these classes.
+        first: Mean loss of the first epoch; None without a step.
+        last: Mean loss of the last epoch; None without a step.
+        epochs: Number of epochs.
+    """
+
+    classes: int
+    correct: float
+    first: float | None
+    last: float | None
+    epochs: int
+
+    @property
+    def needed(self) -> float:
+        """Share of the classes that guesses reach with a probability below 1e-4.
+
+        A method that has learnt nothing may give all images of a class the same guess, so the classes are
+        counted and not the images: k of n are guessed with a binomial probability.
+        """
+        n = self.classes
+        tail, k = 0.0, n + 1
+        while tail < _BY_CHANCE:
+            k -= 1
+            tail += math.comb(n, k) * (n - 1) ** (n - k) / n**n
+        return (k + 1) / n
+
+    @property
+    def fault(self) -> str | None:
+        """What has not been learnt, in a phrase."""
+        if self.correct < self.needed:
+            return (
+                f"after {self.epochs} epochs of experience 1, {self.correct:.0%} of its test images are "
+                f"classified correctly, and guesses reach less than {self.needed:.0%} of {self.classes} "
+                "classes"
+            )
+        if self.first is not None and self.last is not None and not self.last < self.first:
+            return f"the loss does not fall: {self.first:.2g} in the first epoch, {self.last:.2g} in the last"
+        return None
+
+
+def learnt(subject: Subject) -> Learnt:
+    """Train ``subject`` on the first experience of a separable stream, longer if it needs that."""
+    found = _learnt(subject, _SHORT)
+    return _learnt(subject, _LONG) if found.fault else found
+
+
+def _learnt(subject: Subject, epochs: int) -> Learnt:
+    losses = _Losses()
+    settings = {
+        "data.num_experiences": 2,
+        "data.classes_per_experience": 12,
+        "data.images_per_class": 4,
+        "data.separable": True,
+        "data.batch_size": 24,
+        "trainer.max_epochs": epochs,
+    }
+    run = strong(subject.run(settings, [losses]), weight_decay=None)
+    first = run.experiences[0]
+    run.learn(first)
+    images, labels = run.stream.probe()
+    own = labels < first.classes.stop
+    right = run.logits(images[own]).argmax(dim=1) == labels[own]
+    steps = losses.of_steps
+    of_epoch = max(len(steps) // epochs, 1)
+    return Learnt(
+        len(first.classes),
+        float(right.float().mean()),
+        mean(steps[:of_epoch]) if steps else None,
+        mean(steps[-of_epoch:]) if steps else None,
+        epochs,
+    )
+
+
+def learning(found: Learnt) -> str:
+    """Claim: on separable classes, the first experience ends far above chance, and the loss falls."""
+    if found.fault:
+        raise Broken(
+            f"{found.fault}: let the loss fall as the logits of the own classes of images rise, and keep "
+            "what was trained"
+        )
+    falls = "" if found.first is None else f", the loss falls from {found.first:.2g} to {found.last:.2g}"
+    return f"{found.correct:.0%} of test images of experience 1 are right{falls}"
+
+
 def _of_head(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if name.startswith("head.") and tensor.ndim}
 
@@ -270,6 +425,21 @@ def _outside_adapters(
         if not torch.equal(before[name][free], after[name][free]):
             changed.append(name)
     return changed
+
+
+def _require_used(name: str, promised: float | None, default: float | None, found: float) -> None:
+    """Refuse a tolerance that is looser than the default although the method does not need it."""
+    assert default is not None
+    if promised is None:
+        if found > _ROUNDING:
+            return
+        advice = f"declare {_ROUNDING:.0e}" if found > default else f"remove {name} from Promises"
+        raise Broken(f"{name}=None is declared, and the largest change is {found:.1e}: {advice}")
+    if promised > default and (found <= default or promised > max(_ROUNDING, 100 * found)):
+        raise Broken(
+            f"{name}={promised:.0e} is declared, and the largest change is {found:.1e}: promise what is "
+            f"kept, the default of {default:.0e} if that is enough"
+        )
 
 
 def _change(one: Tensor, other: Tensor) -> float:
