@@ -16,7 +16,7 @@ from cl_bench.report.tables import Table, tables
 from cl_bench.report.text import latex, markdown
 from cl_bench.results.files import file_names
 from cl_bench.results.metrics import DEFINITIONS
-from cl_bench.results.result import FILE_NAME, Result, read_all
+from cl_bench.results.result import FILE_NAME, Result, read_all, without_collector
 
 Format = Literal["md", "latex", "csv", "json", "html"]
 
@@ -79,9 +79,11 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
         ValueError: If a metric has no definition, or the folder of the report is a link.
     """
     shown = defined(METRICS if metrics is None else metrics)
-    results, unreadable = results_below(results_folder)
-    compared = comparisons(results)
-    laid_out = tables(compared, shown)
+    with without_collector():
+        results, unreadable = results_below(results_folder)
+        compared = comparisons(results)
+        laid_out = tables(compared, shown)
+        texts = _texts(laid_out, format, results_folder.resolve().name, unreadable)
     folder = results_folder / FOLDER
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link to another folder: remove it, and the report makes its own.")
@@ -89,7 +91,6 @@ def report(results_folder: Path, format: Format, metrics: Sequence[str] | None =
     for pattern in _OURS[format]:  # no picture of results that are gone may remain with the new table
         for path in folder.glob(pattern):
             path.unlink()
-    texts = _texts(laid_out, format, results_folder.resolve().name, unreadable)
     files = [folder / name for name in texts]
     for path, text in zip(files, texts.values(), strict=True):
         path.write_text(text, encoding="utf-8")

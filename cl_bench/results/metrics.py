@@ -22,6 +22,7 @@ the mean of ``b``, and a column of equal numbers would look like a finding.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -371,8 +372,21 @@ def _length(R: Matrix) -> int:
 
 def _places(R: Matrix) -> npt.NDArray[np.int_]:
     """Return the row and the column of every entry of ``R``, (2, T, T)."""
-    _length(R)
-    return np.indices(R.shape)
+    return _indices(_length(R))
+
+
+@lru_cache(maxsize=8)
+def _indices(length: int) -> npt.NDArray[np.int_]:
+    indices = np.indices((length, length))
+    indices.flags.writeable = False
+    return indices
+
+
+@lru_cache(maxsize=8)
+def _seen(length: int) -> Mask:
+    mask = np.tri(length, dtype=bool)
+    mask.flags.writeable = False
+    return mask
 
 
 def _refuse_misfit(correct: Matrix, total: Vector) -> None:
@@ -398,7 +412,7 @@ def _refuse_misfit(correct: Matrix, total: Vector) -> None:
 
 def _sums_over_seen(table: Matrix) -> Vector:
     """Return the sum of each row up to the diagonal, (T,), whatever stands above it."""
-    seen = np.tri(_length(table), dtype=bool)
+    seen = _seen(_length(table))
     sums: Vector = np.where(seen, table, 0.0).sum(axis=1)
     return sums
 

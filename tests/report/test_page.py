@@ -25,7 +25,7 @@ Drawn = Callable[..., Result]
 Browser = webdriver.Chrome
 
 STRENGTHS = {"JANUS-LoRA": (0.93, 0.01), "InfLoRA": (0.92, 0.03), "LoRA (merge)": (0.9, 0.08)}
-HOSTILE = "</script>&<img src=x onerror=document.title='broken'>"
+HOSTILE = "<!-- <script></script>&%{x}<img src=x onerror=document.title='broken'>"
 PHONE, DESK = (390, 844), (1280, 900)
 
 
@@ -304,6 +304,15 @@ def test_a_hostile_name_is_text(opened: Browser) -> None:
     assert HOSTILE in _rows(opened)
     assert opened.title != "broken"
     assert opened.find_elements(By.CSS_SELECTOR, "main img[src='x']") == []
+
+
+def test_no_axis_of_percentages_goes_beyond_0_and_100(opened: Browser) -> None:
+    script = (
+        "return ['curve', 'pareto', 'tasks'].flatMap((id) => document.getElementById(id).layout.yaxis.range)"
+    )
+    ends = opened.execute_script(script)
+    assert len(ends) == 6
+    assert 0 <= min(ends) < max(ends) <= 100
 
 
 def test_a_package_without_its_script_is_named(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_an_axis_of_percentages_ends_at_0_and_100(made: Made) -> None:
     (comparison,) = comparisons([made(counts=one, seed=seed) for seed, one in enumerate(counts)])
     axes = curves(comparison).axes[0]
     assert axes.get_ylim() == (0.0, 100.0)
-    band = axes.collections[0].get_paths()[0].vertices
+    band = np.asarray(axes.collections[0].get_paths()[0].vertices)
     assert (np.min(band[:, 1]), np.max(band[:, 1])) == (0.0, 100.0)
 
 
