@@ -50,6 +50,16 @@ def is_of_memory(error: BaseException) -> bool:
     return named or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
+def is_of_shared_memory(error: BaseException) -> bool:
+    """Return whether ``error`` means that the memory that processes share, ``/dev/shm``, is exhausted.
+
+    >>> is_of_shared_memory(RuntimeError("unable to write to file </torch_22513_1103944902_1>"))
+    True
+    """
+    # torch raises a plain RuntimeError, or the worker is killed and its parent names the cause.
+    return isinstance(error, RuntimeError) and ("</torch_" in str(error) or "shared memory" in str(error))
+
+
 @contextmanager
 def refusing(*passed: type[Exception]) -> Iterator[None]:
     """Turn every error inside, except ValueError, OSError and those ``passed``, into a ValueError.

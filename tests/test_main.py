@@ -1,4 +1,3 @@
-import contextlib
 import csv
 import json
 import os
@@ -88,59 +87,6 @@ def test_the_same_command_gives_the_same_counts_and_a_done_cell_is_skipped(
     assert run(tmp_path / "one", *words) == 0
     assert "already done" in capsys.readouterr().out
     assert one.stat().st_mtime_ns == before
-
-
-def test_a_run_finishes_when_nobody_reads_its_output(tmp_path: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w") as pipe, contextlib.redirect_stdout(pipe):
-        assert run(tmp_path, "ncm", "toy") == 0
-    assert read(only_result(tmp_path)).status == "done"
-
-
-@pytest.mark.parametrize("words", (["run", "ncm", "toy", "--print_config"], ["run", "--help"]))
-def test_a_full_disk_fails_a_command_that_only_prints(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
-        assert main(words) == 2
-    assert refusal(capsys) == "The output could not be written (No space left on device)."
-
-
-@pytest.mark.parametrize(
-    "variables",
-    (
-        {"SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "alloc"},
-        {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2"},
-        {"RANK": "1", "LOCAL_RANK": "1"},
-    ),
-)
-def test_ranks_in_the_variables_of_a_session_do_not_change_a_single_process(
-    variables: dict[str, str], tmp_path: Path
-) -> None:
-    slurm = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_NODELIST": "n[1-2]"}
-    words = ["run", "ncm", "toy", f"--results={tmp_path}", "--trainer.accelerator=cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "cl_bench", *words],
-        env=os.environ | slurm | variables,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert str(path := only_result(tmp_path)) in done.stdout
-    assert read(path).status == "done"
-
-
-def test_a_tilde_is_the_home_folder_in_every_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
-    assert main(["run", "ncm", "toy", "--results=~/one", "--trainer.accelerator=cpu"]) == 0
-    (tmp_path / "grid.yaml").write_text("{strategies: [ncm], datasets: [toy], results: ~/one}")
-    assert main(["grid", "~/grid.yaml", "--dry-run"]) == 0
-    assert main(["report", "~/one"]) == 0
-    assert read(only_result(tmp_path / "one")).status == "done"
-    assert not (tmp_path / "~").exists()
 
 
 def test_a_changed_setting_has_its_own_folder(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.seed import seed_everything
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
@@ -22,7 +23,7 @@ from lightning.pytorch.strategies import Strategy as Distribution
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
-from cl_bench.errors import is_of_memory, sentence
+from cl_bench.errors import is_of_memory, is_of_shared_memory, sentence
 from cl_bench.loop import progress
 from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, Once, StreamMetrics
 from cl_bench.loop.checkpoint import Checkpoints
@@ -401,10 +402,16 @@ def _title(strategy: Strategy, regime: Regime) -> str:
 
 @contextmanager
 def _naming_batch_size(course: Course, datamodule: StreamDataModule) -> Iterator[None]:
-    """Name the batch size in an out-of-memory error."""
+    """Name the batch size in an out-of-memory error, and the workers if they share too little memory."""
     try:
         yield
     except Exception as error:
+        if is_of_shared_memory(error):
+            raise OutOfMemory(
+                "The batches that workers load do not fit into the memory that processes share, /dev/shm: "
+                "choose fewer --num_workers, a smaller --batch_size and --test_batch_size, or enlarge it "
+                "(docker run --shm-size)."
+            ) from error
         if not is_of_memory(error):
             raise
         name = "batch_size" if course.stepping else "test_batch_size"

@@ -40,8 +40,6 @@ def is_single(
 
     >>> is_single(1, 1, "auto", {"SLURM_NTASKS": "4"}), is_single(2, 1, "ddp", {})
     (True, False)
-    >>> is_single([3], 1, "auto", {})
-    True
     """
     one = str(devices) == "1" or (isinstance(devices, list) and len(devices) == 1)
     return one and num_nodes == 1 and strategy == "auto" and launched(environment) == 1

@@ -58,7 +58,7 @@ def be_first() -> None:
 
     An interactive session of SLURM, for example, sets them for every command that is typed in it.
     """
-    rank_zero_only.rank = 0
+    rank_zero_only.rank = 0  # type: ignore[attr-defined]
 
 
 def slice_of(count: int, rank: int, world_size: int) -> slice:

@@ -164,9 +164,10 @@ def require_same_images(path: Path, configuration: Configuration, images: Mappin
     if differing is None:
         return
     data = configuration.namespace.data
+    place = data.get("root") or configuration.datamodule.name
     own_name = "name this dataset with --name, " if "name" in data else ""
     raise ValueError(
-        f"The result {path} is of {differing} than {data.get('root')} has now: {own_name}choose other "
+        f"The result {path} is of {differing} than {place} has now: {own_name}choose other "
         "--results, or remove the folder of the result to run its cell again."
     )
 

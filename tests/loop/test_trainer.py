@@ -231,6 +231,19 @@ def test_an_out_of_memory_error_names_the_batch_size(
     assert read(tmp_path / FILE_NAME).status == "failed"
 
 
+class WithLittleSharedMemory(LinearProbe):
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        # As torch prints it on a machine whose /dev/shm has 512 kB.
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_22513_1>: No space left on device (28)"
+        )
+
+
+def test_full_shared_memory_is_named_with_its_remedy(backbone: Making) -> None:
+    with pytest.raises(OutOfMemory, match=r"choose fewer --num_workers, .* \(docker run --shm-size\)"):
+        trainer().run(WithLittleSharedMemory(backbone()), toy())
+
+
 class Failing(LinearProbe):
     """It breaks when it merges the second experience."""
 
