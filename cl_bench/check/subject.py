@@ -175,6 +175,7 @@ def _small(configuration: Configuration) -> list[str]:
     keys = configuration.schema.keys
     words = ["--model.rank", str(RANK)] if "model.rank" in keys else []
     words += ["--model.pool", str(LONG)] if "model.pool" in keys else []
+    words += ["--model.chosen", "1"] if "model.chosen" in keys else []  # more prompts outnumber its tokens
     blocks = configuration.namespace.model.get("blocks")
     return words + (["--model.blocks", str([b for b in blocks if b < depth])] if blocks else [])
 
