@@ -68,7 +68,6 @@ class DualPrompt(PromptedStrategy):
 
     name = "DualPrompt"
     promises = Promises(
-        start_within=None,  # an image may choose the key of the new experience at once
         state_grows_with=("experiences",),  # an expert and its key
         drawn_once=True,  # the general prefix
     )

@@ -25,7 +25,8 @@ Departures:
   its batch, which the protocol of this suite excludes.
 * Prompts have no position, as in the original code. The port gives each that of the class token, a constant
   that a prompt can learn.
-* Keys and prompts start uniform in [-1, 1] as in the port; in the original code in [0, 0.01].
+* Keys and prompts start uniform in [0, 0.01] as in the original code; in the port in [-1, 1], where the mean
+  of the prompt tokens shows little of a small image.
 * No gradient is clipped, as in the port; the original clips to norm 1, ``--trainer.gradient_clip_val 1``.
 """
 
@@ -85,8 +86,8 @@ class L2P(PromptedStrategy):
         super().expand(experience)
         if experience.is_first:
             size, _, width = self.shape
-            self.keys = nn.Parameter(torch.empty(size, width).uniform_(-1, 1))  # K
-            self.pool = nn.Parameter(torch.empty(self.shape).uniform_(-1, 1))  # P
+            self.keys = nn.Parameter(torch.empty(size, width).uniform_(0, 0.01))  # K
+            self.pool = nn.Parameter(torch.empty(self.shape).uniform_(0, 0.01))  # P
 
     def prompts(self, query: Tensor) -> tuple[Prompts, Tensor]:
         """Return the tokens (B, N length, d) that images with queries (B, d) take, and the N cosines."""

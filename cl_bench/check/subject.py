@@ -184,6 +184,7 @@ def _small(configuration: Configuration) -> list[str]:
         "model.bottleneck": RANK,
         "model.random_features": 16 * RANK,
         "model.pool": LONG,
+        "model.chosen": 1,  # more prompts would outnumber its tokens
     }
     words = [word for key, size in small.items() if key in keys for word in (f"--{key}", str(size))]
     blocks = configuration.namespace.model.get("blocks")
