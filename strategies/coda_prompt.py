@@ -94,6 +94,7 @@ class CODAPrompt(PromptedStrategy):
         state_grows_with=("experiences",),  # components
         step_grows_with=("experiences",),
         drawn_once=True,  # the first components are part of every later sum
+        constant="query",
     )
 
     def __init__(

@@ -70,6 +70,7 @@ class DualPrompt(PromptedStrategy):
     promises = Promises(
         state_grows_with=("experiences",),  # an expert and its key
         drawn_once=True,  # the general prefix
+        constant="query",
     )
 
     def __init__(

@@ -61,7 +61,7 @@ class L2P(PromptedStrategy):
     """
 
     name = "L2P"
-    promises = Promises(drawn_once=True)
+    promises = Promises(drawn_once=True, constant="query")
 
     def __init__(
         self,

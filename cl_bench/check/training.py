@@ -200,11 +200,18 @@ def frozen(run: Run, experiences: list[Stages]) -> str:
 def _thawed(seen: Stages, learnt: set[str]) -> list[str]:
     """Return the parameters outside the head that older experiences trained and that move with new ones."""
     state = {name: seen.ready.state[name] for name in seen.ready.trained if not name.startswith("head.")}
-    added = {value.shape for name, value in state.items() if name not in seen.before.state}
+    added = {(_layer(name), value.shape) for name, value in state.items() if name not in seen.before.state}
     moved = differing(state, {name: seen.trained.state[name] for name in state})
     return [
-        name for name in moved if name in learnt and state[name].numel() > 1 and state[name].shape in added
+        name
+        for name in moved
+        if name in learnt and state[name].numel() > 1 and (_layer(name), state[name].shape) in added
     ]
+
+
+def _layer(name: str) -> str:
+    """Return the layer whose adapter has the parameter, empty if it belongs to none."""
+    return name.partition(".adapters.")[0] if ".adapters." in name else ""
 
 
 def old_head(run: Run, experiences: list[Stages]) -> str:
