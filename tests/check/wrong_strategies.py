@@ -183,7 +183,7 @@ class DrawsTooEarly(Strategy):
 
     def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
-        self.register_buffer("noise", torch.randn(backbone.feature_dim))
+        self.register_buffer("noise", 0.1 * torch.randn(backbone.feature_dim))  # it can still learn
 
     def loss(self, features: Any, labels: Tensor) -> Tensor:
         return super().loss(pooled(features) + self.noise, labels)
