@@ -95,8 +95,7 @@ class LoRADRS(ProtectedStrategy):
         super().__init__(
             backbone, rectification=rectification, row_space="free", threshold=0, threshold_end=0, **kwargs
         )
-        grown = (*self.promises.step_grows_with, "classes")  # a distance to each old prototype
-        self.promises = replace(self.promises, vectors_per_class=1, step_grows_with=grown)
+        self.promises = replace(self.promises, vectors_per_class=1)
         self.variant = "GR" if rectification else None
         self.retained = retained
         self.normalise = normalise

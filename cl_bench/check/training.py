@@ -438,10 +438,11 @@ def _require_used(name: str, promised: float | None, default: float | None, foun
     """Refuse a tolerance that is looser than the default although the method does not need it."""
     assert default is not None
     if promised is None:
-        if found > _ROUNDING:
+        if found > default:
             return
-        advice = f"declare {_ROUNDING:.0e}" if found > default else f"remove {name} from Promises"
-        raise Broken(f"{name}=None is declared, and the largest change is {found:.1e}: {advice}")
+        raise Broken(
+            f"{name}=None is declared, and the largest change is {found:.1e}: remove {name} from Promises"
+        )
     if promised > default and (found <= default or promised > max(_ROUNDING, 100 * found)):
         raise Broken(
             f"{name}={promised:.0e} is declared, and the largest change is {found:.1e}: promise what is "
