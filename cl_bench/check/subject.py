@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -256,6 +257,20 @@ def differing(one: State, other: State) -> list[str]:
         for name in sorted(one.keys() | other.keys())
         if name not in one or name not in other or not torch.equal(one[name], other[name])
     ]
+
+
+def largest_change(one: Tensor, other: Tensor) -> float:
+    """Return the largest change of an entry: 0 if there are none, infinity if the shapes differ."""
+    if not one.numel():
+        return 0.0
+    if one.shape != other.shape:
+        return math.inf
+    return float((one - other).abs().nan_to_num(nan=math.inf).max())
+
+
+def allowed(tolerance: float) -> str:
+    """Return a tolerance in words."""
+    return f"{tolerance:.0e}" if tolerance else "the same bits"
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:

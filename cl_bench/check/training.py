@@ -9,9 +9,20 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from cl_bench.check.subject import Broken, Moment, Run, State, Subject, called_around, differing, some, strong
+from cl_bench.check.subject import (
+    Broken,
+    Moment,
+    Run,
+    State,
+    Subject,
+    allowed,
+    called_around,
+    differing,
+    largest_change,
+    some,
+    strong,
+)
 from cl_bench.contracts.strategy import Promises, Strategy
 from cl_bench.network.adapters import AdaptedLinear
 
@@ -119,8 +130,8 @@ def start(run: Run, experiences: list[Stages]) -> str:
     changes = []
     for seen in experiences[1:] if promises.drawn_once else experiences:
         old = seen.before.logits.shape[1]
-        of_features = _change(seen.before.features, seen.ready.features)
-        changes.append(max(of_features, _change(seen.before.logits, seen.ready.logits[:, :old])))
+        of_features = largest_change(seen.before.features, seen.ready.features)
+        changes.append(max(of_features, largest_change(seen.before.logits, seen.ready.logits[:, :old])))
     drawn = "after the parts drawn in experience 1, " if promises.drawn_once else ""
     largest = max(changes)
     _require_used("start_within", promises.start_within, Promises().start_within, largest)
@@ -131,7 +142,7 @@ def start(run: Run, experiences: list[Stages]) -> str:
         raise Broken(
             f"experience {index + 1} starts {largest:.1e} away from "
             f"{'where the previous one ended' if index else 'what the constructor made'}, and "
-            f"{_allowed(promises.start_within)} is promised: "
+            f"{allowed(promises.start_within)} is promised: "
             + _remedy_of_start(index, experiences[index], promises.drawn_once)
         )
     if largest == 0:
@@ -244,8 +255,8 @@ def old_head(run: Run, experiences: list[Stages]) -> str:
 def after_training(run: Run, experiences: list[Stages]) -> str:
     """Claim: the features that training ended with are those that the next experience starts from."""
     promises = run.strategy.promises
-    changes = [_change(seen.trained.features, seen.finished.features) for seen in experiences]
-    learnt = max(_change(seen.ready.features, seen.trained.features) for seen in experiences)
+    changes = [largest_change(seen.trained.features, seen.finished.features) for seen in experiences]
+    learnt = max(largest_change(seen.ready.features, seen.trained.features) for seen in experiences)
     largest = max(changes)
     _require_used("merge_within", promises.merge_within, Promises().merge_within, largest)
     if promises.merge_within is None:
@@ -253,7 +264,7 @@ def after_training(run: Run, experiences: list[Stages]) -> str:
     if not largest <= promises.merge_within:
         raise Broken(
             f"after_training of experience {changes.index(largest) + 1} changes features by {largest:.1e}, "
-            f"and {_allowed(promises.merge_within)} is promised: keep exactly what was trained, with its "
+            f"and {allowed(promises.merge_within)} is promised: keep exactly what was trained, with its "
             "scale if it is merged"
         )
     return f"within {largest:.1e}, while training had moved features by {learnt:.1e}"
@@ -263,7 +274,7 @@ def constant(run: Run, experiences: list[Stages]) -> str:
     """Claim: after the first experience, the map that is declared constant gives the same bits."""
     name = run.strategy.promises.constant
     first, *later = (seen.finished.constant for seen in experiences)
-    changes = [_change(first, other) for other in later]
+    changes = [largest_change(first, other) for other in later]
     if name is None:
         hint = "" if any(changes) else ', and features never changed: Promises(constant="features") would do'
         return f"nothing is declared{hint}"
@@ -448,16 +459,3 @@ def _require_used(name: str, promised: float | None, default: float | None, foun
             f"{name}={promised:.0e} is declared, and the largest change is {found:.1e}: promise what is "
             f"kept, the default of {default:.0e} if that is enough"
         )
-
-
-def _change(one: Tensor, other: Tensor) -> float:
-    """Return the largest change of an entry: 0 if there are none, infinity if the shapes differ."""
-    if not one.numel():
-        return 0.0
-    if one.shape != other.shape:
-        return math.inf
-    return float((one - other).abs().nan_to_num(nan=math.inf).max())
-
-
-def _allowed(tolerance: float) -> str:
-    return f"{tolerance:.0e}" if tolerance else "the same bits"
