@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cl_bench.check.claims import CLAIMS, verdicts
-from cl_bench.check.command import layer
+from cl_bench.check.command import CLAIMS, layer, verdicts
 from cl_bench.check.subject import Subject, Verdict
 from cl_bench.run.configs import CONFIGS
 from cl_bench.run.run import quiet

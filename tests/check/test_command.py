@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cl_bench.__main__ import main
-from cl_bench.check.claims import CLAIMS
+from cl_bench.check.command import CLAIMS
 
 WRONG = Path(__file__).with_name("wrong_strategies.py")
 

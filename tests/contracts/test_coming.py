@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from cl_bench.check.claims import verdicts
-from cl_bench.check.command import layer
+from cl_bench.check.command import layer, verdicts
 from cl_bench.check.subject import Subject
 from cl_bench.run.run import quiet
 
