@@ -28,6 +28,7 @@ from cl_bench.network.backbones import Backbone
 from cl_bench.processes.ranks import _prints, agree, is_first, place, require_agreement
 from cl_bench.results.result import FILE_NAME, read
 from datamodules.toy import Toy
+from strategies.ease import EASE
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
 from strategies.keeplora import KeepLoRA
@@ -35,6 +36,8 @@ from strategies.loda import LoDA
 from strategies.lora import LoRA
 from strategies.lora_gpm import LoRAGPM
 from strategies.ncm import NearestClassMean
+from strategies.ranpac import RanPAC
+from strategies.slca import SLCA
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -54,6 +57,9 @@ STRATEGIES: dict[str, Callable[[Backbone], Strategy]] = {
     ),
     "LoDA": lambda backbone: LoDA(backbone, rank=2),
     "NCM": NearestClassMean,
+    "RanPAC": lambda backbone: RanPAC(backbone, bottleneck=2, bottleneck_dropout=0.0, random_features=16),
+    "EASE": lambda backbone: EASE(backbone, bottleneck=2, bottleneck_dropout=0.0),
+    "SLCA++": lambda backbone: SLCA(backbone, rank=2, alignment_samples=8),
     WATCHED: lambda backbone: LoRA(backbone, rank=2, optimizer=sgd),
 }
 
