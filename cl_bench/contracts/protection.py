@@ -44,7 +44,8 @@ class ProtectedStrategy(LowRankStrategy):
         rectification: Whether both gradients are rectified, or only that of A is projected.
         row_space: ``safe`` keeps the rows of A outside the protected directions; ``free`` does not.
         gauge: Which factor carries what both could: a-first, b-first, half or minnorm.
-        damping: Added to the Gram matrices that rectification solves.
+        relative_damping: Added to the diagonals of the Gram matrices that rectification solves, in units of
+            their means.
         threshold: Share of the energy of its inputs that the first experience protects.
         threshold_end: What the share rises to, linearly, by the end of the stream.
         energy: Whether shares are those of features or of their covariance, which needs far fewer directions.
@@ -61,7 +62,7 @@ class ProtectedStrategy(LowRankStrategy):
         rectification: bool = False,
         row_space: RowSpace = "free",
         gauge: Gauge = "half",
-        damping: float = 1e-4,
+        relative_damping: float = 1e-4,
         threshold: float = 0.95,
         threshold_end: float = 1.0,
         energy: Energy = "features",
@@ -73,7 +74,7 @@ class ProtectedStrategy(LowRankStrategy):
         self.rectification = rectification
         self.row_space = row_space
         self.gauge = gauge
-        self.damping = damping
+        self.relative_damping = relative_damping
         self.threshold = threshold
         self.threshold_end = threshold_end
         widths = {layer.weight.shape[1] for layer in self.layers}
@@ -128,7 +129,7 @@ class ProtectedStrategy(LowRankStrategy):
                 torch.stack([_gradient(adapter.A) for adapter in alike]),
                 torch.stack([_gradient(adapter.B) for adapter in alike]),
                 scale=float(alike[0].scale),
-                damping=self.damping,
+                damping=self.relative_damping,
                 gauge=self.gauge,
             )
             for adapter, X, Y in zip(alike, *found, strict=True):

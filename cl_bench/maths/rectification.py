@@ -38,6 +38,8 @@ from torch import Tensor
 Gauge = Literal["a-first", "b-first", "half", "minnorm"]
 """Which factor carries what both could: ``A``, ``B``, each a half, or so that both updates are shortest."""
 
+_SMALLEST = 1e-100  # below the Gram matrix of any factor in float32 but zero; its inverse is still finite
+
 
 @torch.no_grad()
 def rectified(
@@ -68,9 +70,10 @@ def rectified(
     ‖X‖² + ‖Y‖² least; LoRA-Pro, which asks for the pair nearest to the gradients of the factors, chooses the
     same, because ``gradient_A Aᵀ = Bᵀ gradient_B``.
 
-    Each Gram matrix is solved with ``damping`` on its diagonal, so a direction of ``B`` whose singular value
-    is far below √damping counts as absent. At ``B = 0``, where every adapter starts, that makes X = 0 and
-    Y = G_s A⁺ / s, as the pseudo-inverse does.
+    The diagonal of each Gram matrix is raised by the share ``damping`` of its mean, so a direction of ``B``
+    whose energy is far below that share of the mean energy counts as absent, and the size of ``B`` does not
+    matter: the closed form holds as well for the small ``B`` of the first steps as later. At ``B = 0``, where
+    every adapter starts, X = 0 and Y = G_s A⁺ / s, as the pseudo-inverse gives.
 
     Everything is computed in float64: TF32 would round the Gram matrices more coarsely than the damping.
     Numbers that are not finite stay so, and stop the run as divergence.
@@ -81,7 +84,7 @@ def rectified(
         gradient_A: Safe gradients s Bᵀ G_s (…, r, n).
         gradient_B: Safe gradients s G_s Aᵀ (…, m, r).
         scale: Factor ``s`` of the product.
-        damping: Added to the Gram matrices ``BᵀB`` and ``AAᵀ``, above 0.
+        damping: Added to the diagonals of ``BᵀB`` and ``AAᵀ``, in units of their means, above 0.
         gauge: Which factor carries what both could.
 
     Returns:
@@ -101,7 +104,7 @@ def rectified(
     """
     if not damping > 0:
         raise ValueError(
-            f"With a damping of {damping} the Gram matrix of B = 0, as in every fresh adapter, is singular: "
+            f"With a damping of {damping} the Gram matrix of a B with dependent columns is singular: "
             "give a positive one, such as 1e-4."
         )
     down, up = A.double(), B.double()  # autocast does not change float64
@@ -117,7 +120,9 @@ def rectified(
 
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
-    return gram + damping * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    size = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return gram + (damping * size).clamp(min=_SMALLEST) * identity
 
 
 def _inverse(gram: Tensor) -> Tensor:

@@ -16,10 +16,25 @@ from torch import Tensor, nn
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _CLASSIFIERS = ("head.", "head_dist.")
+_UNREADABLE = (
+    safetensors.SafetensorError,
+    RuntimeError,  # and RecursionError
+    EOFError,
+    OSError,
+    MemoryError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 
 
 def load(vit: nn.Module, file: Path, model: str) -> None:
-    """Copy the tensors of ``file`` into ``vit``; every key and shape must agree, except for a classifier."""
+    """Copy the tensors of ``file`` into ``vit``; every key and shape must agree, except for a classifier.
+
+    Raises:
+        ValueError: If the file does not hold dense, finite floating-point tensors by name that fit.
+    """
     state = _without_classifier(_state_dict(file), vit)
     problems = _problems(state, vit.state_dict())
     if problems:
@@ -29,6 +44,17 @@ def load(vit: nn.Module, file: Path, model: str) -> None:
             "Choose the model and the options that it was made with"
             + (f": its shapes fit {made_with}." if made_with else ".")
         )
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"{file} holds {key} as {tensor.dtype}, and weights are floating-point numbers: "
+                "save the state dict of the model before it was quantised or converted."
+            )
+        if not bool(tensor.float().isfinite().all()):
+            raise ValueError(
+                f"{file} holds numbers in {key} that are not finite, as if its training had diverged: "
+                "take an earlier checkpoint."
+            )
     vit.load_state_dict(state)
 
 
@@ -43,7 +69,29 @@ def _state_dict(file: Path) -> dict[str, Tensor]:
             f"{file} does not hold tensors by name, at its top or under state_dict or model: "
             "save only the state dict of the model."
         )
+    for key, tensor in content.items():
+        if not isinstance(key, str):
+            raise ValueError(
+                f"{file} holds a tensor under {key!r}, which is not a name: save the state dict of the model."
+            )
+        if kind := _unusual(tensor):
+            raise ValueError(
+                f"{file} holds {key} as {kind}: save the state dict of the model as ordinary dense tensors."
+            )
     return dict(content)
+
+
+def _unusual(tensor: Tensor) -> str | None:
+    """Return in words what keeps a tensor from being copied number by number; None if nothing does."""
+    if tensor.is_quantized:
+        return "a quantised tensor"
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"a sparse tensor ({tensor.layout})"
+    if tensor.is_meta:
+        return "a tensor without numbers, on the device meta"
+    return None
 
 
 def _content(file: Path) -> Any:
@@ -59,8 +107,8 @@ def _content(file: Path) -> Any:
             f"{file} holds more than tensors, and reading it could run code: "
             "if you trust it, save its state dict as .safetensors and give that file."
         ) from error
-    except (safetensors.SafetensorError, RuntimeError, EOFError, OSError) as error:
-        why = " ".join(str(error).split()).rstrip(".")
+    except _UNREADABLE as error:
+        why = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(
             f"{file} cannot be read as a checkpoint ({why}): check that it is complete."
         ) from error

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,14 +23,16 @@ class Patience:
     """Timeouts and retries.
 
     Attributes:
-        seconds: Time without a byte, or without a connection, after which an attempt fails.
-        attempts: Attempts in a row without a new byte after which the download fails.
+        seconds: Time without ``least`` bytes, or without a response, after which an attempt fails.
+        attempts: Attempts in a row with fewer than ``least`` new bytes after which the download fails.
         pause: Seconds before the second attempt in a row; doubled for each further one.
+        least: Bytes that a server must send in ``seconds``; fewer are no progress.
     """
 
     seconds: float = 30.0
     attempts: int = 5
     pause: float = 1.0
+    least: int = 30_000
 
 
 PATIENCE = Patience()
@@ -89,22 +94,74 @@ def _complete(archive: Archive, part: Path, patience: Patience, advance: Advance
     if _size(part) > archive.size:
         part.unlink()
     farthest, failures, problem = _size(part), 0, ""
-    with httpx.Client(timeout=patience.seconds, follow_redirects=True) as client:
-        while _size(part) < archive.size:
-            try:
-                _receive(client, archive, part, advance)
-                problem = "the connection ended early"
-            except httpx.HTTPError as error:
-                problem = str(error) or type(error).__name__
-            failures = 0 if _size(part) > farthest else failures + 1
-            farthest = max(farthest, _size(part))
-            if failures == patience.attempts:
-                raise ConnectionError(_stalled(archive, part, patience, problem))
-            if failures:
-                time.sleep(patience.pause * 2 ** (failures - 1))
+    while _size(part) < archive.size:
+        try:
+            with httpx.Client(timeout=patience.seconds, follow_redirects=True) as client:
+                _receive(client, archive, part, patience, advance)
+            problem = "the connection ended early"
+        except httpx.HTTPError as error:
+            problem = str(error) or type(error).__name__
+        failures = 0 if _size(part) - farthest >= patience.least else failures + 1
+        farthest = max(farthest, _size(part))
+        if failures == patience.attempts and farthest < archive.size:
+            raise ConnectionError(_stalled(archive, part, patience, problem))
+        if failures:
+            time.sleep(patience.pause * 2 ** (failures - 1))
 
 
-def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advance) -> None:
+@contextmanager
+def _response(
+    client: httpx.Client, url: str, headers: dict[str, str], seconds: float
+) -> Iterator[httpx.Response]:
+    """Yield the response to a request, whose headers must arrive in ``seconds``.
+
+    The timeout of the client is for each read, and a server may send its headers byte by byte.
+
+    Raises:
+        httpx.ReadTimeout: If they take longer.
+    """
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        client.close()  # the next byte that arrives ends the read
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        response = client.send(client.build_request("GET", url, headers=headers), stream=True)
+    except Exception as error:  # a closed socket raises different errors with and without encryption
+        if late.is_set():
+            raise httpx.ReadTimeout(f"no complete response in {seconds:g} seconds") from error
+        raise
+    finally:
+        timer.cancel()
+    try:
+        yield response
+    finally:
+        response.close()
+
+
+def _blocks(response: httpx.Response, patience: Patience) -> Iterator[bytes]:
+    """Yield the bytes of a response.
+
+    Raises:
+        httpx.ReadTimeout: If fewer than ``least`` bytes arrive in ``seconds``.
+    """
+    began, since = time.monotonic(), 0
+    for block in response.iter_raw():
+        yield block
+        since += len(block)
+        if time.monotonic() - began > patience.seconds:
+            if since < patience.least:
+                raise httpx.ReadTimeout(f"only {since:,} bytes in {patience.seconds:g} seconds")
+            began, since = time.monotonic(), 0
+
+
+def _receive(
+    client: httpx.Client, archive: Archive, part: Path, patience: Patience, advance: Advance
+) -> None:
     """Append the bytes of one response.
 
     Raises:
@@ -114,7 +171,7 @@ def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advanc
     """
     have, size = _size(part), archive.size
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with client.stream("GET", archive.url, headers=headers) as response:
+    with _response(client, archive.url, headers, patience.seconds) as response:
         if response.status_code == _RANGE_NOT_SATISFIABLE:
             advance(-have)
             part.unlink()
@@ -132,7 +189,7 @@ def _receive(client: httpx.Client, archive: Archive, part: Path, advance: Advanc
             advance(-have)
         with part.open("r+b" if start else "wb") as stream:
             stream.seek(start)
-            for block in response.iter_raw():
+            for block in _blocks(response, patience):
                 stream.write(block)
                 advance(len(block))
                 assert size is not None
@@ -164,6 +221,6 @@ def _elsewhere(archive: Archive) -> str:
 def _stalled(archive: Archive, part: Path, patience: Patience, problem: str) -> str:
     assert archive.size is not None
     return (
-        f"{archive.url} sent nothing new in {patience.attempts} attempts ({problem}), and "
-        f"{human(_size(part))} of {human(archive.size)} are kept: run the same command to resume."
+        f"{archive.url} sent fewer than {human(patience.least)} in each of {patience.attempts} attempts "
+        f"({problem}), and {human(_size(part))} of {human(archive.size)} are kept: run the same command to resume."
     )

@@ -22,6 +22,15 @@ STAGING = ".unpacking"
 _LARGEST_RATIO = 20  # unpacked bytes for each byte of the archive: pictures hardly compress
 _SMALLEST_LIMIT = 1 << 20
 _BLOCK = 1 << 20
+_LARGEST_HEADER = 1 << 20  # of a long name or of extended attributes; a name has at most 4096 bytes
+_HEADER = tarfile.BLOCKSIZE  # bytes of an ordinary header, which counts towards what an archive grows to
+_LONG_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 _HEADROOM = 1.02  # folders and partly filled blocks take space as well
 _UNREADABLE = (
     tarfile.TarError,
@@ -33,6 +42,36 @@ _UNREADABLE = (
     NotImplementedError,
     RuntimeError,
 )
+
+
+class _Entry(tarfile.TarInfo):
+    """An entry of a tar whose header must be whole: tarfile would take a damaged one for the end."""
+
+    @classmethod
+    def fromtarfile(cls, members: tarfile.TarFile) -> _Entry:
+        """Return the next entry.
+
+        Raises:
+            tarfile.ReadError: If its header cannot be read, or the tar ends without its end mark.
+        """
+        try:
+            return super().fromtarfile(members)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {members.offset:,}") from error
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Entry:
+        """Return the entry of a header.
+
+        Raises:
+            tarfile.ReadError: If a long name or extended attributes follow that would fill the memory.
+        """
+        entry = super().frombuf(buf, encoding, errors)
+        if entry.type in _LONG_HEADERS and entry.size > _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header of {human(entry.size)}")
+        return entry
 
 
 def unpack(archive: Path, folder: str, root: Path, advance: Advance = lambda _: None) -> None:
@@ -91,11 +130,11 @@ def unpack_tar(stream: IO[bytes], archive: Path, into: Path, advance: Advance = 
         begin = stream.tell()
         length = stream.seek(0, 2) - begin
         stream.seek(begin)
-        with tarfile.open(fileobj=stream, mode="r:*") as members:
+        with tarfile.open(fileobj=stream, mode="r:*", tarinfo=_Entry) as members:
             _require_room(archive, _safe_sizes(archive, members), length, into)
             _require_end(archive, members, length)
         stream.seek(begin)
-        with tarfile.open(fileobj=stream, mode="r:*") as members:
+        with tarfile.open(fileobj=stream, mode="r:*", tarinfo=_Entry) as members:
             for member in members:
                 members.extract(member, into, filter="data")
                 advance(member.size)
@@ -146,12 +185,12 @@ def _require_room(archive: Path, sizes: Iterable[int], packed: int, into: Path) 
 
 
 def _reasonable(archive: Path, sizes: Iterable[int], packed: int) -> int:
-    """Return the sum of ``sizes``, unless it grows too large for ``packed`` bytes of pictures."""
+    """Return the sum of ``sizes``, unless it and a header each grow too large for ``packed`` bytes."""
     limit = max(_LARGEST_RATIO * packed, _SMALLEST_LIMIT)
     total = 0
-    for size in sizes:
+    for number, size in enumerate(sizes, start=1):
         total += size
-        if total > limit:
+        if total + number * _HEADER > limit:
             raise ValueError(
                 f"{archive} would grow from {human(packed)} to more than {human(limit)}, which no archive of "
                 "pictures does: remove it."

@@ -164,6 +164,82 @@ def test_a_file_without_tensors_by_name_is_refused(tmp_path: Path, tiny_backbone
         tiny_backbone(file)
 
 
+def quantised(tensor: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+def with_one(value: float) -> Callable[[Tensor], Tensor]:
+    def changed(tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return changed
+
+
+ODD: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "sparse": (lambda tensor: tensor.to_sparse(), r"as a sparse tensor \(torch\.sparse_coo\): save the"),
+    "compressed": (
+        lambda tensor: tensor.to_sparse_csr(),
+        r"as a sparse tensor \(torch\.sparse_csr\): save the",
+    ),
+    "quantised": (quantised, "as a quantised tensor: save the state dict"),
+    "whole numbers": (lambda tensor: tensor.to(torch.int8), "as torch.int8, and weights are floating-point"),
+    "complex": (lambda tensor: tensor.to(torch.complex64), "as torch.complex64, and weights are"),
+    "meta": (lambda tensor: tensor.to("meta"), "as a tensor without numbers, on the device meta: save"),
+    "nan": (
+        with_one(float("nan")),
+        "holds numbers in .* that are not finite, .*: take an earlier checkpoint",
+    ),
+    "infinite": (with_one(float("inf")), "holds numbers in .* that are not finite"),
+    "not a tensor": (lambda tensor: tensor.tolist(), "does not hold tensors by name"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's remarks on the future of sparse and quantised tensors
+@pytest.mark.parametrize("kind", ODD)
+def test_tensors_that_are_not_dense_finite_numbers_end_in_one_sentence(
+    kind: str, tmp_path: Path, tiny_backbone: Making
+) -> None:
+    change, message = ODD[kind]
+    file, state = tmp_path / "vit.pt", classifier().state_dict()
+    state["blocks.0.attn.qkv.weight"] = change(state["blocks.0.attn.qkv.weight"])
+    torch.save(state, file)
+    with pytest.raises(ValueError, match=message) as caught:
+        tiny_backbone(file)
+    assert str(caught.value).startswith(str(file)) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [0, 1.5, None, ("blocks", 0), b"norm.weight"])
+def test_a_key_that_is_not_a_name_ends_in_one_sentence(
+    key: Any, tmp_path: Path, tiny_backbone: Making
+) -> None:
+    file = tmp_path / "vit.pt"
+    torch.save({key: torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="holds a tensor under .*, which is not a name: save the state dict"):
+        tiny_backbone(file)
+
+
+def test_half_precision_is_read_as_the_model_needs_it(tmp_path: Path, tiny_backbone: Making) -> None:
+    file, model = tmp_path / "vit.pt", classifier()
+    torch.save({key: value.bfloat16() for key, value in model.state_dict().items()}, file)
+    found = tiny_backbone(file).vit.get_parameter("norm.weight")
+    assert found.dtype == torch.float32 and torch.equal(found, model.norm.weight.bfloat16().float())
+
+
+def test_a_header_of_safetensors_that_claims_too_much_ends_in_one_sentence(
+    tmp_path: Path, tiny_backbone: Making
+) -> None:
+    for number, header in enumerate(
+        (b"{", b"[" * 10_000, b'{"a":{"dtype":"F4","shape":[-1],"data_offsets":[0,0]}}')
+    ):
+        file = tmp_path / f"{number}.safetensors"
+        for length in (len(header), 2**62):
+            file.write_bytes(length.to_bytes(8, "little") + header)
+            with pytest.raises(ValueError, match="check that it is complete"):
+                tiny_backbone(file)
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path, tiny_backbone: Making) -> None:
     file = tmp_path / "vit.npz"
     file.touch()

@@ -27,6 +27,7 @@ class Server:
 
     ``("cut", n)`` closes the connection after n bytes; ``("stall", n)`` sends nothing after n bytes;
     ``("announce", n)`` announces n bytes more, or fewer, than it sends; ``no ranges`` sends the whole file;
+    ``("drip", n)`` sends a byte every n milliseconds, and ``("drip headers", n)`` does so with its headers;
     ``wrong range`` sends another range; ``("status", n)`` refuses with status n; ``("more", n)`` appends n
     bytes.
     """
@@ -65,6 +66,9 @@ class Server:
         fault = self.faults.pop(0) if self.faults else ""
         kind, number = fault if isinstance(fault, tuple) else (fault, 0)
         content = self.files.get(request.path.rpartition("/")[2])
+        if kind == "drip headers":
+            self.drip(request, b"HTTP/1.1 200 OK\r\nX-Endless: " + b"x" * 10_000, number)
+            return
         if kind == "status" or content is None:
             request.send_error(number or 404)
             return
@@ -84,6 +88,9 @@ class Server:
         announced = len(body) + (number if kind == "announce" else 0)
         request.send_header("Content-Length", str(announced))
         request.end_headers()
+        if kind == "drip":
+            self.drip(request, body, number)
+            return
         if kind in ("cut", "stall"):
             body = body[:number]
         request.wfile.write(body[:announced])
@@ -93,6 +100,18 @@ class Server:
         if kind in ("cut", "stall") or announced > len(body):
             request.close_connection = True
             request.connection.shutdown(socket.SHUT_RDWR)
+
+    def drip(self, request: BaseHTTPRequestHandler, content: bytes, milliseconds: int) -> None:
+        """Send one byte after the other until the client leaves or the test ends."""
+        request.close_connection = True
+        try:
+            for number in range(len(content)):
+                request.wfile.write(content[number : number + 1])
+                request.wfile.flush()
+                if self.stalled.wait(milliseconds / 1000):
+                    return
+        except OSError:
+            pass
 
 
 @pytest.fixture
@@ -104,7 +123,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def patience() -> Patience:
-    return Patience(seconds=0.3, attempts=3, pause=0.01)
+    return Patience(seconds=0.3, attempts=3, pause=0.01, least=1)
 
 
 class Publish(Protocol):

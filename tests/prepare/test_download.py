@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,10 +116,39 @@ def test_a_stalled_download_fails_and_keeps_what_was_received(
 ) -> None:
     archive = publish("a.zip", CONTENT)
     server.faults = [("cut", 100_000), ("cut", 0), ("cut", 0), ("cut", 0)]
-    with pytest.raises(ConnectionError, match=r"nothing new in 3 attempts .* 100.0 kB of 300.0 kB are kept"):
+    with pytest.raises(
+        ConnectionError, match=r"fewer than 1 bytes in each of 3 attempts .* 100.0 kB of 300.0 kB are kept"
+    ):
         download(archive, tmp_path, patience)
     assert files(tmp_path) == ["a.zip.part"]
     download(archive, tmp_path, patience)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    (("drip", r"only \d+ bytes in 0\.3 seconds"), ("drip headers", r"no complete response in 0\.3 seconds")),
+)
+def test_a_server_that_sends_byte_by_byte_is_given_up_in_bounded_time(
+    fault: str, problem: str, tmp_path: Path, publish: Publish, server: Server, patience: Patience
+) -> None:
+    archive = publish("a.zip", CONTENT)
+    server.faults = [(fault, 20)] * 3
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match=rf"sent fewer than 1.0 kB in each of 3 attempts \({problem}\)"):
+        download(archive, tmp_path, replace(patience, least=1000))
+    assert time.monotonic() - began < 10  # where the whole file would take 6,000 seconds
+    download(archive, tmp_path, patience)
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+
+
+def test_the_last_bytes_of_a_file_may_be_few(
+    tmp_path: Path, publish: Publish, server: Server, patience: Patience
+) -> None:
+    archive = publish("a.zip", CONTENT)
+    partial(archive, tmp_path).write_bytes(CONTENT[:-5])
+    server.faults = [("drip", 20)]
+    download(archive, tmp_path, replace(patience, least=1000, attempts=1))
     assert (tmp_path / "a.zip").read_bytes() == CONTENT
 
 
@@ -136,5 +167,5 @@ def test_an_unreachable_server_is_an_error(
 ) -> None:
     archive = publish("a.zip", CONTENT)
     server.http.server_close()
-    with pytest.raises(ConnectionError, match=r"sent nothing new in 3 attempts \(.*refused"):
+    with pytest.raises(ConnectionError, match=r"in each of 3 attempts \(.*refused"):
         download(archive, tmp_path, patience)

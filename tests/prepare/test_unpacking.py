@@ -6,6 +6,7 @@ import os
 import shutil
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable
@@ -125,6 +126,49 @@ def test_a_bomb_is_refused_before_it_grows(root: Path) -> None:
             add(archive, "data/1.jpg", b"one")
         stream.write(zeros)
     refused(root / "a.tar", root, fault)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [3584, 3585, 3700, 4095, 7168])
+def test_a_tar_that_ends_at_or_inside_a_later_header_is_refused(
+    length: int, packed: bool, root: Path
+) -> None:
+    """The entries end at bytes 3584 and 7168; tarfile takes what it cannot read there for the end."""
+    archive = tar(root / "a.tar")
+    content = archive.read_bytes()[:length]
+    archive.write_bytes(gzip.compress(content) if packed else content)
+    refused(archive, root, f"is damaged or truncated \\(.* at byte {length // 3584 * 3584:,}\\)")
+
+
+def test_a_tar_with_a_damaged_later_header_is_refused(root: Path) -> None:
+    archive = tar(root / "a.tar")
+    damaged = bytearray(archive.read_bytes())
+    damaged[3584 + 5] ^= 0xFF  # in the name of the second entry
+    archive.write_bytes(damaged)
+    refused(archive, root, r"is damaged or truncated \(bad checksum at byte 3,584\)")
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE])
+def test_a_giant_header_is_refused_without_being_read(kind: bytes, root: Path) -> None:
+    first, header = tarfile.TarInfo("data/1.jpg"), tarfile.TarInfo("data/long")
+    header.type, header.size = kind, 10**9
+    with gzip.open(root / "a.tar", "wb", compresslevel=1) as stream:
+        stream.write(first.tobuf(tarfile.GNU_FORMAT) + header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(50):
+            stream.write(bytes(1_000_000))
+    tracemalloc.start()
+    refused(root / "a.tar", root, r"is damaged or truncated \(a header of 1\.0 GB\)")
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
+
+
+def test_a_tar_of_countless_empty_entries_is_refused(root: Path) -> None:
+    def fill(archive: tarfile.TarFile) -> None:
+        for number in range(5000):
+            add(archive, f"data/{number}", b"")
+
+    archive = tar(root / "a.tar", fill, mode="w:gz")
+    refused(archive, root, "would grow from .* to more than .*, which no archive of pictures does")
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -200,10 +200,13 @@ def test_steps_use_the_closed_form_of_the_projected_gradient_of_the_whole_weight
             ):
                 A, B = adapter.A.detach().double(), adapter.B.detach().double()
                 safe = self.memory.right_residual(gradient.double(), projection)
-                identity = 1e-2 * torch.eye(len(A), dtype=A.dtype)
-                by_A = torch.linalg.solve(B.mT @ B + identity, B.mT @ safe) / 0.5
-                by_B = torch.linalg.solve(A @ A.mT + identity, A @ safe.mT).mT / 0.5
-                overlap = torch.linalg.solve(B.mT @ B + identity, B.mT @ by_B)
+                of_B, of_A = (
+                    gram + (1e-2 * gram.trace() / len(A) or 1) * torch.eye(len(A))
+                    for gram in (B.mT @ B, A @ A.mT)
+                )
+                by_A = torch.linalg.solve(of_B, B.mT @ safe) / 0.5
+                by_B = torch.linalg.solve(of_A, A @ safe.mT).mT / 0.5
+                overlap = torch.linalg.solve(of_B, B.mT @ by_B)
                 to_B = overlap / 2 if gauge == "half" else 0 * overlap
                 for found, expected in (
                     (adapter.A.grad, by_A - to_B @ A),
@@ -213,7 +216,8 @@ def test_steps_use_the_closed_form_of_the_projected_gradient_of_the_whole_weight
                     size = expected.norm().clamp(min=1e-6)
                     compared.append(float((found.double() - expected).norm() / size))
 
-    settings: dict[str, Any] = {"row_space": row_space, "gauge": gauge, "scale": 0.5, "damping": 1e-2}
+    settings: dict[str, Any] = {"row_space": row_space, "gauge": gauge, "scale": 0.5}
+    settings |= {"relative_damping": 1e-2}
     strategy = Spied(backbone(), rank=4, optimizer=ADAM, threshold=0.8, threshold_end=0.9, **settings)
     walk(strategy, max_epochs=1)
     assert len(compared) > 20
