@@ -77,7 +77,7 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback]) -> Result:
     with refusing(RunFailed), loggers(configuration) as (opened, resuming):
         watching = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
         strategy, trainer = configuration.build([*resuming, *watching], opened)
-        trainer.require_fit(strategy, configuration.datamodule)
+        trainer.require_fit(strategy, configuration.datamodule, values.regime)
         try:
             result = trainer.run(
                 strategy,
