@@ -76,7 +76,7 @@ class Characters(StreamDataModule):
         self,
         *,
         num_classes: int = 20,
-        images_per_class: int = 100,
+        images_per_class: int = 80,
         test_images_per_class: int = 40,
         unseen_faces: bool = False,
         data_seed: int = 0,
