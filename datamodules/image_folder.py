@@ -47,6 +47,8 @@ class ImageFolder(StreamDataModule):
         test_resize: Short side in pixels of a test image before its centre is cropped; 8/7 of image_size if
             null, as 256 is of 224.
         test_interpolation: How a test image is resized.
+        num_experiences: Number of equal experiences, T; 5 if no sizes are given either.
+        num_classes_per_experience: Size of equal experiences, or a list with the size of each.
         kwargs: As in every dataset.
     """
 
@@ -63,9 +65,15 @@ class ImageFolder(StreamDataModule):
         train_interpolation: Interpolation = "bilinear",
         test_resize: int | None = None,
         test_interpolation: Interpolation = "bilinear",
+        num_experiences: int | None = None,
+        num_classes_per_experience: int | list[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        if num_experiences is None and num_classes_per_experience is None:
+            num_experiences = 5
+        super().__init__(
+            num_experiences=num_experiences, num_classes_per_experience=num_classes_per_experience, **kwargs
+        )
         self.root = root
         self.name = name or (os.path.basename(os.path.abspath(root)) if root else "image_folder")
         self.max_train_per_class = max_train_per_class

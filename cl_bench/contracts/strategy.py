@@ -98,6 +98,8 @@ class Strategy(LightningModule):
         name: What tables call the method; the name of its class unless it sets another.
         variant: Which of its meanings this is, if it has several.
         promises: What the method guarantees, where that differs from the defaults.
+        loss_over: Which classes the loss compares: those of the ``experience``, as the default loss does, or
+            all ``seen``. The former is zero for a single class, so such an experience is refused.
         optimizer_scope: ``experience`` builds the optimizer anew for every experience; ``stream`` keeps one,
             with its state, and adds the new parameters of each experience to it.
 
@@ -113,6 +115,7 @@ class Strategy(LightningModule):
     name: str
     variant: str | None = None
     promises: Promises = Promises()
+    loss_over: Literal["experience", "seen"] = "experience"
     optimizer_scope: Literal["experience", "stream"] = "experience"
     head: Head
 

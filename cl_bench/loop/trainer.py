@@ -30,6 +30,7 @@ from cl_bench.loop.checkpoint import Checkpoints
 from cl_bench.loop.continuation import Continuation
 from cl_bench.loop.course import Course, Diverged, Interrupted
 from cl_bench.loop.provenance import provenance, sizes_sha256
+from cl_bench.network.heads import TrainableHead
 from cl_bench.processes.distributed import Agreement, distribution, launch, require_one_command
 from cl_bench.processes.launcher import is_single
 from cl_bench.processes.ranks import be_first, failed_first, is_first
@@ -163,7 +164,7 @@ class StreamTrainer(Trainer):
             OutOfMemory: If a batch does not fit into memory.
             KeyboardInterrupt: After Ctrl-C or SIGTERM; the step at hand is finished first.
         """
-        self.require_fit(strategy, datamodule)
+        self.require_fit(strategy, datamodule, regime)
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
         written = folder if is_first() else None
 
@@ -250,8 +251,15 @@ class StreamTrainer(Trainer):
             with course.timed("checkpoints"):
                 save()
 
-    def require_fit(self, strategy: Strategy, datamodule: StreamDataModule) -> None:
+    def require_fit(
+        self, strategy: Strategy, datamodule: StreamDataModule, regime: Regime = "sequential"
+    ) -> None:
         """Read the data, and check that strategy, stream and trainer go together.
+
+        Args:
+            strategy: The method.
+            datamodule: The stream.
+            regime: As in :meth:`run`.
 
         Raises:
             ValueError: If they do not.
@@ -260,6 +268,7 @@ class StreamTrainer(Trainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         _require_equal_image_size(strategy, datamodule)
+        _require_classes_to_compare(strategy, _experiences(datamodule, regime))
         if strategy.head.num_classes:
             raise ValueError(
                 f"This strategy has learnt {strategy.head.num_classes} classes already: "
@@ -426,6 +435,19 @@ def _experiences(datamodule: StreamDataModule, regime: Regime) -> list[Experienc
         names = tuple(datamodule.class_names)
         return [Experience(0, 1, range(datamodule.experiences[-1].classes.stop), names)]
     return list(datamodule.experiences)
+
+
+def _require_classes_to_compare(strategy: Strategy, stream: Sequence[Experience]) -> None:
+    """Refuse an experience of one class, over which the cross-entropy is zero whatever is learnt."""
+    if strategy.loss_over == "seen" or not isinstance(strategy.head, TrainableHead):
+        return
+    for experience in stream:
+        if experience.num_classes == 1:
+            raise ValueError(
+                f"Experience {experience.index + 1} brings a single class, and {strategy.name} learns to "
+                "distinguish the classes of an experience, so it would learn nothing there: choose fewer "
+                "experiences, so that each has two classes or more."
+            )
 
 
 def _require_equal_image_size(strategy: Strategy, datamodule: StreamDataModule) -> None:

@@ -110,7 +110,7 @@ class Backbone(nn.Module):
         self.image_size = _image_size(model, vit)
         self.feature_dim: int = vit.num_features
         if file is not None:
-            load(self.vit, file, model)
+            load(self.vit, file, model, resample=model == _EMBEDDED)
         # Computed now: merged adapters will change the tensors.
         self.weights_sha256 = sha256_of_tensors(self.vit) if file is None else sha256_of_file(file)
         freeze_layers(self.vit)

@@ -12,6 +12,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -29,13 +30,18 @@ _UNREADABLE = (
 )
 
 
-def load(vit: nn.Module, file: Path, model: str) -> None:
+def load(vit: nn.Module, file: Path, model: str, *, resample: bool = False) -> None:
     """Copy the tensors of ``file`` into ``vit``; every key and shape must agree, except for a classifier.
+
+    With ``resample``, the position embedding may have another grid of patches and is resampled to that of
+    ``vit``, as timm does with weights that it downloads.
 
     Raises:
         ValueError: If the file does not hold dense, finite floating-point tensors by name that fit.
     """
     state = _without_classifier(_state_dict(file), vit)
+    if resample:
+        state = _resampled(state, vit)
     problems = _problems(state, vit.state_dict())
     if problems:
         made_with = ", ".join(f"{name} {value}" for name, value in _options_of(state).items())
@@ -117,6 +123,17 @@ def _content(file: Path) -> Any:
 def _without_classifier(state: Mapping[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
     own = vit.state_dict()
     return {key: tensor for key, tensor in state.items() if key in own or not key.startswith(_CLASSIFIERS)}
+
+
+def _resampled(state: Mapping[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
+    """Return ``state`` with its position embedding (1, P, d) on the grid of patches of ``vit``."""
+    model: Any = vit
+    size, prefix = list(model.patch_embed.grid_size), model.num_prefix_tokens
+    positions = state["pos_embed"].to(
+        model.pos_embed.dtype
+    )  # a checkpoint in half precision is not rounded again
+    positions = resample_abs_pos_embed(positions, size, num_prefix_tokens=prefix)
+    return {**state, "pos_embed": positions}
 
 
 def _problems(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:

@@ -17,6 +17,8 @@ from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.results.result import FILE_NAME, Result
 from cl_bench.run.configuration import Configuration
 
+_CHANCE = 0.01  # probability below which a number of correct images is not called chance
+
 
 class RunConsole(Callback):
     """Show the progress of a run on a terminal.
@@ -117,7 +119,7 @@ def _variants(configuration: Configuration) -> str:
 
 
 def closing_lines(result: Result, folder: Path) -> str:
-    """Return the metrics of a finished run, its times, and the path of its result file."""
+    """Return metrics and times of a finished run, a warning if it ended at chance, and its result file."""
     named = {"ACC": "acc/sample", "MAA": "maa/sample", "BWT": "bwt/gem", "forgetting": "forgetting/chaudhry"}
     values = result.metrics()
     numbers = "  ".join(
@@ -126,4 +128,31 @@ def closing_lines(result: Result, folder: Path) -> str:
     seconds = ", ".join(
         f"{phase.replace('_', ' ')} {value:.1f} s" for phase, value in result.seconds().items()
     )
-    return f"{result.strategy}: {numbers}\n{seconds}\n{folder / FILE_NAME}"
+    lines = [f"{result.strategy}: {numbers}", chance(result), seconds, str(folder / FILE_NAME)]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def chance(result: Result) -> str | None:
+    """Return a sentence with a remedy if the final accuracy is not above chance, and None if it is.
+
+    Chance is to answer every image with the largest class. Accuracy is above it if so many correct images, or
+    more, would come by chance in fewer than one of a hundred runs.
+    """
+    from scipy.stats import binom
+
+    row = result.rows[-1]
+    assert row is not None
+    correct, images = sum(row.correct), sum(result.test_images)
+    share = max(result.test_images) / images
+    if binom.sf(correct - 1, images, share) < _CHANCE:
+        return None
+    model = result.config.get("model", {}).get("init_args", {})
+    remedy = (
+        "start the heads from class means with --head_start means"
+        if model.get("head_start") == "random"
+        else "try another --optimizer.lr and more --max_epochs, and compare with ncm"
+    )
+    return (
+        f"warning: {correct} of {images} images are correct, which is not above chance "
+        f"({100 * share:.1f} %): {remedy}"
+    )

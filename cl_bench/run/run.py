@@ -87,7 +87,7 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback], require: C
     with refusing(RunFailed, Held), loggers(configuration, require) as (opened, resuming):
         watching = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
         strategy, trainer = configuration.build([*resuming, *watching], opened)
-        trainer.require_fit(strategy, configuration.datamodule)
+        trainer.require_fit(strategy, configuration.datamodule, values.regime)
         try:
             result = trainer.run(
                 strategy,

@@ -3,7 +3,7 @@
 import pytest
 from scipy.stats import binom
 
-from cl_bench.check.training import Learnt
+from cl_bench.check.learning import Learnt
 
 
 @pytest.mark.parametrize("classes", (2, 5, 12, 40))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cl_bench.data.sources import ArraySource
+from cl_bench.run.configs import stems_of
+from cl_bench.run.configuration import layers, resolve
+from cl_bench.run.console import chance
+from cl_bench.run.run import quiet, run
 from datamodules.toy import Toy
 
 
@@ -68,3 +73,12 @@ def test_training_shifts_a_picture_by_up_to_a_pixel() -> None:
 def test_a_test_image_is_the_picture_itself() -> None:
     raw = sources()[0].images[0]
     assert torch.equal((255 * Toy().test_transform()(raw)).round(), raw)
+
+
+@pytest.mark.parametrize("stem", stems_of("strategies"))
+def test_every_method_ends_above_chance_with_the_default_settings(stem: str, tmp_path: Path) -> None:
+    two_blocks = ["--blocks=[0,1]"] * (stem == "inflora_b5")  # toy's backbone has no five
+    options = [*two_blocks, f"--results={tmp_path}", "--trainer.accelerator=cpu"]
+    cell = resolve(layers(stem, "toy"), options)
+    with quiet():
+        assert chance(run(cell)) is None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from cl_bench.network import embedded
 from cl_bench.network.backbones import Backbone, weights_identity
@@ -22,6 +23,17 @@ def test_the_embedded_architecture_takes_random_weights() -> None:
     random, trained = Backbone("embedded", weights="random", seed=3), Backbone("embedded")
     assert random.vit.state_dict().keys() == trained.vit.state_dict().keys()
     assert random.weights_sha256 != trained.weights_sha256
+
+
+def test_smaller_images_get_the_position_embedding_of_their_grid() -> None:
+    trained, small = Backbone("embedded"), Backbone("embedded", options={"img_size": 32})
+    assert small(torch.rand(2, 3, 32, 32)).shape == (2, small.feature_dim)
+    full, resampled = trained.vit.state_dict(), small.vit.state_dict()
+    assert all(torch.equal(full[key], resampled[key]) for key in full if key != "pos_embed")
+    grid = full["pos_embed"].reshape(1, 8, 8, -1).permute(0, 3, 1, 2)
+    expected = interpolate(grid, size=(4, 4), mode="bicubic", antialias=True)
+    torch.testing.assert_close(resampled["pos_embed"], expected.flatten(2).mT)
+    assert small.weights_sha256 == trained.weights_sha256
 
 
 def test_the_embedded_weights_are_at_most_eight_megabytes() -> None:
