@@ -178,13 +178,14 @@ def drawn(masks: Pixels, words: Integers, size: int) -> Pixels:
     light = ground[:, :, None, None] + _between_corners(corners, size)
     pixels = light + ((ink[:, :, None, None] - light) * coverage >> 8)
     pixels += noise * strength[:, :, None, None] >> 8
-    return pixels.clip(0, 255).astype(np.uint8)
+    images: npt.NDArray[np.uint8] = pixels.clip(0, 255).astype(np.uint8)
+    return images
 
 
 def _between_corners(corners: Integers, size: int) -> Integers:
     """Interpolate the values of four corners (N, C, 2, 2) over an image: (N, C, size, size)."""
     far = np.arange(size, dtype=np.int32)
-    near = size - 1 - far
+    near = far[::-1]
     rows = corners[..., :1, :] * near[:, None] + corners[..., 1:, :] * far[:, None]
     found: Integers = (rows[..., :1] * near + rows[..., 1:] * far) // max(1, (size - 1) ** 2)
     return found

@@ -150,7 +150,7 @@ def _fault(root: Path, file: str) -> str | None:
 
 def _ended(image: Image.Image) -> bool:
     """Return whether the file of an image has the end mark of its format."""
-    mark, stream = _ENDS.get(image.format or ""), image.fp
+    mark, stream = _ENDS.get(image.format or ""), getattr(image, "fp", None)
     if mark is None or stream is None:
         return False
     place = stream.tell()

@@ -222,5 +222,6 @@ def _stalled(archive: Archive, part: Path, patience: Patience, problem: str) -> 
     assert archive.size is not None
     return (
         f"{archive.url} sent fewer than {human(patience.least)} in each of {patience.attempts} attempts "
-        f"({problem}), and {human(_size(part))} of {human(archive.size)} are kept: run the same command to resume."
+        f"({problem}), and {human(_size(part))} of {human(archive.size)} are kept: "
+        "run the same command to resume."
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,12 @@ def test_whole_jpegs_are_not_decoded_and_those_without_an_end_mark_are(
 ) -> None:
     loaded: list[str] = []
     load = Image.Image.load
-    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: loaded.append(self.format) or load(self))
+
+    def recorded(image: Image.Image) -> Any:
+        loaded.append(str(image.format))
+        return load(image)
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", recorded)
     Image.fromarray(GREY).save(tmp_path / "x.jpg")
     require_readable(tmp_path, ["x.jpg"])
     assert loaded == []

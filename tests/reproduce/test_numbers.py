@@ -66,7 +66,7 @@ def test_an_unknown_number_is_an_error_that_lists_known_ones() -> None:
         ValueError, match=r"on imagenet_r with 7 .*Known are: imagenet_r with 5, imagenet_r with 10"
     ):
         rows("janus_lora", "imagenet_r", 7)
-    with pytest.raises(ValueError, match="Choose among bilora, .*inflora, janus_lora"):
+    with pytest.raises(ValueError, match=r"Choose among bilora, .*inflora, janus_lora"):
         rows("ncm", "imagenet_r", 10)
 
 
