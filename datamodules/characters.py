@@ -187,7 +187,7 @@ def _between_corners(corners: Integers, size: int) -> Integers:
     far = np.arange(size, dtype=np.int32)
     near = far[::-1]
     rows = corners[..., :1, :] * near[:, None] + corners[..., 1:, :] * far[:, None]
-    found: Integers = (rows[..., :1] * near + rows[..., 1:] * far) // max(1, (size - 1) ** 2)
+    found: Integers = (rows[..., :1] * near + rows[..., 1:] * far) // np.int32(max(1, (size - 1) ** 2))
     return found
 
 
