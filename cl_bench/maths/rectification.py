@@ -73,7 +73,9 @@ def rectified(
     The diagonal of each Gram matrix is raised by the share ``damping`` of its mean, so a direction of ``B``
     whose energy is far below that share of the mean energy counts as absent, and the size of ``B`` does not
     matter: the closed form holds as well for the small ``B`` of the first steps as later. At ``B = 0``, where
-    every adapter starts, X = 0 and Y = G_s A⁺ / s, as the pseudo-inverse gives.
+    every adapter starts, X = 0 and Y = G_s A⁺ / s, as the pseudo-inverse gives. On a stream of 50 classes the
+    accuracy with this damping, with a fixed one and with a pseudo-inverse differed by less than two seeds can
+    show; configs/grids/README.md has the figures.
 
     Everything is computed in float64: TF32 would round the Gram matrices more coarsely than the damping.
     Numbers that are not finite stay so, and stop the run as divergence.
