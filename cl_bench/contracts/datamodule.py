@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from cl_bench.data.draws import DrawnImages, DrawSampler
@@ -236,15 +236,10 @@ class StreamDataModule(LightningDataModule, ABC):
         images, *rest = batch
         if images.dtype != torch.uint8:
             return batch
-        trainer = self._serving
         floats = scaled(images)
-        return [floats if trainer is None else trainer.precision_plugin.convert_input(floats), *rest]
-
-    @property
-    def _serving(self) -> Trainer | None:
-        """The trainer, while it runs a stage."""
-        running = self.trainer is not None and self.trainer.state.stage is not None
-        return self.trainer if running else None
+        if self.trainer is not None and self.trainer.state.stage is not None:
+            floats = self.trainer.precision_plugin.convert_input(floats)
+        return [floats, *rest]
 
     # The current experience
 
