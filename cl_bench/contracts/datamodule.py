@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from cl_bench.data.draws import DrawnImages, DrawSampler
@@ -229,17 +229,22 @@ class StreamDataModule(LightningDataModule, ABC):
         """Stop the workers; the next batch starts new ones."""
         if self._pool is not None:
             self._pool.close()
-        self._pool = None
+            self._pool = None
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Finish a batch on the device: images of uint8 become floats in [0, 1], in a new tensor."""
         images, *rest = batch
         if images.dtype != torch.uint8:
             return batch
+        trainer = self._serving
         floats = scaled(images)
-        if self.trainer is not None and self.trainer.state.stage is not None:
-            floats = self.trainer.precision_plugin.convert_input(floats)
-        return [floats, *rest]
+        return [floats if trainer is None else trainer.precision_plugin.convert_input(floats), *rest]
+
+    @property
+    def _serving(self) -> Trainer | None:
+        """The trainer, while it runs a stage."""
+        running = self.trainer is not None and self.trainer.state.stage is not None
+        return self.trainer if running else None
 
     # The current experience
 
@@ -256,8 +261,7 @@ class StreamDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Serve the training images of the experience, augmented and reshuffled in every epoch."""
-        train = self._dealt.train
-        entropy = (self.seed, self.experience.index, _TRAINING)
+        train, entropy = self._dealt.train, (self.seed, self.experience.index, _TRAINING)
         sampler = DrawSampler(self._current(train), entropy, shuffle=True)
         return self._loader(train, RankBatches(sampler, self.batch_size, *place()))
 
@@ -268,20 +272,13 @@ class StreamDataModule(LightningDataModule, ABC):
         domain (B,) if there are domains; later experiences serve the same batches before their own.
         """
         test, seen = self._dealt.test, self.experience.classes.stop
-        stops = [one.classes.stop for one in self.experiences if one.classes.stop <= seen]
-        owner = np.searchsorted(stops, test.positions, side="right")
-        groups = np.bincount(owner)[: len(stops)].tolist()
-        own = np.argsort(owner, kind="stable")[: sum(groups)]
+        own, groups = test.below([one.classes.stop for one in self.experiences if one.classes.stop <= seen])
         sampler = DrawSampler(own, (self.seed, self.experience.index, _TEST), shuffle=False)
         batches = RankBatches(sampler, self.test_batch_size, *place(), groups)
         return self._loader(test, batches, self.blank_test_batches)
 
     def augmented_dataloader(self, pass_index: int) -> DataLoader[Batch]:
-        """Serve every training image of the experience once, augmented anew in each pass.
-
-        Args:
-            pass_index: Index of the pass over the experience, from 0.
-        """
+        """Serve every training image of the experience once, augmented anew in pass ``pass_index``, from 0."""
         train = self._dealt.train
         return self._one_pass(train, self._current(train), _AUGMENTED, pass_index)
 
@@ -293,8 +290,8 @@ class StreamDataModule(LightningDataModule, ABC):
     def held_out_dataloaders(self) -> tuple[DataLoader[Batch], DataLoader[Batch]] | None:
         """Serve training and test images of the held-out classes; None if no class is held out.
 
-        Each loader serves at most the first 32 images of each class, because the diagnostics read them after
-        every experience. All are transformed as at test time, and their labels are numbered from 0.
+        Each loader serves the first 32 images of each class at most, since diagnostics read them after every
+        experience. All are transformed as at test time, and their labels are numbered from 0.
         """
         if not self.held_out_classes:
             return None
