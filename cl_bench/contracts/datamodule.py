@@ -278,7 +278,7 @@ class StreamDataModule(LightningDataModule, ABC):
         return self._loader(test, batches, self.blank_test_batches)
 
     def augmented_dataloader(self, pass_index: int) -> DataLoader[Batch]:
-        """Serve every training image of the experience once, augmented anew in pass ``pass_index``, from 0."""
+        """Serve every training image of the experience once, augmented anew for each index from 0."""
         train = self._dealt.train
         return self._one_pass(train, self._current(train), _AUGMENTED, pass_index)
 
