@@ -229,7 +229,7 @@ class StreamDataModule(LightningDataModule, ABC):
         """Stop the workers; the next batch starts new ones."""
         if self._pool is not None:
             self._pool.close()
-        self._pool = None
+            self._pool = None
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Finish a batch on the device: images of uint8 become floats in [0, 1], in a new tensor."""
@@ -261,8 +261,7 @@ class StreamDataModule(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Serve the training images of the experience, augmented and reshuffled in every epoch."""
-        train = self._dealt.train
-        entropy = (self.seed, self.experience.index, _TRAINING)
+        train, entropy = self._dealt.train, (self.seed, self.experience.index, _TRAINING)
         sampler = DrawSampler(self._current(train), entropy, shuffle=True)
         return self._loader(train, RankBatches(sampler, self.batch_size, *place()))
 
@@ -273,20 +272,13 @@ class StreamDataModule(LightningDataModule, ABC):
         domain (B,) if there are domains; later experiences serve the same batches before their own.
         """
         test, seen = self._dealt.test, self.experience.classes.stop
-        stops = [one.classes.stop for one in self.experiences if one.classes.stop <= seen]
-        owner = np.searchsorted(stops, test.positions, side="right")
-        groups = np.bincount(owner)[: len(stops)].tolist()
-        own = np.argsort(owner, kind="stable")[: sum(groups)]
+        own, groups = test.below([one.classes.stop for one in self.experiences if one.classes.stop <= seen])
         sampler = DrawSampler(own, (self.seed, self.experience.index, _TEST), shuffle=False)
         batches = RankBatches(sampler, self.test_batch_size, *place(), groups)
         return self._loader(test, batches, self.blank_test_batches)
 
     def augmented_dataloader(self, pass_index: int) -> DataLoader[Batch]:
-        """Serve every training image of the experience once, augmented anew in each pass.
-
-        Args:
-            pass_index: Index of the pass over the experience, from 0.
-        """
+        """Serve every training image of the experience once, augmented anew for each index from 0."""
         train = self._dealt.train
         return self._one_pass(train, self._current(train), _AUGMENTED, pass_index)
 
@@ -298,8 +290,8 @@ class StreamDataModule(LightningDataModule, ABC):
     def held_out_dataloaders(self) -> tuple[DataLoader[Batch], DataLoader[Batch]] | None:
         """Serve training and test images of the held-out classes; None if no class is held out.
 
-        Each loader serves at most the first 32 images of each class, because the diagnostics read them after
-        every experience. All are transformed as at test time, and their labels are numbered from 0.
+        Each loader serves the first 32 images of each class at most, since diagnostics read them after every
+        experience. All are transformed as at test time, and their labels are numbered from 0.
         """
         if not self.held_out_classes:
             return None

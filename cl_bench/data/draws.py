@@ -97,6 +97,16 @@ class DrawnImages(Dataset[tuple[Any, ...]]):
         image, _ = self.source[draw.image]
         return (self._transformed(image), *self._position_and_domain(draw))
 
+    def below(self, stops: Sequence[int]) -> tuple[Indices, list[int]]:
+        """Return the images whose positions are below the last stop, group by group, and the sizes of groups.
+
+        Args:
+            stops: Last-plus-one position of each group, rising.
+        """
+        group = np.searchsorted(stops, self.positions, side="right")
+        sizes = np.bincount(group, minlength=len(stops))[: len(stops)].tolist()
+        return np.argsort(group, kind="stable")[: sum(sizes)], sizes
+
     def blank(self, draw: Draw) -> tuple[Any, ...]:
         """Return the same sample with an empty image (0,), which is not loaded."""
         return (torch.empty(0), *self._position_and_domain(draw))

@@ -280,6 +280,11 @@ def test_every_recipe_resolves_and_names_the_source_of_every_line(recipe: Path) 
 
 
 def test_every_benchmark_has_a_recipe_for_every_method_with_adapters() -> None:
-    methods = {path.stem for path in CONFIGS.glob("strategies/*.yaml")} - {"joint", "ncm", "simplecil", "linear_probe"}
+    methods = {path.stem for path in CONFIGS.glob("strategies/*.yaml")} - {
+        "joint",
+        "ncm",
+        "simplecil",
+        "linear_probe",
+    }
     for benchmark in ("imagenet_r", "cifar100", "imagenet100", "domainnet"):
         assert methods <= {path.stem for path in RECIPES if path.parent.name == benchmark}
