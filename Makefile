@@ -31,8 +31,8 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 tests: .venv/installed-dev browser
-	$(BIN)/pytest --durations=10
-	$(BIN)/pytest tests/devices
+	$(BIN)/pytest -n 2 --dist loadfile --durations=10
+	$(BIN)/pytest -n 2 tests/devices
 
 # The page of a report is tested in a real browser. Without apt and root, those tests are skipped, with the reason.
 browser:
@@ -49,6 +49,7 @@ notebooks: .venv/installed-dev
 
 soak: .venv/installed-dev
 	$(BIN)/pytest -m soak
+	$(BIN)/pytest -m soak tests/devices
 
 bench: .venv/installed
 	mkdir -p results/bench

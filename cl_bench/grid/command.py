@@ -129,8 +129,14 @@ def known(cells: Sequence[Cell]) -> list[Entry]:
     Raises:
         ValueError: If a cell is not valid, or two of them are the same.
     """
+    errors = Console(stderr=True)
     shown = track(
-        configurations(cells), "reading cells", len(cells), console=Console(stderr=True), transient=True
+        configurations(cells),
+        "reading cells",
+        len(cells),
+        console=errors,
+        transient=True,
+        disable=not errors.is_terminal,
     )
     present = cache(_present)
     entries = [

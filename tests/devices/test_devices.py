@@ -27,6 +27,9 @@ from strategies.lora import LoRA
 CONFIG_FILES = sorted(CONFIGS.glob("strategies/*.yaml"))
 each_strategy = pytest.mark.parametrize("config", CONFIG_FILES, ids=lambda path: path.stem)
 
+IN_BF16 = {"janus_lora", "keeplora", "l2p", "lora"}
+"""Strategies that are tested in bf16 every time; `make soak` tests all."""
+
 WAITING = {"loda"}
 """Strategies whose step waits by design: LoDA splits every batch by its classes, so the host reads labels."""
 
@@ -123,7 +126,13 @@ def test_another_device_stops_and_resumes_with_the_bits_of_the_cpu(config: Path,
         assert differing(on_twin.state, on_cpu.state) == []
 
 
-@each_strategy
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(config, marks=() if config.stem in IN_BF16 else pytest.mark.soak, id=config.stem)
+        for config in CONFIG_FILES
+    ],
+)
 def test_another_device_trains_in_bf16_without_a_wait(config: Path) -> None:
     with SecondDevice() as device:
         watch = no_wait(config, device)

@@ -19,7 +19,7 @@ from cl_bench.results.result import Cost, Protocol, Result, Row
 from datamodules.toy import Toy
 
 TOY = """
-data: {class_path: datamodules.toy.Toy, init_args: {image_size: 16, num_classes: 5}}
+data: {class_path: datamodules.toy.Toy, init_args: {image_size: 16, num_classes: 10}}
 backbone:
   model: vision_transformer
   weights: random
@@ -190,7 +190,7 @@ def test_missing_data_are_named_with_the_time_of_the_cells(
     dataset = tmp_path / "imagenet_r.yaml"
     dataset.write_text(
         TOY.replace("datamodules.toy.Toy", "datamodules.image_folder.ImageFolder").replace(
-            "{image_size: 16, num_classes: 5}", f"{{image_size: 16, root: {tmp_path}/absent}}"
+            "{image_size: 16, num_classes: 10}", f"{{image_size: 16, root: {tmp_path}/absent}}"
         )
     )
     words = ["reproduce", "janus_lora", str(dataset), "--num_experiences", "20", "--results", str(tmp_path)]

@@ -222,9 +222,9 @@ def test_a_word_of_other_code_bases_is_answered_with_the_key_of_this_one(strateg
 def test_the_resolved_config_shows_the_optimizer_with_its_numbers(strategy: str) -> None:
     pair = resolve(layers(strategy, "toy"))
     for words, expected in (
-        ([], ("torch.optim.Adam", 5e-4)),
+        ([], ("torch.optim.Adam", 1e-3)),
         (["--optimizer.lr=0.3"], ("torch.optim.Adam", 0.3)),
-        (["--optimizer=SGD"], ("torch.optim.SGD", 5e-4)),
+        (["--optimizer=SGD"], ("torch.optim.SGD", 1e-3)),
     ):
         optimizer = pair.overridden(words).resolved["model"]["init_args"]["optimizer"]
         assert (optimizer["class_path"], optimizer["init_args"]["lr"]) == expected
