@@ -35,6 +35,9 @@ class Floor:
         classes: Columns of the head.
         half: Whether autocast multiplies in bfloat16.
 
+    Raises:
+        ValueError: If adapted layers hold something else than pairs of factors.
+
     Attributes:
         model: The transformer, followed by the head.
         optimizer: Adam in one kernel, over what is trained.
@@ -103,6 +106,11 @@ class _Adapted(nn.Module):
 
     def __init__(self, layer: AdaptedLinear, dtype: torch.dtype) -> None:
         super().__init__()
+        if not layer.rows.keys() <= layer.adapters.keys():
+            raise ValueError(
+                f"The floor is written for pairs of factors and for prompts, and {type(layer).__name__} adds "
+                "something else: bench another strategy."
+            )
         adapters = [(rows, layer.adapter(name)) for name, rows in layer.rows.items()]
         self.weight, self.bias = _in_type(layer, dtype)
         # The scale goes into A, so that B learns as fast as the strategy's does where A is frozen.

@@ -14,6 +14,7 @@ from cl_bench.contracts.prompted import PromptedStrategy
 from cl_bench.data.experience import Batch, Experience
 from cl_bench.network.backbones import Backbone
 from cl_bench.network.heads import GrowingLinear
+from strategies.bilora import BiLoRA
 from strategies.coda_prompt import CODAPrompt
 from strategies.dualprompt import DualPrompt
 from strategies.l2p import L2P
@@ -169,3 +170,11 @@ def test_the_floor_of_prompts_takes_the_operations_of_both_passes(
             features(images)
         counted.append(counter.get_total_flops())
     assert counted[1] - counted[0] == 2 * 4 * 32  # four queries meet a key of width 32
+
+
+def test_a_strategy_whose_adapters_are_not_factors_has_no_floor(
+    tiny_backbone: Callable[..., Backbone],
+) -> None:
+    strategy = BiLoRA(tiny_backbone(), frequencies=4)
+    with pytest.raises(ValueError, match="pairs of factors and for prompts, and SpectralLinear adds"):
+        Floor(strategy, 2, half=False)
