@@ -78,7 +78,7 @@ def _at_home(word: str) -> str:
 
 def _status(words: Sequence[str]) -> int:
     """Call the verb, print its error if there is one, and return the exit status."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     try:
         return _called(words)
     except (ValueError, OSError) as error:

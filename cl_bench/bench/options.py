@@ -48,9 +48,9 @@ def run(options: Namespace) -> int:
         if options.threads < 1:
             raise ValueError(f"{options.threads} threads cannot measure: give --threads 1 or more.")
         torch.set_num_threads(options.threads)
-    notices = Console(stderr=True, highlight=False, soft_wrap=True)
+    notices = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     found = bench(options, notices.print)
-    table = notices if options.json else Console(highlight=False, soft_wrap=True)
+    table = notices if options.json else Console(highlight=False, emoji=False, soft_wrap=True)
     table.print(found.text(), markup=False)
     if options.json:
         sys.stdout.write(found.json() + "\n")

@@ -16,7 +16,7 @@ def run(words: list[str]) -> int:
         ValueError: If the words are not valid, or the strategy cannot be built.
         FileNotFoundError: If the strategy's file does not exist.
     """
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
     if "-h" in words or "--help" in words:
         console.print(_help(), markup=False)
         return 0

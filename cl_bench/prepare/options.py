@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     prepare(
         options.dataset,
         options.root,
-        Console(highlight=False, soft_wrap=True),
+        Console(highlight=False, emoji=False, soft_wrap=True),
         offline=options.offline,
         source=options.source,
         classes=options.classes,

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cl_bench.report.statistics import TOO_SMALL, Contrast, Statistic
+from cl_bench.report.statistics import INTERVAL_BLOCKS, TOO_SMALL, Contrast, Statistic
 from cl_bench.reproduce.numbers import Published
 
 TOLERANCE = 1.5
@@ -57,6 +57,8 @@ class Level:
         """Whether the level is met."""
         if self.ours.n == 0:
             return NOT_RUN
+        if self.ours.n < INTERVAL_BLOCKS:
+            return TOO_SMALL
         return MET if abs(self.difference) <= self.tolerance else "not met"
 
 

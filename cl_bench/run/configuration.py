@@ -26,6 +26,7 @@ from cl_bench.loop.checkpoint import FOLDER_NAME, Checkpoints
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone, weights_identity
 from cl_bench.processes.launcher import is_single
+from cl_bench.results.files import file_name
 from cl_bench.results.result import digest
 from cl_bench.run.configs import CONFIGS, Config, config_file, dumped, load
 from cl_bench.run.schema import GROUPS, Schema, factors, keys_of, nearest_class
@@ -34,6 +35,8 @@ from cl_bench.run.schema import GROUPS, Schema, factors, keys_of, nearest_class
 # configs may contain either.
 _FIRST_PATHS = {"cl_bench.maths.schedules.QuarterCosine": "cl_bench.schedules.QuarterCosine"}
 _PATHS = {first: path for path, first in _FIRST_PATHS.items()}
+
+_LONGEST_PART = 200  # bytes; file systems take 255
 
 _RUN_KEYS_OUTSIDE_THE_CELL = {
     "checkpoint_every",
@@ -193,7 +196,7 @@ class Configuration:
     @property
     def benchmark(self) -> str:
         """Dataset and number of experiences, such as ``digits-T5``."""
-        return f"{self.datamodule.name}-T{self.datamodule.stream_length}"
+        return _of_path(f"{self.datamodule.name}-T{self.datamodule.stream_length}")
 
     @property
     def folder(self) -> Path:
@@ -202,7 +205,7 @@ class Configuration:
         regime = "joint" if self.namespace.regime == "joint" else None
         name = "-".join(part for part in (strategy, regime, self.namespace.setting) if part)
         cell = f"{self.datamodule.order_name}-seed{self.namespace.seed}-{self.hash}"
-        return self.results / self.benchmark / name / cell
+        return self.results / self.benchmark / _of_path(name) / cell
 
     @property
     def checkpoints(self) -> Checkpoints:
@@ -422,3 +425,13 @@ def _without_torch_defaults(value: Any, ours: Any = None) -> Any:
         before = json.loads(json.dumps(ours.init_args.as_dict()))
         arguments = {k: item for k, item in given.items() if k in arguments or item != before.get(k, item)}
     return {"class_path": value["class_path"], "init_args": arguments}
+
+
+def _of_path(name: str) -> str:
+    """Return ``name`` as one part of a path; a dataset or setting may be called anything.
+
+    >>> _of_path("my birds-T5"), _of_path("../x-T5")
+    ('my birds-T5', '_x-T5-fe8bb0ea')
+    """
+    plain = name == Path(name).name and name.isprintable() and len(name.encode()) <= _LONGEST_PART
+    return name if plain else file_name(name)

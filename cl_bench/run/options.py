@@ -119,4 +119,4 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
 
 
 def _console(*, stderr: bool = False) -> Console:
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    return Console(stderr=stderr, highlight=False, emoji=False, soft_wrap=True)

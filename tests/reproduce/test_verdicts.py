@@ -16,10 +16,11 @@ def _published(mean: float, std: float = 0.5) -> Published:
 @pytest.mark.parametrize(
     ("theirs", "std", "ours", "verdict"),
     (
-        (75.0, 0.5, [74.0, 73.0], "met"),  # 1.5 points below, on the border
-        (75.0, 0.5, [73.4, 73.4], "not met"),
-        (75.0, 2.5, [73.0, 73.0], "met"),  # within the printed spread
-        (75.0, float("nan"), [76.4], "met"),
+        (75.0, 0.5, [74.0, 73.5, 73.0], "met"),  # 1.5 points below, on the border
+        (75.0, 0.5, [73.4, 73.4, 73.4], "not met"),
+        (75.0, 2.5, [73.0, 73.0, 73.0], "met"),  # within the printed spread
+        (75.0, float("nan"), [76.4, 76.4, 76.4], "met"),
+        (75.0, 0.5, [75.0, 75.0], "n too small"),  # no verdict on fewer than three
         (75.0, 0.5, [], "not run"),
     ),
 )
