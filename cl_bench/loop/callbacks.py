@@ -113,7 +113,7 @@ class StreamMetrics(Callback):
         expected = sum(self.result.test_images[:num_classes_seen])
         if counted != expected:
             raise ValueError(
-                f"{counted} of {expected} test images were evaluated after experience {index + 1}: "
+                f"{counted} of {expected} images were evaluated after experience {index + 1}: "
                 "a result needs them all, so do not set limit_test_batches."
             )
 

@@ -325,7 +325,7 @@ def test_settings_that_would_cut_a_stream_short_are_refused(
 
 
 def test_a_result_needs_every_test_image(backbone: Making, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"16 of 24 test images|\d+ of \d+ test images were evaluated"):
+    with pytest.raises(ValueError, match=r"16 of 24 test images|\d+ of \d+ images were evaluated"):
         trainer(limit_test_batches=1).run(LinearProbe(backbone()), toy(test_batch_size=2), folder=tmp_path)
     assert read(tmp_path / FILE_NAME).status == "failed"
 
