@@ -6,7 +6,8 @@ same for all projections, and so few that the places of two experiences hardly m
 orthogonal in the space of weights. Nothing is said about features, and nothing is protected.
 
 Source: BiLoRA, CVPR 2025, as in a copy of its released code, https://github.com/nqh-tq-32052503/BiLoRA, whose
-first commit matches the authors' own; the paper was read in a transcription.
+first commit looks like a verbatim copy of the authors', which was not available; the paper was read in a
+transcription.
 
 =============================================  ============================================================
 paper                                          here
@@ -153,7 +154,7 @@ class BiLoRA(LowRankStrategy):
     def __init__(
         self, backbone: Backbone, *, frequencies: int = 3000, spectral_scale: float = 300.0, **kwargs: Any
     ) -> None:
-        if frequencies < 1 or not math.isfinite(spectral_scale):
+        if frequencies < 1 or not math.isfinite(spectral_scale) or spectral_scale == 0:
             raise ValueError(
                 f"{frequencies} frequencies at a scale of {spectral_scale} train nothing: give at least one, "
                 "and a finite scale."

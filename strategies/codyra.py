@@ -120,7 +120,6 @@ class CoDyRA(LowRankStrategy):
     name = "CoDyRA"
     layer_class = RankedLinear
     layers: list[RankedLinear]  # type: ignore[assignment]
-    steps: Tensor
 
     def __init__(
         self,
@@ -136,17 +135,17 @@ class CoDyRA(LowRankStrategy):
         self.variant = "image tower"
         self.kappa_max = kappa_max
         self.threshold = threshold
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.steps = 0  # a plain number: to read one on the device would wait for it in every step
 
     def before_training(self, data: TrainingData) -> None:
         """Count the steps anew."""
-        self.steps.zero_()
+        self.steps = 0
 
     def after_step(self) -> None:
         """Shrink the weights of all ranks by the threshold of this step."""
         self.steps += 1
         whole = int(self.trainer.num_training_batches) * (self.trainer.max_epochs or 0)
-        kappa = self.kappa(int(self.steps), whole)
+        kappa = self.kappa(self.steps, whole)
         if kappa > 0:
             for layer in self.layers:
                 for weights in layer.importance.values():
@@ -157,6 +156,14 @@ class CoDyRA(LowRankStrategy):
         dense = whole // 2
         level = _LEVELS * (step - dense - 1) // max(whole - dense, 1)
         return self.kappa_max * min(max(level, 0), _LEVELS - 1) / (_LEVELS - 1)
+
+    def get_extra_state(self) -> int:
+        """Return the number of steps, for a checkpoint."""
+        return self.steps
+
+    def set_extra_state(self, state: int) -> None:
+        """Restore the number of steps."""
+        self.steps = state
 
     @property
     def active_ranks(self) -> list[int]:

@@ -7,7 +7,7 @@ down-projection lowers the term as a turned one does.
 
 Source: O-LoRA, Findings of EMNLP 2023, https://arxiv.org/abs/2310.14152, and its released code,
 https://github.com/cmnfriend/O-LoRA, both for language models. Papers on images print rows of O-LoRA from
-ports of their own; none of them is public.
+ports of their own, none of which is public; a third party has published a port to PILOT.
 
 ========================================  ==================================================
 paper                                     here
@@ -24,8 +24,8 @@ Departures:
   https://arxiv.org/abs/2404.00228, and the strength is chosen by us. At the start of an experience the
   squares add about 0.35 for each old experience, on the 24 projections of ViT-B/16 at rank 10.
 * ``overlap: squares`` is the paper's term. The released code sums absolute values, 67 times as much at the
-  start: a strength for one is none for the other. The code also changes its strength from experience to
-  experience; here it is one number.
+  start: a strength tuned for one does not suit the other. The code also changes its strength from experience
+  to experience; here it is one number.
 * The code's second term, on the norms of the factors, is left out: its scripts give it the weight 0.
 * Old products are part of the weight, and only their down-projections are kept; the code keeps both factors.
 """

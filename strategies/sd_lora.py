@@ -35,7 +35,7 @@ Departures:
 * KD decides once for the whole model, since magnitudes are shared, and compares the squared residual of the
   product as the forward pass uses it, relative to its own square. LibContinual decides for each projection,
   solves for a product without its magnitude, indexes the solution by a stale variable, and its test fails if
-  directions are linearly dependent; there is a minimal solution here.
+  directions are linearly dependent; here the solution of least norm is taken.
 """
 
 from __future__ import annotations
@@ -162,6 +162,11 @@ class SDLoRA(LowRankStrategy):
         restart: bool = False,
         **kwargs: Any,
     ) -> None:
+        if any(limit < 1 for _, limit in rank_limits) or (absorb_below is not None and absorb_below <= 0):
+            raise ValueError(
+                f"Rank limits {list(rank_limits)} and absorb_below {absorb_below} train or absorb nothing: "
+                "give ranks of 1 or more, and a share above 0."
+            )
         if restart and absorb_below is not None:
             raise ValueError(
                 "A direction that is absorbed lives on in the older magnitudes, and restart resets these: "

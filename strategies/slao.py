@@ -1,4 +1,4 @@
-"""SLAO, carried over to images: one pair of factors is trained on and on, and a merged pair is tested.
+"""SLAO, carried over to images: one pair of factors keeps training, and a merged pair is tested.
 
 In every experience the down-projection starts from an orthonormal basis of the rows that the last one left,
 and the up-projection from where it ended. After training, the merged pair takes the new down-projection, and
@@ -21,7 +21,7 @@ prediction by ``W_0 + B_m A_m``                ``PairedLinear.forward`` in evalu
 Departures:
 
 * Carried over to images, so targets, rank, scale 1, heads and optimizer are those of InfLoRA,
-  https://arxiv.org/abs/2404.00228; rank and rate of the paper are not at hand.
+  https://arxiv.org/abs/2404.00228; rank and rate of the paper are not known to us.
 * A head is trained on features of the trained pair and tested on those of the merged one. They are the same
   in the first experience and differ later; the paper has no heads of its own for each experience.
 * Making the rows orthonormal while ``B`` stays changes what the network computes at the start of training, as
@@ -95,7 +95,7 @@ class PairedLinear(AdaptedLinear):
 
 
 class SLAO(LowRankStrategy):
-    """One pair that is trained on, and an average of its states that is tested.
+    """A pair that keeps training, and its average, used at test time.
 
     Args:
         backbone: Pre-trained vision transformer.

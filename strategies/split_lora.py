@@ -1,7 +1,7 @@
 """SplitLoRA: down-projections drawn at random in the directions that all inputs so far use least.
 
 One second moment of the inputs of each adapted block is kept over the whole stream. After every experience
-its spectrum is split anew: the strongest directions are left alone, the weakest are free, and the border
+its spectrum is split anew: the strongest directions are protected, the weakest are free, and the border
 weighs what the free ones still hold, times the number of experiences learnt, against their number. The next
 down-projection is random among the free directions and fixed, so the update of the weight cannot act on the
 others; only the up-projection and the head are trained.
@@ -25,7 +25,7 @@ Departures:
 * ``S`` is the second moment of the inputs, as in the released code; the paper takes gradients of old
   experiences. It is the mean over all tokens, so long experiences weigh more, also as in the code, which
   keeps two equal copies of it for keys and values.
-* The code leaves two directions alone where its rule asks for one, by ``max(r*, 1) + 1`` columns; here it is
+* The code protects two directions where its rule asks for one, by ``max(r*, 1) + 1`` columns; here it is
   one. Elsewhere the two agree.
 * At least as many directions stay free as the rank, so that no row of ``A`` is superfluous; with a small α
   and many experiences the rule would leave none.
@@ -75,9 +75,13 @@ class SplitLoRA(LowRankStrategy):
         self, backbone: Backbone, *, alpha: float = 20.0, temperature: float = 30.0, **kwargs: Any
     ) -> None:
         super().__init__(backbone, **kwargs)
+        width = self.layers[0].weight.shape[1]
+        if self.rank >= width:
+            raise ValueError(
+                f"Rank {self.rank} leaves nothing to protect in width {width}: choose a lower rank."
+            )
         self.alpha = alpha
         self.temperature = temperature
-        width = self.layers[0].weight.shape[1]
         self.memory = GPM(self.layer_of, width, dtype=torch.float32)
         self.register_buffer("moments", torch.zeros(len(self.layers), width, width))
         self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
@@ -112,7 +116,7 @@ class SplitLoRA(LowRankStrategy):
         super().after_training(data)
 
     def split(self, shares: Tensor, held: Sequence[int]) -> list[int]:
-        """Return how many of the strongest directions each basis leaves alone, (L).
+        """Return how many of the strongest directions each basis protects, (L).
 
         Args:
             shares: Share of the energy that each direction holds, (L, d), strongest first.

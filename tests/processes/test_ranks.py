@@ -29,11 +29,13 @@ from cl_bench.processes.ranks import _prints, agree, is_first, place, require_ag
 from cl_bench.results.result import FILE_NAME, read
 from datamodules.toy import Toy
 from strategies.ease import EASE
+from strategies.ewc_lora import EWCLoRA
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
 from strategies.keeplora import KeepLoRA
 from strategies.loda import LoDA
 from strategies.lora import LoRA
+from strategies.lora_drs import LoRADRS
 from strategies.lora_gpm import LoRAGPM
 from strategies.ncm import NearestClassMean
 from strategies.ranpac import RanPAC
@@ -57,6 +59,8 @@ STRATEGIES: dict[str, Callable[[Backbone], Strategy]] = {
     ),
     "LoDA": lambda backbone: LoDA(backbone, rank=2),
     "NCM": NearestClassMean,
+    "LoRA-DRS": lambda backbone: LoRADRS(backbone, rank=2),
+    "EWC-LoRA": lambda backbone: EWCLoRA(backbone, rank=2),
     "RanPAC": lambda backbone: RanPAC(backbone, bottleneck=2, bottleneck_dropout=0.0, random_features=16),
     "EASE": lambda backbone: EASE(backbone, bottleneck=2, bottleneck_dropout=0.0),
     "SLCA++": lambda backbone: SLCA(backbone, rank=2, alignment_samples=8),

@@ -110,7 +110,7 @@ def test_ranks_are_pruned_by_the_threshold_and_by_nothing_else(
     walk(codyra(backbone, Spied, kappa_max=kappa_max), max_epochs=2)
     assert len(active) == 3
     assert thresholds.count(0) >= len(thresholds) // 2
-    assert max(thresholds) <= kappa_max
+    assert max(thresholds) > 0 or kappa_max == 0
     assert all(count == 4 for counts in active for count in counts) == (kappa_max == 0)
 
 

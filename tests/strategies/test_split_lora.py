@@ -138,7 +138,7 @@ def test_the_published_spectra_protect_as_many_directions_as_computed_by_hand() 
         for learnt in (1, 2, 5, 9, 19):
             strategy._experience = Experience(learnt - 1, 20, range(1))
             found += strategy.split(shares, [0])
-        assert found == pytest.approx(expected, abs=1)
+        assert found == expected
 
 
 def test_training_divides_logits_by_the_temperature_and_testing_does_not(backbone: Making) -> None:
