@@ -187,8 +187,8 @@ def _between_corners(corners: Integers, size: int) -> Integers:
     far = np.arange(size, dtype=np.int32)
     near = far[::-1]
     rows = corners[..., :1, :] * near[:, None] + corners[..., 1:, :] * far[:, None]
-    found: Integers = (rows[..., :1] * near + rows[..., 1:] * far) // np.int32(max(1, (size - 1) ** 2))
-    return found
+    found = (rows[..., :1] * near + rows[..., 1:] * far) // max(1, (size - 1) ** 2)
+    return found.astype(np.int32, copy=False)
 
 
 def _words(number: int, width: int, entropy: tuple[int, ...]) -> Integers:

@@ -28,8 +28,8 @@ Departures:
   changes the weights in between, which current PyTorch refuses.
 * The teacher is a constant, and gradients reach only the student; in the released code they also reach the
   classifier through the teacher.
-* Block weights of keys, which have no adapter, do not exist; in the released code they are constants that
-  enter the overlap.
+* Block weights of keys, which have no adapter, do not exist; in the released code they enter the overlap.
+* Multipliers come from the old up-projection, as in the code; the paper takes differences of gradients.
 * A prototype is kept for each class under the adapters of its own experience, the only ones that are used.
 * The overlap that is penalised is that of the block weights, as in the code; in the paper it is that of the
   adapters.
@@ -152,6 +152,8 @@ class CLLoRA(LowRankStrategy):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Take the step of distillation, then return the loss of the batch."""
         if not self.experience.is_first:
+            if self.trainer.accumulate_grad_batches > 1:
+                raise ValueError("CL-LoRA steps twice in every batch: leave out accumulate_grad_batches.")
             self._distil(batch[0])
         return super().training_step(batch, batch_idx)
 

@@ -1,9 +1,9 @@
 """CODA-Prompt: every image sees a sum of prompt components, each weighted by how well its key fits the image.
 
 In each of the first blocks, the prefix to keys and values is a weighted sum over a pool of components. The
-weight is the cosine between the component's key and the query, the image's feature without prompts, of which
-the component attends to some entries. An experience adds its share of the pool, orthogonal to what is there,
-and trains that; older components are frozen and remain in the sum.
+weight is the cosine between the component's key and the query, the image's feature without prompts; the
+component attends to some entries of the query. An experience adds its share of the pool, orthogonal to what
+is there, and trains that; older components are frozen and remain in the sum.
 
 Source: CODA-Prompt, CVPR 2023, https://arxiv.org/abs/2211.13218, and its released code
 https://github.com/GT-RIPL/CODA-Prompt.
@@ -155,7 +155,7 @@ class CODAPrompt(PromptedStrategy):
         """Return the sum over blocks, and over P, K and A, of the mean squared entry of B Bᵀ - I."""
         with torch.autocast(self.device.type, enabled=False):
             grams = [rows @ rows.mT for rows in self._pools()]
-            eye = torch.eye(grams[0].shape[-1]).to(grams[0])
+            eye = torch.eye(grams[0].shape[-1], device=grams[0].device, dtype=grams[0].dtype)
             return torch.stack([(gram - eye).square().mean(dim=(1, 2)).sum() for gram in grams]).sum()
 
     @property

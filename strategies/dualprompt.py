@@ -92,6 +92,7 @@ class DualPrompt(PromptedStrategy):
         self.general_blocks, self.general_length = tuple(general), general_length
         self.expert_blocks, self.length = tuple(expert), length
         self.ported_reshape = ported_reshape
+        self.variant = "ported reshape" if ported_reshape else None
         self.experts, self.keys = nn.ParameterList(), nn.ParameterList()
 
     def expand(self, experience: Experience) -> None:

@@ -22,8 +22,6 @@ Departures:
 * The images that choose λ are drawn once for all strengths, and 17 solutions come from one decomposition in
   float64, where the code solves 17 systems in float32: the minimum is that of exact arithmetic.
 * Adapters on every dataset: for ImageNet-R the code scales and shifts features instead (SSF).
-* The tuned backbone drops out inner units of the bottleneck as AdaptFormer does.
-* The head of the original is linear; a port, LAMDA-PILOT, leaves it cosine, which changes predictions.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ from cl_bench.network.heads import RidgeHead, pooled
 
 RIDGES = tuple(10.0**power for power in range(-8, 9))
 
-_AT_ONCE = 4096  # images whose wide features are held together
+_AT_ONCE = 4096  # images whose wide features are added together; the choice of λ holds those of all
 
 
 class RanPAC(BottleneckStrategy):
@@ -70,6 +68,8 @@ class RanPAC(BottleneckStrategy):
         super().__init__(backbone, **kwargs)
         self.head = RidgeHead(backbone.feature_dim, random_features)
         self.adaptation = adaptation
+        left_out = {"adaptation": adaptation, "random features": random_features is not None}
+        self.variant = ", ".join(f"no {part}" for part, kept in left_out.items() if not kept) or None
 
     def expand(self, experience: Experience) -> None:
         """Make room for the new classes; only the first experience trains."""

@@ -19,9 +19,9 @@ classifier alignment (CA)                         ``ClassifierAlignment``
 
 Departures:
 
-* Of Hybrid-SL only the low-rank adapters are trained: the suite freezes the backbone, so norms, biases and
+* Only the low-rank adapters of Hybrid-SL are trained: the suite freezes the backbone, so norms, biases and
   class token (122,880 of 638,976 parameters) stay. SLCA, which trains the whole backbone, is left out.
-* The learning rate ends at 0; in the code at a thousandth or less of where it began.
+* Heads start as PyTorch draws them; the code draws a truncated normal of deviation 0.02 and zero biases.
 * The experience of a class is known; the code divides its label by the size of the newest experience.
 """
 

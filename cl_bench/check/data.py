@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import inspect
+import io
+import mmap
 import os
 import sys
 from array import array
@@ -296,6 +299,10 @@ def _size(one: Any) -> tuple[int, int]:
         return one.data_ptr(), one.nbytes()
     if issubclass(kind, torch.UntypedStorage):
         return one.data_ptr(), one.nbytes()
+    if issubclass(kind, io.BytesIO):
+        return id(one), one.getbuffer().nbytes
+    if issubclass(kind, mmap.mmap | ctypes.Array):
+        return id(one), len(memoryview(one).cast("B"))
     if issubclass(kind, np.ndarray):
         while isinstance(one.base, np.ndarray):
             one = one.base

@@ -141,9 +141,9 @@ class Once(Callback):
     """Sends every test image only once through what the strategy promises to be constant.
 
     :class:`~cl_bench.contracts.strategy.Promises` names the map, ``features`` or ``query``. Its output for a
-    test batch is kept, and returned when a later experience evaluates the batch again; of known features not
-    even the images are loaded. Test batches stay the same throughout a stream, so every logit has the same
-    bits as without. If the weights have changed after all, everything is sent again.
+    test batch is kept, and returned when a later experience evaluates the batch again; for constant features
+    the images are not loaded either. Test batches stay the same throughout a stream, so every logit has the
+    same bits as without. If the weights have changed after all, everything is sent again.
 
     Args:
         strategy: The method.
@@ -207,7 +207,7 @@ class Once(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Note that none is."""
+        """Clear the index of the batch."""
         self._index = None
 
     def _output(self, original: FeatureMap, images: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def differing_images(one: Mapping[str, str], other: Mapping[str, str]) -> str | 
     """
     words = {
         "train_images": "other training images",
-        "test_images": "other test images",
+        "test_images": "other images to evaluate",
         "images_sha256": "images with other bytes",
         "sizes_sha256": "images with other sizes in bytes",
     }

@@ -277,8 +277,8 @@ class RidgeHead(nn.Module):
         width: Number M of random features relu(f R), R standard normal; None for the features themselves.
 
     Attributes:
-        gram: H^T H (M, M).
-        sums: Y^T H (C, M).
+        gram: H^T H (M, M), in float64.
+        sums: Y^T H (C, M), in float64.
         weight: W^T (C, M).
 
     >>> head = RidgeHead(feature_dim=1)
@@ -298,8 +298,9 @@ class RidgeHead(nn.Module):
         super().__init__()
         size = feature_dim if width is None else width
         self.register_buffer("projection", None if width is None else torch.zeros(feature_dim, width))
-        self.register_buffer("gram", torch.zeros(size, size))
-        self.register_buffer("sums", torch.zeros(0, size))
+        # In float32 the rounding of the sums would outweigh the small ridges between which they choose.
+        self.register_buffer("gram", torch.zeros(size, size, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(0, size, dtype=torch.float64))
         self.register_buffer("weight", torch.zeros(0, size))
         self.num_classes = 0
 
@@ -319,20 +320,20 @@ class RidgeHead(nn.Module):
     def hidden(self, features: Tensor) -> Tensor:
         """Return the hidden features (B, M) of features (B, d), in full precision."""
         with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.gram.dtype)
+            features = features.to(self.weight.dtype)
             return features if self.projection is None else (features @ self.projection).relu()
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add the features (B, d) and labels (B,) of training images to the sums."""
-        hidden = self.hidden(features)
+        hidden = self.hidden(features).double()
         self.gram += hidden.T @ hidden
         self.sums.index_add_(0, labels, hidden)
 
     def solve(self, ridge: float) -> None:
         """Set the weight to the solution for all that was added, computed in float64."""
-        regular = self.gram.double()
+        regular = self.gram.clone()
         regular.diagonal().add_(ridge)
-        self.weight.copy_(torch.linalg.solve(regular, self.sums.double().T).T)
+        self.weight.copy_(torch.linalg.solve(regular, self.sums.T).T)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the logits (B, classes seen) of features (B, d)."""

@@ -1,5 +1,6 @@
 """What is kept of training images is found wherever it is."""
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -71,6 +72,12 @@ def in_the_data(strategy: Any, images: Tensor) -> None:
 
 def in_a_library(strategy: Any, images: Tensor) -> None:
     torch.kept = [*getattr(torch, "kept", []), images]  # type: ignore[attr-defined]
+
+
+def in_a_stream_of_bytes(strategy: Any, images: Tensor) -> None:
+    if not hasattr(strategy, "kept"):
+        strategy.kept = io.BytesIO()
+    strategy.kept.write(images.numpy().tobytes())
 
 
 def in_a_file(strategy: Any, images: Tensor) -> None:

@@ -62,8 +62,9 @@ def test_every_recipe_that_follows_inflora_has_the_schedule_of_its_class() -> No
     }
     assert kinds.keys() >= {CONFIGS / "recipes" / "imagenet_r" / f"{stem}.yaml" for stem in FOLLOWING_INFLORA}
     for recipe, kind in kinds.items():
-        steps = recipe.parent.name == "domainnet" and not recipe.stem.startswith("lora_drs")
-        expected = "MultiStepLR" if steps else "DelayedQuarterCosine"
+        expected = "DelayedQuarterCosine"
+        if recipe.parent.name == "domainnet" and not recipe.stem.startswith("lora_drs"):
+            expected = "CosineAnnealingLR" if recipe.stem == "bilora" else "MultiStepLR"
         assert kind == expected, recipe
 
 

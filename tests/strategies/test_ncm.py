@@ -56,6 +56,8 @@ def test_nearest_by_angle_is_called_by_its_published_name(backbone: Backbone) ->
 def test_simplecil_gives_the_same_class_whatever_the_length_of_a_feature(backbone: Backbone) -> None:
     strategy = NearestClassMean(backbone, similarity="cosine")
     strategy.expand(Experience(0, 1, range(2)))
-    strategy.head.write(torch.eye(2, backbone.feature_dim), range(2))
+    means = torch.eye(2, backbone.feature_dim)
+    means[0] *= 3  # by distance, short features would be of the other class
+    strategy.head.write(means, range(2))
     feature = torch.tensor([[0.6, 0.5] + [0.0] * (backbone.feature_dim - 2)])
     assert [int(strategy.head(scale * feature).argmax()) for scale in (0.01, 1, 100)] == [0, 0, 0]

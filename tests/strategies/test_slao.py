@@ -131,7 +131,7 @@ def test_what_is_kept_does_not_grow(backbone: Making, walk: Walking) -> None:
     class Weighed(SLAO):
         def after_training(self, data: TrainingData) -> None:
             super().after_training(data)
-            kept.append(self.stored_bytes - state_bytes(self.head))
+            kept.append(self.stored_bytes - state_bytes(self.get_submodule("head")))
 
     kept: list[int] = []
     walk(Weighed(backbone(), rank=2))
