@@ -1,17 +1,16 @@
-"""The contract serves the methods to come: each strategy in coming.py learns and keeps every claim."""
+"""The contract serves the methods to come: each strategy in coming.py keeps every claim."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cl_bench.check.command import layer, verdicts
 from cl_bench.check.subject import Subject
 from cl_bench.run.run import quiet
 
 COMING = Path(__file__).with_name("coming.py")
-STRATEGIES = ("PrefixPool", "PromptTokens", "GrowingGates", "RandomRidge", "TextHead", "MinorSubspace")
+STRATEGIES = ("PrefixPool", "GrowingGates", "TextHead")
 ADAM = "--model.optimizer=torch.optim.Adam"
 
 
@@ -24,18 +23,6 @@ def test_a_coming_strategy_keeps_every_claim(name: str) -> None:
     with quiet():
         found = list(verdicts(coming(name)))
     assert {verdict.claim: verdict.why for verdict in found if not verdict.passed} == {}
-
-
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_a_coming_strategy_learns_its_first_experience(name: str) -> None:
-    rates = ("--model.optimizer.lr=0.001", "--model.head_lr=0.1")
-    with quiet():
-        run = coming(name, ADAM, *rates, "--trainer.max_epochs=100").run()
-        run.learn(run.experiences[0])
-    images = run.stream.train.images[: len(run.stream.training_images(run.experiences[0]))]
-    labels = torch.tensor(run.stream.train.targets[: len(images)])
-    predictions = run.logits(run.stream.test_transform()(images)).argmax(dim=1)
-    assert (predictions == labels).float().mean() > 0.9
 
 
 def test_the_optimizer_of_the_stream_starts_every_experience_at_its_full_rate() -> None:
