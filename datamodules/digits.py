@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data.sources import ArraySource, Sources
 from cl_bench.data.stream import Transform
+from cl_bench.data.views import floats
 
 _TRAIN_SHARE = 0.8
 _DARKEST = 16
@@ -55,13 +56,11 @@ class Digits(StreamDataModule):
     def train_transform(self) -> Transform:
         """Enlarge, then shift at random."""
         shift = v2.RandomCrop(self.image_size, padding=self.image_size // 8)
-        transform: Transform = v2.Compose([self._enlargement, shift, v2.ToDtype(torch.float32, scale=True)])
-        return transform
+        return floats(self._enlargement, shift)
 
     def test_transform(self) -> Transform:
         """Enlarge."""
-        transform: Transform = v2.Compose([self._enlargement, v2.ToDtype(torch.float32, scale=True)])
-        return transform
+        return floats(self._enlargement)
 
     @property
     def _enlargement(self) -> v2.Transform:

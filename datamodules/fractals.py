@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data.sources import Sources
 from cl_bench.data.stream import Transform
+from cl_bench.data.views import floats
 
 _RENDERING = 1  # to be increased when a change of the code changes a picture
 _BLOCK = 32  # images that are rendered together
@@ -92,13 +93,11 @@ class Fractals(StreamDataModule):
     def train_transform(self) -> Transform:
         """Shift at random; the border is repeated."""
         shift = v2.RandomCrop(self.image_size, padding=self.image_size // 8, padding_mode="edge")
-        transform: Transform = v2.Compose([shift, v2.ToDtype(torch.float32, scale=True)])
-        return transform
+        return floats(shift)
 
     def test_transform(self) -> Transform:
         """Change nothing."""
-        transform: Transform = v2.Compose([v2.ToDtype(torch.float32, scale=True)])
-        return transform
+        return floats()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data.sources import ArraySource, Sources
 from cl_bench.data.stream import Transform
+from cl_bench.data.views import floats
 
 Array = npt.NDArray[np.float64]
 
@@ -67,13 +68,11 @@ class Toy(StreamDataModule):
     def train_transform(self) -> Transform:
         """Shift by up to one pixel."""
         shift = v2.RandomCrop(self.image_size, padding=1)
-        transform: Transform = v2.Compose([shift, v2.ToDtype(torch.float32, scale=True)])
-        return transform
+        return floats(shift)
 
     def test_transform(self) -> Transform:
         """Change nothing."""
-        transform: Transform = v2.Compose([v2.ToDtype(torch.float32, scale=True)])
-        return transform
+        return floats()
 
     def _patterns(self, generator: np.random.RandomState) -> Array:
         """Return one picture per class (C, 3, H, W) in [0, 1]."""

@@ -40,7 +40,6 @@ from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import TrainingData
 from cl_bench.network.adapters import AdaptedLinear
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.product import AdaptedProduct, Placement
 
 _LEVELS = 50  # values that the threshold takes
 
@@ -80,26 +79,10 @@ class RankedLinear(AdaptedLinear):
         for weights in self.importance.values():
             weights.normal_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map inputs (…, n) to outputs (…, m).
-
-        Raises:
-            ValueError: If the inputs have another type than the layer, and autocast is off.
-        """
-        x, weight, bias = self._in_one_type(x)
-        down, up = zip(*map(self._scaled, self.rows), strict=True)
-        placement = Placement(tuple(self.rows.values()), (1.0,) * len(self.rows))
-        y: Tensor = AdaptedProduct.apply(x, weight, bias, placement, *down, *up, None)
-        return y
-
-    def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return ``A`` (r, n) and ``s B diag(ω)`` (m, r) of an adapter."""
+    def addend(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """Return ``A`` (r, n), ``s B diag(ω)`` (m, r), and 1."""
         adapter = self.adapter(name)
-        return adapter.A, adapter.scale * adapter.B * self.importance[name]
-
-    def _deltas(self) -> list[tuple[slice, Tensor]]:
-        scaled = map(self._scaled, self.rows)
-        return [(rows, up @ down) for rows, (down, up) in zip(self.rows.values(), scaled, strict=True)]
+        return adapter.A, adapter.scale * adapter.B * self.importance[name], 1.0
 
 
 class CoDyRA(LowRankStrategy):
@@ -164,9 +147,3 @@ class CoDyRA(LowRankStrategy):
     def set_extra_state(self, state: int) -> None:
         """Restore the number of steps."""
         self.steps = state
-
-    @property
-    def active_ranks(self) -> list[int]:
-        """Number of ranks with a weight other than zero, of each adapter."""
-        every = (weights for layer in self.layers for weights in layer.importance.values())
-        return [int(weights.count_nonzero()) for weights in every]

@@ -13,7 +13,7 @@ https://github.com/RL-VIG/LibContinual.
 ===============================================  ==========================================================
 paper                                            here
 ===============================================  ==========================================================
-``W_0 + Σ_k α_k N(B_k A_k) + α_t B_t A_t``       ``DirectedLinear.forward``
+``W_0 + Σ_k α_k N(B_k A_k) + α_t B_t A_t``       ``DirectedLinear.addend``
 ``N(B A) = B A / ‖B A‖_F``, Eq. 4                ``DirectedLinear.keep``, with the norms of ``_norms``
 ``α``: trained, one for each experience          ``magnitudes``, a parameter that all layers share
 RR: rank ``r_μ`` from experience ``μ`` on        ``rank_limits``
@@ -50,7 +50,6 @@ from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import Promises, TrainingData
 from cl_bench.network.adapters import AdaptedLinear, LowRank
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.product import AdaptedProduct, Placement
 
 _TINY = 1e-30
 
@@ -105,28 +104,12 @@ class DirectedLinear(AdaptedLinear):
         newest = self.owner.new_full((rank,), len(self.magnitudes) - 1)
         self.owner = torch.cat([self.owner, newest])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map inputs (…, n) to outputs (…, m).
-
-        Raises:
-            ValueError: If the inputs have another type than the layer, and autocast is off.
-        """
-        x, weight, bias = self._in_one_type(x)
-        down, up = zip(*map(self._scaled, self.rows), strict=True)
-        placement = Placement(tuple(self.rows.values()), (1.0,) * len(self.rows))
-        y: Tensor = AdaptedProduct.apply(x, weight, bias, placement, *down, *up, None)
-        return y
-
-    def _scaled(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the factors of a projection, with the magnitudes in the columns."""
+    def addend(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """Return all rows and columns of a projection, with the magnitudes in the columns, and 1."""
         down, up = self.factors(name)
         rank = up.shape[1] - len(self.owner)
         each = torch.cat([self.magnitudes[self.owner], self.magnitudes[-1:].expand(rank)])
-        return down, up * each
-
-    def _deltas(self) -> list[tuple[slice, Tensor]]:
-        scaled = map(self._scaled, self.rows)
-        return [(rows, up @ down) for rows, (down, up) in zip(self.rows.values(), scaled, strict=True)]
+        return down, up * each, 1.0
 
 
 class SDLoRA(LowRankStrategy):

@@ -15,7 +15,7 @@ paper                                          here
 ``A⁰ = Qᵀ``, ``B⁰ = B_{ft,i-1}``               ``before_training``, in place
 ``A_m ← A_{ft,i}``                             ``PairedLinear.average``
 ``B_m ← B_m + (B_{ft,i} - B_m) / √i``          ``PairedLinear.average``, i from 1
-prediction by ``W_0 + B_m A_m``                ``PairedLinear.forward`` in evaluation mode
+prediction by ``W_0 + B_m A_m``                ``PairedLinear.addend`` in evaluation mode
 =============================================  ==========================================================
 
 Departures:
@@ -41,7 +41,6 @@ from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import Promises, TrainingData
 from cl_bench.network.adapters import AdaptedLinear
 from cl_bench.network.backbones import Backbone
-from cl_bench.network.product import AdaptedProduct, Placement
 
 
 class PairedLinear(AdaptedLinear):
@@ -72,26 +71,11 @@ class PairedLinear(AdaptedLinear):
             down.copy_(adapter.A)
             up.add_((adapter.B - up) / number**0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map inputs (…, n) to outputs (…, m), with the merged pairs unless the layer trains."""
+    def addend(self, name: str) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Return the factors and the scale of the trained pair in training, of the merged one otherwise."""
         if self.training:
-            return super().forward(x)
-        x, weight, bias = self._in_one_type(x)
-        down, up = zip(*map(self.merged, self.rows), strict=True)
-        scales = tuple(float(self.adapter(name).scale) for name in self.rows)
-        y: Tensor = AdaptedProduct.apply(
-            x, weight, bias, Placement(tuple(self.rows.values()), scales), *down, *up, None
-        )
-        return y
-
-    def _deltas(self) -> list[tuple[slice, Tensor]]:
-        if self.training:
-            return super()._deltas()
-        pairs = ((self.adapter(name).scale, *self.merged(name)) for name in self.rows)
-        return [
-            (rows, scale * (up @ down))
-            for rows, (scale, down, up) in zip(self.rows.values(), pairs, strict=True)
-        ]
+            return super().addend(name)
+        return *self.merged(name), self.adapter(name).scale
 
 
 class SLAO(LowRankStrategy):

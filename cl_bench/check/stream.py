@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data.experience import Experience
 from cl_bench.data.sources import ArraySource, Sources
 from cl_bench.data.stream import Transform
+from cl_bench.data.views import floats
 
 CLASSES_PER_EXPERIENCE = 2
 IMAGES_PER_CLASS = 6
@@ -91,8 +91,7 @@ class TinyStream(StreamDataModule):
 
     def test_transform(self) -> Transform:
         """Change nothing."""
-        transform: Transform = v2.Compose([v2.ToDtype(torch.float32, scale=True)])
-        return transform
+        return floats()
 
     def probe(self) -> tuple[Tensor, Tensor]:
         """Return all test images (N, 3, H, W) and their labels (N,)."""

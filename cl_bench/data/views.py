@@ -16,6 +16,9 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import v2
+
+from cl_bench.data.stream import Transform
 
 PresetName = Literal["inflora", "pilot", "clip"]
 
@@ -27,6 +30,12 @@ _ATTEMPTS = 10  # at a random crop, before the centre is taken: torchvision's nu
 
 NORMALISATION = {"inflora": "unit", "pilot": "unit", "clip": "clip"}
 """The backbone's normalisation that each preset was published with."""
+
+
+def floats(*steps: v2.Transform) -> Transform:
+    """Return ``steps``, which keep an image (3, H, W) in uint8, and then its conversion to [0, 1]."""
+    transform: Transform = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+    return transform
 
 
 class Pixels:

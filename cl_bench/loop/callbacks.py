@@ -214,13 +214,14 @@ class Once(Callback):
         """Return what is kept of the batch at hand, or what ``original`` makes of its images."""
         if self._index is None or self._kept is None:
             return pooled(original(images))
-        batches = [*self._kept.batches, *self._fresh]
-        if self._index < len(batches):
-            batch = batches[self._index]
+        known = len(self._kept.batches)
+        if self._index < known + len(self._fresh):
+            early = self._index < known
+            batch = self._kept.batches[self._index] if early else self._fresh[self._index - known]
             if torch.equal(batch.labels, self._labels.cpu()):
                 return batch.outputs.to(self._strategy.device)
         found = pooled(original(images))
-        if self._index == len(batches):
+        if self._index == known + len(self._fresh):
             self._fresh.append(KeptBatch(self._labels.cpu(), found.detach().cpu()))
         return found
 

@@ -114,18 +114,31 @@ class LowRank(nn.Module):
         Raises:
             ValueError: If a gate makes that depend on the input.
         """
+        self.require_no_gate()
+        return _delta(self.A, self.B, self.scale)
+
+    def require_no_gate(self) -> None:
+        """Check that what the adapter adds to the weight does not depend on the input.
+
+        Raises:
+            ValueError: If a gate makes it.
+        """
         if self.gate is not None:
             raise ValueError(
                 "A gated adapter adds something else to the weight for every input, so it cannot be merged: "
                 "keep it, or remove its gate first."
             )
-        with torch.autocast(self.A.device.type, enabled=False):
-            return self.scale * (self.B @ self.A)
 
     def extra_repr(self) -> str:
         """Sizes, as they are printed."""
         scale = "learnt" if isinstance(self.scale, Tensor) else self.scale
         return f"{self.A.shape[1]} to {self.B.shape[0]}, rank={self.A.shape[0]}, scale={scale}"
+
+
+def _delta(A: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
+    """Return s B A (m, n), in full precision."""
+    with torch.autocast(A.device.type, enabled=False):
+        return scale * (B @ A)
 
 
 class AdaptedLinear(Frozen):
@@ -196,6 +209,14 @@ class AdaptedLinear(Frozen):
         assert isinstance(adapter, LowRank)
         return adapter
 
+    def addend(self, name: str) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Return ``A`` (r, n), ``B`` (m, r) and the scale of what is added to the rows of ``name``.
+
+        A layer that adds something else than its adapters' own factors overrides this.
+        """
+        adapter = self.adapter(name)
+        return adapter.A, adapter.B, adapter.scale
+
     @property
     def projections(self) -> list[slice]:
         """Rows of each adapted projection; adapters on the same rows share one."""
@@ -240,7 +261,9 @@ class AdaptedLinear(Frozen):
 
     def _deltas(self) -> list[tuple[slice, Tensor]]:
         """Return the rows and the product of every adapter; a gate is refused before anything is written."""
-        return [(rows, self.adapter(name).delta()) for name, rows in self.rows.items()]
+        for name in self.rows:
+            self.adapter(name).require_no_gate()
+        return [(rows, _delta(*self.addend(name))) for name, rows in self.rows.items()]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs (…, n) to outputs (…, m).
@@ -250,19 +273,19 @@ class AdaptedLinear(Frozen):
         """
         adapters = [self.adapter(name) for name in self.rows]
         if all(adapter.is_plain for adapter in adapters):
-            return self._product(x, adapters, safe=None)
+            return self._product(x, safe=None)
         x, weight, bias = self._in_one_type(x)
         y = F.linear(x, weight, bias)
         for rows, adapter in zip(self.rows.values(), adapters, strict=True):
             y[..., rows] += adapter(x).to(y.dtype)
         return y
 
-    def _product(self, x: Tensor, adapters: Sequence[LowRank], safe: Tensor | None) -> Tensor:
-        """Return the outputs of plain ``adapters`` by the fused operation."""
+    def _product(self, x: Tensor, safe: Tensor | None) -> Tensor:
+        """Return the outputs with plain adapters by the fused operation."""
         x, weight, bias = self._in_one_type(x)
-        placement = Placement(tuple(self.rows.values()), tuple(float(one.scale) for one in adapters))
-        factors = [*(adapter.A for adapter in adapters), *(adapter.B for adapter in adapters)]
-        y: Tensor = AdaptedProduct.apply(x, weight, bias, placement, *factors, safe)
+        down, up, scales = zip(*map(self.addend, self.rows), strict=True)
+        placement = Placement(tuple(self.rows.values()), tuple(map(float, scales)))
+        y: Tensor = AdaptedProduct.apply(x, weight, bias, placement, *down, *up, safe)
         return y
 
     def _in_one_type(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -78,7 +78,7 @@ class ShieldedLinear(AdaptedLinear):
             raise ValueError(
                 "A shielded layer cannot have a gate or a learnt scale: use an AdaptedLinear, or remove them."
             )
-        return self._product(x, adapters, _outside([adapter.A for adapter in adapters], self.shielded))
+        return self._product(x, _outside([adapter.A for adapter in adapters], self.shielded))
 
 
 @torch.no_grad()

@@ -90,6 +90,12 @@ def test_at_the_first_step_only_the_up_projection_has_a_gradient(backbone: Makin
         )
 
 
+def active_ranks(strategy: CoDyRA) -> list[int]:
+    """Number of ranks with a weight other than zero, of each adapter."""
+    every = (weights for layer in strategy.layers for weights in layer.importance.values())
+    return [int(weights.count_nonzero()) for weights in every]
+
+
 @pytest.mark.parametrize("kappa_max", (0.0, 1.0))
 def test_ranks_are_pruned_by_the_threshold_and_by_nothing_else(
     backbone: Making, walk: Walking, kappa_max: float
@@ -104,7 +110,7 @@ def test_ranks_are_pruned_by_the_threshold_and_by_nothing_else(
             thresholds.append(self.kappa(int(self.steps), whole))
 
         def after_training(self, data: TrainingData) -> None:
-            active.append(self.active_ranks)
+            active.append(active_ranks(self))
             super().after_training(data)
 
     walk(codyra(backbone, Spied, kappa_max=kappa_max), max_epochs=2)
@@ -145,4 +151,4 @@ def test_every_experience_starts_with_all_ranks_and_counts_its_own_steps(
     walk(strategy, max_epochs=2)
     assert all(steps == whole > 0 for steps, whole in counted)
     strategy.expand(Experience(3, 4, range(6, 8)))
-    assert set(strategy.active_ranks) == {4}
+    assert set(active_ranks(strategy)) == {4}
