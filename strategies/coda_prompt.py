@@ -30,8 +30,8 @@ Departures:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,7 @@ class CODAPrompt(PromptedStrategy):
         drawn_once=True,  # the first components are part of every later sum
         constant="query",
     )
+    small: ClassVar[Mapping[str, object]] = {"pool": 20}
 
     def __init__(
         self,

@@ -32,7 +32,8 @@ Departures:
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,10 @@ class L2P(PromptedStrategy):
 
     name = "L2P"
     promises = Promises(drawn_once=True, constant="query")
+    small: ClassVar[Mapping[str, object]] = {
+        "pool": 20,
+        "chosen": 1,
+    }  # more prompts would outnumber the tokens
 
     def __init__(
         self,

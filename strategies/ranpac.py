@@ -26,7 +26,8 @@ Departures:
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,7 @@ class RanPAC(BottleneckStrategy):
 
     # The solution for old classes depends on every new image.
     promises = Promises(keeps_old_head=False, constant="features")
+    small: ClassVar[Mapping[str, object]] = {**BottleneckStrategy.small, "random_features": 64}
     head: RidgeHead
 
     def __init__(

@@ -180,14 +180,8 @@ def _small(configuration: Configuration) -> list[str]:
     """Return the options that make a strategy fit the tiny transformer."""
     depth = configuration.namespace.backbone.options["depth"]
     keys = configuration.schema.keys
-    small = {
-        "model.rank": RANK,
-        "model.bottleneck": RANK,
-        "model.random_features": 16 * RANK,
-        "model.pool": LONG,
-        "model.chosen": 1,  # more prompts would outnumber its tokens
-    }
-    words = [word for key, size in small.items() if key in keys for word in (f"--{key}", str(size))]
+    small = {"rank": RANK, **configuration.strategy_class.small}
+    words = [f"--model.{key}={size}" for key, size in small.items() if f"model.{key}" in keys]
     blocks = configuration.namespace.model.get("blocks")
     return words + (["--model.blocks", str([b for b in blocks if b < depth])] if blocks else [])
 

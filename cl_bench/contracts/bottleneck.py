@@ -7,9 +7,9 @@ https://github.com/sun-hailong/CVPR24-Ease, gives it (``backbone/vit_ease.py``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
@@ -114,6 +114,7 @@ class BottleneckStrategy(Strategy):
         classifier: What the bottleneck is trained with.
     """
 
+    small: ClassVar[Mapping[str, object]] = {"bottleneck": 4}
     classifier: GrowingCosine
 
     def __init__(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
@@ -102,6 +102,7 @@ class Strategy(LightningModule):
             all ``seen``. The former is zero for a single class, so such an experience is refused.
         optimizer_scope: ``experience`` builds the optimizer anew for every experience; ``stream`` keeps one,
             with its state, and adds the new parameters of each experience to it.
+        small: Settings with which it fits the tiny transformer of ``cl-bench check``, if its defaults do not.
 
     Args:
         backbone: Pre-trained vision transformer; the strategy freezes it.
@@ -117,6 +118,7 @@ class Strategy(LightningModule):
     promises: Promises = Promises()
     loss_over: Literal["experience", "seen"] = "experience"
     optimizer_scope: Literal["experience", "stream"] = "experience"
+    small: ClassVar[Mapping[str, object]] = {}
     head: Head
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
