@@ -19,6 +19,7 @@ from cl_bench.loop.diagnostics import Diagnostics
 from cl_bench.loop.provenance import data_hashes, differing_images, recorded_hashes
 from cl_bench.processes.ranks import be_first, failed_first, first_is_woken, is_first
 from cl_bench.results.result import FILE_NAME, Result, read
+from cl_bench.run.choice import choice
 from cl_bench.run.claim import Held, claim
 from cl_bench.run.configuration import Configuration
 from cl_bench.run.tracking import loggers, record
@@ -95,6 +96,7 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback], require: C
                 regime=values.regime,
                 config=configuration.cell,
                 setting=values.setting,
+                chosen=choice(configuration),
                 folder=folder,
                 checkpoints=checkpoints,
                 require=require,

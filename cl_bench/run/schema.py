@@ -301,6 +301,12 @@ def _add_settings(parser: ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="CPU threads; part of the cell, since sums depend on them.")
     add("--results", type=str, default="results", help="Folder of all results.")
     add("--setting", type=str | None, default=None, help="Name of this setting, in paths and tables.")
+    add(
+        "--tuned",
+        type=str | None,
+        default=None,
+        help="Record of cl-bench tune, whose best settings the run starts from.",
+    )
     add("--wandb", type=bool, default=False, help="Log to Weights & Biases as well.")
     add(
         "--diagnostics",
