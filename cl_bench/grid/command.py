@@ -82,8 +82,8 @@ class Entry:
         return f"ACC {result.metrics()['acc/sample']:.2f} % in {sum(result.seconds().values()):.0f} s"
 
 
-Tuned = Callable[[Grid, Callable[[Path], Engine], Console], list[Cell] | None]
-"""Tunes the strategies of a grid, and returns its cells with what was found; None if a trial failed."""
+Tuned = Callable[[Grid, Callable[[Path], Engine], Console], tuple[list[Cell], bool]]
+"""Tunes the strategies of a grid; returns its cells with what was found, and whether no trial failed."""
 
 
 def run_grid(
@@ -110,9 +110,8 @@ def run_grid(
     """
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     grid = read_grid(name, results)
-    cells = tuned(grid, engine, console) if grid.tune and not dry_run else [*grid.cells()]
-    if cells is None:
-        return False
+    tunes = grid.tune and not dry_run
+    cells, all_tuned = tuned(grid, engine, console) if tunes else ([*grid.cells()], True)
     entries = known(cells)
     waiting = [entry for entry in entries if entry.done is None]
     console.print(
@@ -123,7 +122,7 @@ def run_grid(
             state = "done  " if entry.done else "to run"
             console.print(f"  {state}  {entry.configuration.hash}  {entry.cell.command}", markup=False)
         return True
-    return run_waiting(entries, engine(Path(grid.results)), console)
+    return run_waiting(entries, engine(Path(grid.results)), console) and all_tuned
 
 
 def run_waiting(entries: Sequence[Entry], engine: Engine, console: Console) -> bool:

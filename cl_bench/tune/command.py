@@ -14,10 +14,11 @@ from cl_bench.tune.study import TRIALS_FOLDER, Plan, Study, studies
 from cl_bench.tune.trials import Trial
 
 
-def tune(plans: Sequence[Plan], engine: Callable[[Path], Engine], console: Console) -> bool:
-    """Run the studies of ``plans`` until all budgets are spent, write their records, and print the best.
+def tune(plans: Sequence[Plan], engine: Callable[[Path], Engine], console: Console) -> dict[str, Tuning]:
+    """Run the studies of ``plans`` until their budgets are spent, and return their records by name.
 
-    Return whether no trial failed. Generations of all studies run together; trials that have ended are read.
+    Generations of all studies run together, and trials that have ended are read. A study ends without a
+    record if one of its trials fails; the others continue. Records are also written, and the best is printed.
 
     Args:
         plans: What to tune; all with one folder of results.
@@ -27,21 +28,25 @@ def tune(plans: Sequence[Plan], engine: Callable[[Path], Engine], console: Conso
     Raises:
         ValueError: If a plan or the engine cannot be used.
     """
-    opened = studies(plans)
+    running = studies(plans)
     results = plans[0].results
-    with working(engine(results), results / TRIALS_FOLDER) as working_engine:
-        while asked := {study: trials for study in opened if (trials := study.ask())}:
-            waiting = _unfinished(asked)
-            if waiting and run_entries(waiting, working_engine, console):
-                console.print("Run the same command again to repeat the trials that failed.", markup=False)
-                return False
-            for study in asked:
-                study.tell()
-    for study in opened:
-        record = study.tuning()
-        record.write(study.plan.record)
-        console.print(closing(record, study.plan.record), markup=False)
-    return True
+    records: dict[str, Tuning] = {}
+    with working(engine(results), results / TRIALS_FOLDER) as worker:
+        while running:
+            asked = {study: trials for study in running if (trials := study.ask())}
+            if waiting := _unfinished(asked):
+                run_entries(waiting, worker, console)
+            for study in running.copy():
+                if study not in asked:
+                    running.remove(study)
+                    records[study.plan.name] = _recorded(study, console)
+                elif any(trial.score() is None for trial in asked[study]):
+                    running.remove(study)
+                else:
+                    study.tell()
+    if len(records) < len(plans):
+        console.print("Run the same command again to repeat the trials that failed.", markup=False)
+    return records
 
 
 def _unfinished(asked: dict[Study, list[Trial]]) -> list[Trial]:
@@ -53,6 +58,13 @@ def _unfinished(asked: dict[Study, list[Trial]]) -> list[Trial]:
         if trial.score() is None
     }
     return list(cells.values())
+
+
+def _recorded(study: Study, console: Console) -> Tuning:
+    record, path = study.tuning(), study.plan.record
+    record.write(path)
+    console.print(closing(record, path), markup=False)
+    return record
 
 
 def closing(record: Tuning, path: Path) -> str:

@@ -21,10 +21,10 @@ _OPTIONS = ("metric", "val_fraction", "seed", "sensitivity")
 _KEYS = ("space", "experiences", *_BUDGETS, *_OPTIONS)  # YAML reads a key "on" as true
 
 
-def tuned(grid: Grid, engine: Callable[[Path], Engine], console: Console) -> list[Cell] | None:
-    """Return the cells of a grid with the settings that its studies found; None if a trial failed.
+def tuned(grid: Grid, engine: Callable[[Path], Engine], console: Console) -> tuple[list[Cell], bool]:
+    """Return the cells of a grid with the settings that its studies found, and whether no study failed.
 
-    A cell whose strategy has nothing to tune stays as it is.
+    Cells whose strategy has nothing to tune stay as they are, and those whose study failed are left out.
 
     Raises:
         ValueError: If the key ``tune`` is not valid, or a study cannot be done.
@@ -34,9 +34,13 @@ def tuned(grid: Grid, engine: Callable[[Path], Engine], console: Console) -> lis
 
     plans = {cell: plan(grid, cell) for cell in grid.cells()}
     by_name = {one.name: one for one in plans.values() if one.space.settings}
-    if by_name and not tune(list(by_name.values()), engine, console):
-        return None
-    return [with_record(cell, plan) if plan.name in by_name else cell for cell, plan in plans.items()]
+    found = tune(list(by_name.values()), engine, console) if by_name else {}
+    cells = [
+        with_record(cell, plan) if plan.name in found else cell
+        for cell, plan in plans.items()
+        if plan.name in found or not plan.space.settings
+    ]
+    return cells, len(found) == len(by_name)
 
 
 def plan(grid: Grid, cell: Cell) -> Plan:

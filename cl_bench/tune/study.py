@@ -166,6 +166,7 @@ class Study:
             return
         for trial, handle, ended in zip(self._asked, self._handles, scores, strict=True):
             assert ended is not None
+            trial.configuration.checkpoints.clear()  # a trial that was stopped leaves some
             if not self.is_over:
                 self._told.append(_Told(trial.settings, ended))
                 self._pass_on(trial.settings, handle, ended)
