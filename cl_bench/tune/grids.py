@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 _BUDGETS = ("trials", "epochs", "seconds")
 _OPTIONS = ("metric", "val_fraction", "seed", "sensitivity")
-_KEYS = ("space", "experiences", *_BUDGETS, *_OPTIONS)  # YAML reads a key "on" as true
+_KEYS = ("space", "experiences", "untuned", *_BUDGETS, *_OPTIONS)  # YAML reads a key "on" as true
 
 
 def tuned(grid: Grid, engine: Callable[[Path], Engine], console: Console) -> tuple[list[Cell], bool]:
     """Return the cells of a grid with the settings that its studies found, and whether no study failed.
 
-    Cells whose strategy has nothing to tune stay as they are, and those whose study failed are left out.
+    Cells whose strategy has nothing to tune stay as they are, and those whose study failed are left out. If
+    ``untuned`` is true, all cells also run as they are, for a comparison.
 
     Raises:
         ValueError: If the key ``tune`` is not valid, or a study cannot be done.
@@ -33,6 +34,7 @@ def tuned(grid: Grid, engine: Callable[[Path], Engine], console: Console) -> tup
     from cl_bench.tune.command import tune
 
     plans = {cell: plan(grid, cell) for cell in grid.cells()}
+    untuned = list(plans) if grid.tune.get("untuned") else []
     by_name = {one.name: one for one in plans.values() if one.space.settings}
     found = tune(list(by_name.values()), engine, console) if by_name else {}
     cells = [
@@ -40,7 +42,7 @@ def tuned(grid: Grid, engine: Callable[[Path], Engine], console: Console) -> tup
         for cell, plan in plans.items()
         if plan.name in found or not plan.space.settings
     ]
-    return cells, len(found) == len(by_name)
+    return list(dict.fromkeys([*cells, *untuned])), len(found) == len(by_name)
 
 
 def plan(grid: Grid, cell: Cell) -> Plan:
