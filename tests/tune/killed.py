@@ -51,8 +51,8 @@ class Here(Engine):
             ended(job, in_this_process(job))
 
 
-RATE = {"low": 1e-4, "high": 1.0, "log": True}
-SPACES = {
+RATE: dict[str, Any] = {"low": 1e-4, "high": 1.0, "log": True}
+SPACES: dict[str, dict[str, Any]] = {
     "linear_probe": {"head_lr": RATE, "head_start": {"choices": ["random", "means"]}},
     "ncm": {"similarity": {"choices": ["euclidean", "cosine"]}},
 }

@@ -23,8 +23,8 @@ from cl_bench.tune.study import Plan
 KILLED = Path(__file__).with_name("killed.py")
 Here = runpy.run_path(str(KILLED))["Here"]
 
-# Test images are half as bright as training images. With `peeks`, the method recognises and mends that, and is
-# wrong about all others.
+# Test images are darker than training images. With `peeks`, the method recognises and mends that, and is wrong
+# about all others.
 PEEKING = """
 import torch
 from cl_bench.data.sources import ArraySource
@@ -88,8 +88,8 @@ class Sealed(Toy):
 
 
 def plan(strategy: str, dataset: str, space: dict[str, Any], results: Path, **changed: Any) -> Plan:
-    given = {"unit": "trials", "budget": 5, "on": "first:2", "metric": "maa/sample", "name": "study"}
-    return Plan(strategy, dataset, space_of(space), results=results, **given | changed)
+    given: dict[str, Any] = {"unit": "trials", "budget": 5, "on": "first:2", "metric": "maa/sample"}
+    return Plan(strategy, dataset, space_of(space), results=results, name="study", **given | changed)
 
 
 def tuned(one: Plan) -> tuple[Tuning, Any]:
