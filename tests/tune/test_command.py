@@ -23,8 +23,8 @@ from cl_bench.tune.study import Plan
 KILLED = Path(__file__).with_name("killed.py")
 Here = runpy.run_path(str(KILLED))["Here"]
 
-# Test images are darker than training images. With `peeks`, the method recognises and mends that, and is wrong
-# about all others.
+# Test images are darker than training images. With `peeks`, the method recognises and mends that, and is
+# wrong about all others.
 PEEKING = """
 import torch
 from cl_bench.data.sources import ArraySource
