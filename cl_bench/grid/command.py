@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -82,8 +83,13 @@ class Entry:
         return f"ACC {result.metrics()['acc/sample']:.2f} % in {sum(result.seconds().values()):.0f} s"
 
 
-Tuned = Callable[[Grid, Callable[[Path], Engine], Console], tuple[list[Cell], bool]]
-"""Tunes the strategies of a grid; returns its cells with what was found, and whether no trial failed."""
+class Tuned(Protocol):
+    """Tunes the strategies of a grid."""
+
+    def __call__(
+        self, grid: Grid, engine: Callable[[Path], Engine], console: Console, *, dry_run: bool
+    ) -> tuple[list[Cell], bool]:
+        """Return the cells of ``grid`` with the settings that were found, and whether no trial failed."""
 
 
 def run_grid(
@@ -110,8 +116,9 @@ def run_grid(
     """
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     grid = read_grid(name, results)
-    tunes = grid.tune and not dry_run
-    cells, all_tuned = tuned(grid, engine, console) if tunes else ([*grid.cells()], True)
+    cells, all_tuned = [*grid.cells()], True
+    if grid.tune:
+        cells, all_tuned = tuned(grid, engine, console, dry_run=dry_run)
     entries = known(cells)
     waiting = [entry for entry in entries if entry.done is None]
     console.print(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,6 +56,8 @@ class Tuning:
         best: Index of the best trial.
         runner_up: Index of the second best; None if no other was completed.
         sensitivity: What becomes of the best trial at other learning rates; None if it was not measured.
+        importance: Share of the variance of the scores that each setting explains, by Optuna's functional
+            ANOVA; empty if the scores do not vary.
     """
 
     strategy: Name
@@ -77,6 +79,7 @@ class Tuning:
     best: Whole
     runner_up: Whole | None = None
     sensitivity: Sensitivity | None = None
+    importance: Annotated[dict[Name, Number], Field(max_length=100)] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, Any]:

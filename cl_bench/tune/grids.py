@@ -21,11 +21,19 @@ _OPTIONS = ("metric", "val_fraction", "seed", "sensitivity")
 _KEYS = ("space", "experiences", "untuned", *_BUDGETS, *_OPTIONS)  # YAML reads a key "on" as true
 
 
-def tuned(grid: Grid, engine: Callable[[Path], Engine], console: Console) -> tuple[list[Cell], bool]:
+def tuned(
+    grid: Grid, engine: Callable[[Path], Engine], console: Console, *, dry_run: bool = False
+) -> tuple[list[Cell], bool]:
     """Return the cells of a grid with the settings that its studies found, and whether no study failed.
 
     Cells whose strategy has nothing to tune stay as they are, and those whose study failed are left out. If
     ``untuned`` is true, all cells also run as they are, for a comparison.
+
+    Args:
+        grid: A grid with the key ``tune``.
+        engine: Returns the engine, given the folder of all results.
+        console: Where progress is printed.
+        dry_run: Whether to tune nothing, and to leave out cells whose study has no record.
 
     Raises:
         ValueError: If the key ``tune`` is not valid, or a study cannot be done.
@@ -34,15 +42,19 @@ def tuned(grid: Grid, engine: Callable[[Path], Engine], console: Console) -> tup
     from cl_bench.tune.command import tune
 
     plans = {cell: plan(grid, cell) for cell in grid.cells()}
-    untuned = list(plans) if grid.tune.get("untuned") else []
-    by_name = {one.name: one for one in plans.values() if one.space.settings}
-    found = tune(list(by_name.values()), engine, console) if by_name else {}
+    wanted = {one.name: one for one in plans.values() if one.space.settings}
+    if dry_run:
+        found = {name for name, one in wanted.items() if one.is_recorded}
+        console.print(f"{len(wanted)} studies, {len(found)} done", markup=False)
+    else:
+        found = set(tune(list(wanted.values()), engine, console)) if wanted else set()
     cells = [
-        with_record(cell, plan) if plan.name in found else cell
-        for cell, plan in plans.items()
-        if plan.name in found or not plan.space.settings
+        with_record(cell, one) if one.name in found else cell
+        for cell, one in plans.items()
+        if one.name in found or one.name not in wanted
     ]
-    return list(dict.fromkeys([*cells, *untuned])), len(found) == len(by_name)
+    untuned = list(plans) if grid.tune.get("untuned") else []
+    return list(dict.fromkeys([*cells, *untuned])), found == wanted.keys()
 
 
 def plan(grid: Grid, cell: Cell) -> Plan:

@@ -21,9 +21,10 @@ from optuna.trial import TrialState
 from cl_bench.errors import suggestion
 from cl_bench.grid.cells import Cell
 from cl_bench.results.metrics import BOUNDS, DEFINITIONS, HIGHER_IS_BETTER
-from cl_bench.results.tuning import Sensitivity, Tuning
+from cl_bench.results.tuning import Sensitivity, Tuning, read
 from cl_bench.run.configs import words
 from cl_bench.run.configuration import Configuration
+from cl_bench.run.run import finished, images_now, require_same_images
 from cl_bench.tune.space import Space, Value, rounded
 from cl_bench.tune.trials import Bound, Score, Trial
 
@@ -105,6 +106,30 @@ class Plan:
         """File of the record."""
         return self.results / "tuning" / f"{self.name}.json"
 
+    @property
+    def question(self) -> dict[str, Any]:
+        """What its record is an answer to."""
+        return {
+            "strategy": self.strategy,
+            "dataset": self.dataset,
+            "space": self.space.content,
+            "budget": {self.unit: float(self.budget)},
+            "on": self.on,
+            "metric": self.metric,
+            "val_fraction": self.val_fraction,
+            "seed": self.seed,
+            "order": self.order,
+            "fixed": list(self.fixed),
+        }
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether there is a record of exactly this study."""
+        if not self.record.is_file():
+            return False
+        record = read(self.record)
+        return all(getattr(record, key) == value for key, value in self.question.items())
+
     def cell(self, settings: Mapping[str, Value]) -> Cell:
         """Return the trial with ``settings``."""
         first = {} if self.first is None else {"first_experiences": self.first}
@@ -142,7 +167,11 @@ class Study:
     _handles: list[optuna.Trial | None] = field(default_factory=list)
 
     def ask(self) -> list[Trial]:
-        """Return the next trials; none if the study is over."""
+        """Return the next trials; none if the study is over.
+
+        Raises:
+            ValueError: If one of them was run on other images than there are now.
+        """
         if not self.is_over:
             self._handles, self._asked = [], []
             for _ in range(self._size):
@@ -155,6 +184,9 @@ class Study:
             ]
         else:
             self._asked = []
+        for trial in self._asked:
+            if (path := finished(trial.configuration)) is not None:
+                require_same_images(path, trial.configuration, self._images)
         return self._asked
 
     def tell(self) -> None:
@@ -209,16 +241,7 @@ class Study:
             factors = [one.value for one in self._sensitivity]
             sensitivity = Sensitivity(plan.space.rate, list(FACTORS), factors)
         return Tuning(
-            strategy=plan.strategy,
-            dataset=plan.dataset,
-            space=plan.space.content,
-            budget={plan.unit: plan.budget},
-            on=plan.on,
-            metric=plan.metric,
-            val_fraction=plan.val_fraction,
-            seed=plan.seed,
-            order=plan.order,
-            fixed=list(plan.fixed),
+            **plan.question,
             settings={
                 setting.key: [told.settings.get(setting.key) for told in self._told]
                 for setting in plan.space.settings
@@ -229,7 +252,16 @@ class Study:
             best=self.best,
             runner_up=ranking[1] if len(ranking) > 1 else None,
             sensitivity=sensitivity,
+            importance=self._importance,
         )
+
+    @property
+    def _importance(self) -> dict[str, float]:
+        completed = self._optuna.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        if len({trial.value for trial in completed}) < 2:
+            return {}
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=self.plan.seed)
+        return optuna.importance.get_param_importances(self._optuna, evaluator=evaluator)
 
     @property
     def _ranking(self) -> list[int]:
@@ -281,6 +313,10 @@ class Study:
             return None
         worst = np.quantile(earlier, _FAR_BEHIND if self._higher else 1 - _FAR_BEHIND)
         return Bound(self.plan.metric, _PRUNED_AFTER, float(worst))
+
+    @cached_property
+    def _images(self) -> dict[str, str]:
+        return images_now(self.base)
 
     @cached_property
     def _configured(self) -> dict[str, Value]:
