@@ -108,7 +108,7 @@ def test_held_out_classes_leave_as_many_as_the_table_gives() -> None:
     assert len(data.class_names) == 8
 
 
-@pytest.mark.parametrize("verb", ("grid", "report", "reproduce", "prepare", "bench"))
+@pytest.mark.parametrize("verb", ("grid", "tune", "report", "reproduce", "prepare", "bench"))
 def test_quoted_options_of_other_verbs_exist(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([verb, "--help"])
@@ -118,7 +118,7 @@ def test_quoted_options_of_other_verbs_exist(verb: str, capsys: pytest.CaptureFi
         for document in DOCUMENTS
         for words in commands(document, verb)
         for word in words
-        if word.startswith("--") and "=" not in word  # KEY=VALUE of `reproduce` goes to its cells
+        if word.startswith("--") and "=" not in word  # KEY=VALUE goes to cells
     }
     assert not [option for option in quoted if option not in known]
 
