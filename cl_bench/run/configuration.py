@@ -29,7 +29,7 @@ from cl_bench.processes.launcher import is_single
 from cl_bench.results.files import file_name
 from cl_bench.results.result import digest
 from cl_bench.run.configs import CONFIGS, Config, config_file, dumped, load
-from cl_bench.run.schema import GROUPS, Schema, factors, keys_of, nearest_class
+from cl_bench.run.schema import GROUPS, WANDB, Schema, factors, keys_of, nearest_class
 
 # The hash of a cell contains class paths. If a class moves to another file, cells keep its first path, and
 # configs may contain either.
@@ -45,7 +45,10 @@ _RUN_KEYS_OUTSIDE_THE_CELL = {
     "results",
     "resume",
     "setting",
+    "tensorboard",
     "wandb",
+    "wandb_tags",
+    *(f"wandb_{name}" for name in WANDB),
 }
 _DATA_KEYS_OUTSIDE_THE_CELL = {
     "cache_dir",

@@ -30,9 +30,17 @@ from cl_bench.run.configs import Config, require_tree
 
 GROUPS = ("model", "data", "backbone", "trainer")
 
+WANDB = {
+    "project": "W&B project (default: WANDB_PROJECT, then cl-bench).",
+    "entity": "W&B user or team of the project (default: yours).",
+    "group": "Group of the W&B run (default: the benchmark).",
+    "name": "Name of the W&B run (default: strategy and cell).",
+}
+"""Settings of a W&B run that are texts; their keys begin with ``wandb_``."""
+
 _MOST_THREADS = 256  # with more than the machine can start, OpenMP kills the process without a message
 
-_SWITCHES = ("wandb", "diagnostics", "resume")  # need no value
+_SWITCHES = ("wandb", "tensorboard", "diagnostics", "resume")  # need no value
 
 # Arguments that are set under another key, and the keys of options that other codebases have.
 _LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
@@ -302,6 +310,10 @@ def _add_settings(parser: ArgumentParser) -> None:
     add("--results", type=str, default="results", help="Folder of all results.")
     add("--setting", type=str | None, default=None, help="Name of this setting, in paths and tables.")
     add("--wandb", type=bool, default=False, help="Log to Weights & Biases as well.")
+    for name, meaning in WANDB.items():
+        add(f"--wandb_{name}", type=str | None, default=None, help=meaning)
+    add("--wandb_tags", type=list[str], default=[], help="Tags of the W&B run, such as [pilot,gpu].")
+    add("--tensorboard", type=bool, default=False, help="Log to TensorBoard as well.")
     add(
         "--diagnostics",
         type=bool,
