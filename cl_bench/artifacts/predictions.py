@@ -70,9 +70,23 @@ def write(path: Path, columns: Mapping[str, Any], require: Callable[[], None] = 
     """
     order = np.argsort(columns["sample"], kind="stable")
     types = {name: kind for name, kind in (_COLUMNS | _OPTIONAL).items() if name in columns}
-    arrays = [pa.array(list(columns[name][order]), type=kind) for name, kind in types.items()]
+    arrays = [_array(columns[name][order], kind) for name, kind in types.items()]
     with replaced(path, require) as file:
         pq.write_table(pa.Table.from_arrays(arrays, names=list(types)), file)
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    """Return numbers (N,), or lists (N, k) of them, as Arrow holds them."""
+    if values.ndim == 1:
+        return pa.array(values, type=kind)
+    number, length = values.shape
+    ends = np.arange(0, (number + 1) * length, length, dtype=np.int32)
+    return pa.ListArray.from_arrays(ends, pa.array(values.reshape(-1), type=kind.value_type))
+
+
+def has_logits(path: Path) -> bool:
+    """Return whether a file of predictions holds logits."""
+    return "logits" in pq.read_schema(path).names
 
 
 def read(folder: Path) -> pd.DataFrame:

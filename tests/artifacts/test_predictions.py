@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import binomtest, chi2
 
 from cl_bench.artifacts.predictions import (
+    Paired,
     accuracies,
     file_of,
     mcnemar,
@@ -127,17 +128,18 @@ def test_recency_is_the_share_of_the_newest_classes_beyond_their_images() -> Non
 
 @pytest.mark.parametrize(("first", "second"), ((0, 6), (3, 9), (12, 12)))
 def test_mcnemar_of_few_images_is_the_exact_binomial_test(first: int, second: int) -> None:
-    expected = binomtest(first, first + second).pvalue
-    assert tuple(mcnemar(*hits(first, second))) == (first, second, pytest.approx(expected))
+    found = mcnemar(*hits(first, second))
+    assert (found.only_first, found.only_second) == (first, second)
+    assert found.p == pytest.approx(binomtest(first, first + second).pvalue)
 
 
 def test_mcnemar_of_many_images_is_the_corrected_chi_squared_test() -> None:
     expected = chi2.sf((abs(10 - 30) - 1) ** 2 / 40, df=1)
-    assert tuple(mcnemar(*hits(10, 30))) == (10, 30, pytest.approx(expected))
+    assert mcnemar(*hits(10, 30)).p == pytest.approx(expected)
 
 
 def test_two_models_that_are_never_right_alone_do_not_differ() -> None:
-    assert tuple(mcnemar(*hits(0, 0))) == (0, 0, 1.0)
+    assert mcnemar(*hits(0, 0)) == Paired(0, 0, p=1.0)
 
 
 def test_models_that_saw_other_images_are_not_compared() -> None:
