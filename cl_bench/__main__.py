@@ -26,6 +26,8 @@ _VERBS = {
     "check": "check in seconds that a strategy keeps its contract",
     "grid": "run every cell of a grid; finished cells are skipped",
     "report": "make tables and pictures from a results folder",
+    "predictions": "print confusion, recency bias, calibration and paired tests of kept predictions",
+    "export": "write the kept model of a cell for timm and PEFT",
     "reproduce": "compare our cells with a published number, and run those that are missing",
     "prepare": "download, verify and scan a dataset",
     "bench": "compare the speed of training steps with a hand-written loop",
@@ -33,7 +35,7 @@ _VERBS = {
 _SECONDS_FOR_THE_FIRST = 3.0
 
 # What these print is all that they do.
-_PRINTING_VERBS = ("bench", "report")
+_PRINTING_VERBS = ("bench", "predictions", "report")
 _PRINTING_FLAGS = ("-h", "--help", "--print_config", "--print_protocol", "--dry-run")
 
 

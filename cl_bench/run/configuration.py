@@ -42,6 +42,8 @@ _RUN_KEYS_OUTSIDE_THE_CELL = {
     "checkpoint_every",
     "code",
     "diagnostics",
+    "keep",
+    "keep_logits",
     "results",
     "resume",
     "setting",

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from cl_bench.artifacts.keeping import Keep
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.errors import nearest
@@ -40,7 +41,7 @@ WANDB = {
 
 _MOST_THREADS = 256  # with more than the machine can start, OpenMP kills the process without a message
 
-_SWITCHES = ("wandb", "tensorboard", "diagnostics", "resume")  # need no value
+_SWITCHES = ("wandb", "tensorboard", "diagnostics", "keep_logits", "resume")  # need no value
 
 # Arguments that are set under another key, and the keys of options that other codebases have.
 _LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
@@ -319,6 +320,15 @@ def _add_settings(parser: ArgumentParser) -> None:
         type=bool,
         default=False,
         help="Also measure the model itself after every experience; the counts stay the same.",
+    )
+    add(
+        "--keep",
+        type=Keep | None,
+        default=None,
+        help="What to keep after every experience: model, predictions, or all; the result stays the same.",
+    )
+    add(
+        "--keep_logits", type=bool, default=False, help="Let predictions hold the logits of all classes seen."
     )
     add(
         "--resume",
