@@ -27,6 +27,8 @@ _VERBS = {
     "grid": "run every cell of a grid; finished cells are skipped",
     "tune": "choose settings on held-out training images, within a budget",
     "report": "make tables and pictures from a results folder",
+    "predictions": "print confusion, recency bias, calibration and paired tests of kept predictions",
+    "export": "write the kept model of a cell for timm and PEFT",
     "reproduce": "compare our cells with a published number, and run those that are missing",
     "prepare": "download, verify and scan a dataset",
     "bench": "compare the speed of training steps with a hand-written loop",
@@ -34,7 +36,7 @@ _VERBS = {
 _SECONDS_FOR_THE_FIRST = 3.0
 
 # What these print is all that they do.
-_PRINTING_VERBS = ("bench", "report")
+_PRINTING_VERBS = ("bench", "predictions", "report")
 _PRINTING_FLAGS = ("-h", "--help", "--print_config", "--print_protocol", "--dry-run")
 
 

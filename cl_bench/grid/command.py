@@ -32,6 +32,7 @@ from cl_bench.grid.work import Job, Outcome
 from cl_bench.results.result import FILE_NAME, read
 from cl_bench.run.configuration import Configuration
 from cl_bench.run.run import finished, images_now, require_same_images
+from cl_bench.run.tracking import how_to_read
 
 # Settings of a dataset that leave its images as they are; cells of a grid may differ in them.
 _NOT_OF_IMAGES = {
@@ -146,7 +147,9 @@ def run_waiting(entries: Sequence[Entry], engine: Engine, console: Console) -> b
         return True
     with working(engine, waiting[0].configuration.results):
         errors = run_entries(waiting, engine, console)
-    console.print(f"{len(entries) - len(errors)} of {len(entries)} cells done", markup=False)
+    lines = [f"{len(entries) - len(errors)} of {len(entries)} cells done"]
+    lines += how_to_read([entry.configuration for entry in entries])
+    console.print("\n".join(lines), markup=False)
     return not errors
 
 

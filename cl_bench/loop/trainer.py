@@ -354,12 +354,16 @@ class StreamTrainer(Trainer):
 
     def _learn(self, continuation: Continuation, strategy: Strategy, datamodule: StreamDataModule) -> None:
         """Train on the experience at hand, from the phase that comes next."""
-        on_cpu = self.course.device.type == "cpu"
-        strategy.backbone.compute_in(self.precision_plugin.forward_context)
-        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
+        self.set_precision(strategy)
         if self.course.phase != "testing":
             self.fit(strategy, datamodule=datamodule)
             continuation.reached(self.course, "testing")
+
+    def set_precision(self, strategy: Strategy) -> None:
+        """Let the backbone of ``strategy`` compute in the precision of this trainer."""
+        on_cpu = self.strategy.root_device.type == "cpu"
+        strategy.backbone.compute_in(self.precision_plugin.forward_context)
+        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
 
     def _peak_memory(self) -> int:
         if self.course.device.type == "cuda":

@@ -37,7 +37,6 @@ from cl_bench.results.fields import (
     Identity,
     Name,
     Names,
-    Provenance,
     Seconds,
     Seed,
     Text,
@@ -46,6 +45,7 @@ from cl_bench.results.fields import (
     validated,
 )
 from cl_bench.results.files import replaced
+from cl_bench.results.tuning import Provenance
 
 SCHEMA = 1
 _ADDED_FIELDS = {"diagnostics", "domains", "domain_images", "training_data"}

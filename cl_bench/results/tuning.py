@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import AfterValidator, Field, TypeAdapter
 
+from cl_bench.results import fields
 from cl_bench.results.fields import MOST_BYTES, Name, Number, Seed, Whole, parsed, validated
 from cl_bench.results.files import replaced
 
@@ -82,6 +83,11 @@ class Tuning:
     importance: Annotated[dict[Name, Number], Field(max_length=100)] = field(default_factory=dict)
 
     @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings of the best trial, by key."""
+        return self.settings_of(self.best)
+
+    @property
     def summary(self) -> dict[str, Any]:
         """What the cell of a tuned run holds of its study; the scores are not part of it."""
         return {"budget": self.budget, "on": self.on, "metric": self.metric}
@@ -129,6 +135,17 @@ def from_plain(value: object) -> Tuning:
     if not max(found.best, found.runner_up or 0) < trials or found.scores[found.best] is None:
         raise ValueError(f"its best is not one of its {trials} trials")
     return found
+
+
+def _with_study(value: dict[str, Any]) -> dict[str, Any]:
+    """Require that the study in a provenance is one, if there is any."""
+    if "tuning" in value:
+        from_plain(value["tuning"])
+    return value
+
+
+Provenance = Annotated[fields.Provenance, AfterValidator(_with_study)]
+"""How a result was made, with the study of its settings."""
 
 
 @cache

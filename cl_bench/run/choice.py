@@ -19,8 +19,7 @@ def choice(configuration: Configuration) -> Config:
     study = configuration.tuning
     if study is None:
         return {"settings": "published" if _is_published(configuration) else "by hand"}
-    best = words(study.settings_of(study.best))
-    as_tuned = configuration.overridden(best).cell == configuration.cell
+    as_tuned = configuration.overridden(words(study.chosen)).cell == configuration.cell
     return {"settings": "tuned" if as_tuned else "by hand", "tuning": asdict(study)}
 
 

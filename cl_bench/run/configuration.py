@@ -30,7 +30,7 @@ from cl_bench.results.files import file_name
 from cl_bench.results.result import digest
 from cl_bench.results.tuning import Tuning, read
 from cl_bench.run.configs import CONFIGS, Config, config_file, dumped, load, words
-from cl_bench.run.schema import GROUPS, Schema, factors, keys_of, nearest_class
+from cl_bench.run.schema import GROUPS, WANDB, Schema, factors, keys_of, nearest_class
 
 # The hash of a cell contains class paths. If a class moves to another file, cells keep its first path, and
 # configs may contain either.
@@ -39,8 +39,9 @@ _PATHS = {first: path for path, first in _FIRST_PATHS.items()}
 
 _LONGEST_PART = 200  # bytes; file systems take 255
 
-_NAMES_AND_PATHS = {"code", "results", "setting", "tuned"}
-_RUN_KEYS_OUTSIDE_THE_CELL = _NAMES_AND_PATHS | {"checkpoint_every", "diagnostics", "resume", "wandb"}
+_KEPT = {"diagnostics", "keep", "keep_logits", "tensorboard", "wandb", "wandb_tags"}
+_NAMES_AND_PATHS = {"code", "results", "setting", "tuned", *(f"wandb_{name}" for name in WANDB)}
+_RUN_KEYS_OUTSIDE_THE_CELL = _KEPT | _NAMES_AND_PATHS | {"checkpoint_every", "resume"}
 _DATA_KEYS_OUTSIDE_THE_CELL = {"cache_dir", "name", "num_workers", "root"}  # it holds name as its dataset
 _LATER_KEYS = {"first_experiences"}  # not in the hashes of cells that do not set them
 _TRAINER_KEYS_OUTSIDE_THE_CELL = {
@@ -147,8 +148,7 @@ class Configuration:
         given = [_PATHS.get(word, word) for word in overrides]
         values = self.schema.overridden(self.namespace.clone(), given)
         if values.tuned and values.tuned != self.namespace.tuned:
-            study = read(Path(values.tuned))
-            best = words(study.settings_of(study.best))
+            best = words(read(Path(values.tuned)).chosen)
             values = self.schema.overridden(self.namespace.clone(), [*best, *given])
         return replace(self, namespace=values)
 

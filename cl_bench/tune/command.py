@@ -69,7 +69,7 @@ def _recorded(study: Study, console: Console) -> Tuning:
 
 def closing(record: Tuning, path: Path) -> str:
     """Return what a study found, in a few lines."""
-    chosen = ", ".join(f"{key} {value}" for key, value in record.settings_of(record.best).items())
+    chosen = ", ".join(f"{key} {value}" for key, value in record.chosen.items())
     second = "" if record.runner_up is None else f", runner-up {record.scores[record.runner_up]:.2f}"
     spent = ", ".join(f"{value:g} {unit}" for unit, value in record.spent.items())
     score = f"{record.metric} {record.scores[record.best]:.2f}"

@@ -106,7 +106,7 @@ def test_a_setting_that_only_test_images_favour_is_not_chosen(tmp_path: Path) ->
     names = str(tmp_path / "peeking.yaml"), str(tmp_path / "dark.yaml")
     record, _ = tuned(plan(*names, {"peeks": {"choices": [True, False]}}, tmp_path, budget=6))
     assert {*record.settings["peeks"]} == {True, False}
-    assert record.settings_of(record.best) == {"peeks": False}
+    assert record.chosen == {"peeks": False}
     on_test = {
         peeks: run(resolve(layers(*names), [f"--peeks={peeks}", f"--results={tmp_path}"])).metrics()
         for peeks in ("true", "false")
