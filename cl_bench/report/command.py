@@ -15,6 +15,8 @@ from cl_bench.report.pictures import PICTURES, pictures
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables
 from cl_bench.report.text import latex, markdown
+from cl_bench.report.tuning import studies
+from cl_bench.report.tuning.pictures import TUNING
 from cl_bench.results.files import file_names
 from cl_bench.results.metrics import DEFINITIONS
 from cl_bench.results.result import FILE_NAME, Result, read_all, without_collector
@@ -38,8 +40,8 @@ _LISTED = 8  # files in one sentence
 _ENDINGS: dict[Format, tuple[str, ...]] = {"md": ("png",), "latex": ("pdf", "svg")}  # of pictures
 
 _OURS: dict[Format, tuple[str, ...]] = {
-    "md": ("table.md", *(f"{kind}_*.png" for kind in PICTURES)),
-    "latex": ("table.tex", *(f"{kind}_*.{ending}" for kind in PICTURES for ending in ("pdf", "svg"))),
+    "md": ("table.md", *(f"{kind}_*.png" for kind in PICTURES | TUNING)),
+    "latex": ("table.tex", *(f"{kind}_*.{end}" for kind in PICTURES | TUNING for end in ("pdf", "svg"))),
     "csv": ("table.csv", "absent.csv", "differences.csv"),
     "json": ("table.json",),
     "html": (PAGE,),
@@ -105,7 +107,9 @@ def report(
     if format in _ENDINGS:
         names = file_names(comparison.title for comparison in compared)
         for comparison in compared:
-            drawn, failed = pictures(comparison, folder, names[comparison.title], style, _ENDINGS[format])
+            kinds = PICTURES | (TUNING if studies(comparison) else {})
+            name = names[comparison.title]
+            drawn, failed = pictures(comparison, folder, name, style, _ENDINGS[format], kinds)
             files += drawn
             notices += failed
     text = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +37,12 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("solid", (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 
 
+Kind = Callable[[Comparison, Style], Picture]
+"""Draws one picture of a comparison."""
+
+
 @dataclass(frozen=True)
-class _Pen:
+class Pen:
     """Colour, marker and dashes of one entry."""
 
     colour: str
@@ -46,7 +50,7 @@ class _Pen:
     dashes: str | tuple[float, tuple[float, ...]]
 
 
-_JOINT = _Pen(FAINT, "None", (0, (5, 3)))
+_JOINT = Pen(FAINT, "None", (0, (5, 3)))
 
 
 def pictures(
@@ -55,6 +59,7 @@ def pictures(
     name: str,
     style: Style = DEFAULT,
     endings: Sequence[str] = ("png",),
+    kinds: Mapping[str, Kind] | None = None,
 ) -> tuple[list[Path], list[str]]:
     """Draw ``comparison`` as files in ``folder``, none without a finished run.
 
@@ -64,13 +69,14 @@ def pictures(
         name: Part of their names.
         style: Width and font.
         endings: ``png``, ``pdf`` or ``svg``, as many as wanted.
+        kinds: The pictures, by the first part of their file names; None for ``PICTURES``.
 
     Returns:
         The paths, and a sentence for each picture that could not be drawn.
     """
     paths: list[Path] = []
     failed: list[str] = []
-    for kind, draw in PICTURES.items() if comparison.finished else ():
+    for kind, draw in (PICTURES if kinds is None else kinds).items() if comparison.finished else ():
         try:
             paths += draw(comparison, style).written(folder / f"{kind}_{name}", endings)
         except Exception as error:  # of any class: matplotlib draws names that nobody foresaw
@@ -92,11 +98,11 @@ def curves(comparison: Comparison, style: Style = DEFAULT) -> Picture:
             style, 0.6 * style.width, max(min(0.62 * style.width, 2.9), style.line * lines * len(drawn))
         )
         axes = figure.add_axes((0, 0, 1, 1))
-        pens = _pens(drawn)
-        means = [_curve(axes, entry, pen) for entry, pen in zip(drawn, pens, strict=True)]
+        chosen = pens(drawn)
+        means = [_curve(axes, entry, pen) for entry, pen in zip(drawn, chosen, strict=True)]
         _finish_curves(axes, comparison, means)
         ends = [float(mean[-1]) for mean in means]
-        _label_ends(axes, drawn, names, pens, ends, lines * style.line / figure.get_figheight())
+        _label_ends(axes, drawn, names, chosen, ends, lines * style.line / figure.get_figheight())
         band = "; band: one sample standard deviation" if any(len(entry.runs) > 1 for entry in drawn) else ""
         headline(axes, comparison, style, above=1.0, remark=band)
         figure.fit()
@@ -128,7 +134,7 @@ def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture:
         seconds = [entry.statistic("seconds").mean for entry in drawn]
         end = 1.15 * reach(seconds)
         names = labels(drawn, style.letters(0.35 * style.width))
-        for entry, label, pen, taken in zip(drawn, names, _pens(drawn), seconds, strict=True):
+        for entry, label, pen, taken in zip(drawn, names, pens(drawn), seconds, strict=True):
             accuracy = entry.statistic(RANKING)
             axes.errorbar(
                 [min(taken, end)],
@@ -163,7 +169,7 @@ def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture:
         return figure
 
 
-PICTURES: dict[str, Callable[[Comparison, Style], Picture]] = {
+PICTURES: dict[str, Kind] = {
     "curves": curves,
     "matrix": matrices,
     "cost": costs,
@@ -211,19 +217,19 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     return moved
 
 
-def _pens(drawn: Sequence[Entry]) -> list[_Pen]:
-    # By name, not by rank, so that a strategy has one colour in the pictures of all benchmarks.
+def pens(drawn: Sequence[Entry]) -> list[Pen]:
+    """Return a pen for each entry: by name, so that a strategy has one colour in all pictures."""
     labels = sorted(entry.label for entry in drawn if not entry.is_joint)
     places = {label: place for place, label in enumerate(labels)}
     return [_JOINT if entry.is_joint else _pen(places[entry.label]) for entry in drawn]
 
 
-def _pen(place: int) -> _Pen:
+def _pen(place: int) -> Pen:
     lap, turn = divmod(place, len(_COLOURS))
-    return _Pen(_COLOURS[turn], _MARKERS[turn], _DASHES[lap % len(_DASHES)])
+    return Pen(_COLOURS[turn], _MARKERS[turn], _DASHES[lap % len(_DASHES)])
 
 
-def _curve(axes: Axes, entry: Entry, pen: _Pen) -> Array:
+def _curve(axes: Axes, entry: Entry, pen: Pen) -> Array:
     """Draw one entry and return its mean accuracies that are drawn."""
     runs = np.array([incremental_accuracy(run.counts("correct"), run.totals) for run in entry.runs])
     mean = runs.mean(axis=0)
@@ -275,7 +281,7 @@ def _label_ends(
     axes: Axes,
     drawn: Sequence[Entry],
     names: Sequence[str],
-    pens: Sequence[_Pen],
+    pens: Sequence[Pen],
     ends: Sequence[float],
     gap: float,
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from cl_bench.report.comparison import Entry
 from cl_bench.report.statistics import CONFIDENCE, Contrast, Interval, Statistic
 from cl_bench.report.tables import Table, absences, definitions, mixed_provenance, protocol_differences
+from cl_bench.report.tuning import chosen
 from cl_bench.results.escapes import in_csv, in_json
 from cl_bench.results.result import COSTS
 
@@ -119,6 +120,7 @@ def _entry(entry: Entry, names: Sequence[str]) -> dict[str, Any]:
         "group": entry.group,
         "regime": entry.regime,
         "training_data": entry.training_data or None,
+        "settings": chosen(entry) or None,
         "statistics": {name: statistic_record(entry.statistic(name)) for name in (*names, *COSTS)},
         "runs": [
             {

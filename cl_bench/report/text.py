@@ -36,6 +36,7 @@ from cl_bench.report.tables import (
     protocol_differences,
     unnamed_differences,
 )
+from cl_bench.report.tuning import FACTORS, HEADING, SCORES, marks, sensitivity_columns, tuned_columns
 from cl_bench.results.escapes import DAGGER, in_latex, in_markdown
 from cl_bench.results.files import file_name
 
@@ -64,7 +65,7 @@ def _section(table: Table) -> list[str]:
         )
     paragraphs.append(_how_to_read(table))
     paragraphs += _bullets("Metrics, in percent:", definitions(table.metrics))
-    paragraphs += _intervals(table) + _differences(table) + _costs(table)
+    paragraphs += _intervals(table) + _differences(table) + _studies(table) + _costs(table)
     for comparison, title in zip(table.comparisons, titles, strict=True):
         heading = f"Mixed provenance in {title} (number of runs); seconds may not be comparable:"
         paragraphs += _bullets(heading, map(in_markdown, mixed_provenance(comparison)))
@@ -97,13 +98,23 @@ def _bullets(heading: str, lines: Iterable[str]) -> list[str]:
 
 def means(table: Table) -> str:
     """Return the means of ``table``, with standard deviations and numbers of runs, in Markdown."""
-    return _grid(table, {name: name for name in table.metrics}, partial(_metric_cells, table))
+    headings = {name: name for name in table.metrics}
+    return _grid(table, headings, partial(_metric_cells, table), marks(table))
 
 
-def _grid(table: Table, headings: Mapping[str, str], cells: Callable[[int, str], Iterable[str]]) -> str:
-    """Return a Markdown table with the columns ``headings`` on each benchmark, below the title of several."""
+def _grid(
+    table: Table,
+    headings: Mapping[str, str],
+    cells: Callable[[int, str], Iterable[str]],
+    marked: Sequence[str] = (),
+) -> str:
+    """Return a Markdown table with the columns ``headings`` on each benchmark, below the title of several.
+
+    ``marked`` is how the settings of each row were chosen, a column of its own.
+    """
     labels = [f"{row.label} {UPPER_BOUND}" if row.is_joint else row.label for row in table.rows]
     columns = [["strategy", *map(in_markdown, labels)]]
+    columns += [[HEADING, *marked]] if marked else []
     for index, comparison in enumerate(table.comparisons):
         prefix = f"{in_markdown(comparison.title)} " if len(table.comparisons) > 1 else ""
         columns += [[prefix + heading, *cells(index, name)] for name, heading in headings.items()]
@@ -166,6 +177,20 @@ def _differences(table: Table) -> list[str]:
         ]
         paragraphs.append(aligned(columns).replace("+nan (0)", f"{UNDEFINED} (0)"))
     return [*paragraphs, _HOW_TO_READ_DIFFERENCES] if paragraphs else []
+
+
+def _studies(table: Table) -> list[str]:
+    """Return how tuned rows were tuned, and what their best settings lose at other learning rates."""
+    paragraphs = []
+    for comparison in table.comparisons:
+        title = in_markdown(comparison.title)
+        for heading, columns in (
+            (f"Studies of the rows tuned here on {title}: {SCORES}", tuned_columns(comparison)),
+            (f"Sensitivity on {title}: {FACTORS}", sensitivity_columns(comparison)),
+        ):
+            if columns:
+                paragraphs += [heading, aligned([list(map(in_markdown, column)) for column in columns])]
+    return paragraphs
 
 
 def difference_interval(pair: Contrast) -> str:
@@ -262,7 +287,8 @@ def latex(tables: Sequence[Table]) -> str:
 
 def _results_float(table: Table) -> str:
     names = [in_latex(SHORT_NAMES.get(name, name)) for name in table.metrics]
-    body = [[_float_label(row)] for row in table.rows]
+    marked = [f" ({mark})" for mark in marks(table)] or [""] * len(table.rows)
+    body = [[_float_label(row) + in_latex(mark)] for row, mark in zip(table.rows, marked, strict=True)]
     for index in range(len(table.comparisons)):
         for name in table.metrics:
             places = table.places(index, name)

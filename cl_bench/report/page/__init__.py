@@ -41,6 +41,15 @@ from cl_bench.report.tables import (
     protocol_differences,
     unnamed_differences,
 )
+from cl_bench.report.tuning import (
+    HEADING,
+    best_so_far,
+    chosen,
+    marks,
+    sensitivity_columns,
+    study,
+    tuned_columns,
+)
 from cl_bench.results.escapes import in_json
 from cl_bench.results.metrics import (
     BOUNDS,
@@ -55,7 +64,7 @@ Array = npt.NDArray[np.float64]
 Json = dict[str, Any]
 
 _FOLDER = resources("cl_bench.report.page")
-_SCRIPTS = ("data.js", "charts.js", "accuracy.js", "inside.js", "tables.js", "page.js")
+_SCRIPTS = ("data.js", "charts.js", "accuracy.js", "inside.js", "tuning.js", "tables.js", "page.js")
 _PLACES = re.compile(r"<!-- (\w+) -->")
 _PERCENT = (0.0, 100.0)
 _EXPORTS = re.compile(r"export\{[^}]*?(\w+) as default[^}]*\};")  # itables' bundle hands on DataTables
@@ -123,6 +132,7 @@ def _payload(tables: Sequence[Table], title: str, unreadable: Sequence[str]) -> 
         },
         "costs": COST_HEADINGS,
         "kept": TRAINING_DATA if any(table.keeps_training_data for table in tables) else None,
+        "chosen": HEADING if any(map(marks, tables)) else None,
         "incomplete": INCOMPLETE,
         "how": HOW_TO_READ_DIFFERENCES,
         "protocols": protocol_differences(shown),
@@ -155,6 +165,8 @@ def _benchmark(table: Table, index: int) -> Json:
         "mixed": mixed_provenance(comparison),
         "absent": absent(comparison),
         "unnamed": unnamed_differences(comparison),
+        "studies": tuned_columns(comparison),
+        "sensitivity": sensitivity_columns(comparison),
         "entries": [_entry(entry, table.metrics) | marks[entry.label] for entry in comparison.entries],
         "differences": {
             name: [_difference(pair, order) for pair in pairs]
@@ -175,6 +187,7 @@ def _entry(entry: Entry, shown: Sequence[str]) -> Json:
         "statuses": entry.statuses,
         "n": len(entry.runs),
         "kept": entry.training_data,
+        "chosen": chosen(entry),
         "statistics": {
             name: statistic_record(entry.statistic(name), bootstrap=name in shown) for name in names
         },
@@ -186,6 +199,7 @@ def _entry(entry: Entry, shown: Sequence[str]) -> Json:
             "matrix": _rounded(np.mean([_matrix(run) for run in entry.runs], axis=0)),
             "domains": _domains(entry),
             "inside": _inside(entry),
+            "study": _study(entry),
         }
     return record
 
@@ -269,6 +283,29 @@ def _inside(entry: Entry) -> Json | None:
                 for i in range(min(map(len, measured)))
             ]
             for when in ("before", "after")
+        },
+    }
+
+
+def _study(entry: Entry) -> Json | None:
+    """Return the trials of the study whose best settings an entry has; None if it has none."""
+    found = study(entry)
+    if found is None:
+        return None
+    whole = max(found.experiences)
+    return {
+        "metric": visible(found.metric),
+        "on": visible(found.on),
+        "best": [finite(score) for score in best_so_far(found)],
+        "scores": found.scores,
+        "pruned": [learnt < whole for learnt in found.experiences],
+        "settings": {
+            visible(key): {
+                "values": [visible(value) if isinstance(value, str) else value for value in values],
+                "log": found.space.get(key, {}).get("log") is True,
+                "importance": found.importance.get(key),
+            }
+            for key, values in found.settings.items()
         },
     }
 

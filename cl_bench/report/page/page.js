@@ -39,6 +39,7 @@ function opening() {
   );
   if (!data.benchmarks.some((one) => one.entries.some((entry) => Object.keys(entry.domains ?? {}).length)))
     document.querySelector("nav a[href='#domains']").remove();
+  if (!data.benchmarks.some((one) => one.studies.length)) document.querySelector("nav a[href='#tuning']").remove();
 }
 
 /** Show the chosen benchmark. */
@@ -53,6 +54,7 @@ function enter() {
     ),
   );
   byId("band").value = finished.every((entry) => entry.n > 2) ? "interval" : "std"; // below three runs there is no interval
+  fill("setting", ...options(varied(), varied()[0]));
   fill("results-description", benchmark().sentence);
   showResults();
   showAbsent();
@@ -62,7 +64,7 @@ function enter() {
 
 /** Redraw every chart. */
 function charts() {
-  for (const chart of [forest, curves, matrices, pareto, tasks, domains, inside, phases]) chart();
+  for (const chart of [forest, curves, matrices, pareto, tasks, domains, inside, tuning, phases]) chart();
 }
 
 /** Draw table and charts in the colours of the paper. */
@@ -99,6 +101,7 @@ function listen() {
   on("cost-name", "change", pareto);
   on("cost-log", "change", pareto);
   on("violation-kind", "change", inside);
+  on("setting", "change", tuning);
   on("runs-details", "toggle", showRuns);
   on("theme", "click", nextTheme);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);

@@ -84,6 +84,7 @@ const results = new DataTable("#table", {
       render: (entry, purpose) =>
         purpose === "display" ? nameCell(entry) : purpose === "filter" ? searched(entry) : escaped(entry.label),
     },
+    ...(data.chosen ? [{ title: data.chosen, data: (entry) => entry.chosen || UNDEFINED }] : []),
     ...[...Object.keys(data.metrics), ...Object.keys(data.costs)].map(valueColumn),
     ...(data.kept ? [{ title: data.kept, data: (entry) => entry.kept || UNDEFINED }] : []),
   ],
