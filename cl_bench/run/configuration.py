@@ -39,9 +39,9 @@ _PATHS = {first: path for path, first in _FIRST_PATHS.items()}
 
 _LONGEST_PART = 200  # bytes; file systems take 255
 
-_KEPT = {"diagnostics", "keep", "keep_logits", "tensorboard", "wandb", "wandb_tags"}
+_KEPT = {"diagnostics", "keep", "keep_logits", "resume", "tensorboard", "wandb", "wandb_tags"}
 _NAMES_AND_PATHS = {"code", "results", "setting", "tuned", *(f"wandb_{name}" for name in WANDB)}
-_RUN_KEYS_OUTSIDE_THE_CELL = _KEPT | _NAMES_AND_PATHS | {"checkpoint_every", "resume"}
+_RUN_KEYS_OUTSIDE_THE_CELL = {"checkpoint_every", *_KEPT, *_NAMES_AND_PATHS}
 _DATA_KEYS_OUTSIDE_THE_CELL = {"cache_dir", "name", "num_workers", "root"}  # it holds name as its dataset
 _LATER_KEYS = {"first_experiences"}  # not in the hashes of cells that do not set them
 _TRAINER_KEYS_OUTSIDE_THE_CELL = {
@@ -148,8 +148,9 @@ class Configuration:
         given = [_PATHS.get(word, word) for word in overrides]
         values = self.schema.overridden(self.namespace.clone(), given)
         if values.tuned and values.tuned != self.namespace.tuned:
-            best = words(read(Path(values.tuned)).chosen)
-            values = self.schema.overridden(self.namespace.clone(), [*best, *given])
+            place = next(i for i, word in enumerate(given) if word.partition("=")[0] == "--tuned")
+            given[place:place] = words(read(Path(values.tuned)).chosen)  # options after it replace them
+            values = self.schema.overridden(self.namespace.clone(), given)
         return replace(self, namespace=values)
 
     @cached_property

@@ -17,8 +17,17 @@ if TYPE_CHECKING:
     from cl_bench.tune.study import Plan
 
 _BUDGETS = ("trials", "epochs", "seconds")
-_OPTIONS = ("metric", "val_fraction", "seed", "sensitivity")
-_KEYS = ("space", "experiences", "untuned", *_BUDGETS, *_OPTIONS)  # YAML reads a key "on" as true
+_OPTIONS = ("metric", "val_fraction", "seed", "sensitivity", "wandb")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "experiences": (str,),  # YAML reads a key "on" as true
+    "space": (str, dict),
+    "untuned": (bool,),
+    **dict.fromkeys(_BUDGETS, (int, float)),
+    "metric": (str,),
+    "val_fraction": (float,),
+    "seed": (int,),
+    **dict.fromkeys(("sensitivity", "wandb"), (bool,)),
+}
 
 
 def tuned(
@@ -64,30 +73,26 @@ def plan(grid: Grid, cell: Cell) -> Plan:
         ValueError: If the key ``tune`` of the grid is not valid.
         FileNotFoundError: If the space does not exist.
     """
-    from cl_bench.results.files import file_name
     from cl_bench.tune.space import read_space
-    from cl_bench.tune.study import Plan
+    from cl_bench.tune.study import FIRST, Plan, stem
 
     given = _checked(grid.tune)
-    units = [unit for unit in _BUDGETS if unit in given]
-    stem = Path(cell.strategy).stem
+    (unit,) = given.keys() & {*_BUDGETS}
     rest, setting = _without_setting(cell)
     spaces: Any = given.get("space", {})
-    space = spaces.get(cell.strategy, stem) if isinstance(spaces, dict) else spaces
-    options = {key: given[key] for key in _OPTIONS if key in given}
-    parts = [stem, *([setting] if setting else []), Path(cell.dataset).stem]
+    space = spaces.get(cell.strategy) if isinstance(spaces, dict) else spaces
     return Plan(
         strategy=cell.strategy,
         dataset=cell.dataset,
-        space=read_space(space),
-        unit=units[0],
-        budget=given[units[0]],
+        space=read_space(space or stem(cell.strategy)),
+        unit=unit,
+        budget=given[unit],
+        on=given.get("experiences", FIRST),
         results=Path(grid.results),
         fixed=rest,
         order=grid.orders[0],
-        name=file_name("-".join(parts)),
-        on=given.get("experiences", "first:3"),
-        **{"metric": "maa/sample"} | options,
+        setting=setting,
+        **{key: given[key] for key in _OPTIONS if key in given},
     )
 
 
@@ -109,9 +114,12 @@ def _without_setting(cell: Cell) -> tuple[tuple[str, ...], str]:
 
 
 def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    for key in given:
-        if key not in _KEYS:
-            raise ValueError(f"The key tune of a grid cannot contain {key!r}. {suggestion(key, _KEYS)}")
+    for key, value in given.items():
+        if key not in _TYPES:
+            raise ValueError(f"The key tune of a grid cannot contain {key!r}. {suggestion(key, _TYPES)}")
+        if type(value) not in _TYPES[key]:
+            names = " or ".join(one.__name__ for one in _TYPES[key])
+            raise ValueError(f"In the key tune of a grid, {key} must be a {names}, not {value!r}.")
     if len(given.keys() & {*_BUDGETS}) != 1:
         raise ValueError(
             "The key tune of a grid needs one budget, the same for all of its strategies: write trials: 12, "

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from cl_bench.grid.options import add_engine, engine_of
 
+_SHORT = {"MAA": "maa/sample", "ACC": "acc/sample"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb to ``parser``."""
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="first:3",
         help="first:K, the first experiences, or all, which looks into the future (default: first:3)",
     )
-    parser.add_argument("--metric", default="maa/sample", help="the score (default: maa/sample)")
+    parser.add_argument("--metric", default="MAA", help="the score, such as ACC or MAA (default: MAA)")
     parser.add_argument(
         "--val_fraction", type=float, default=0.2, help="share of training images to score on (default: 0.2)"
     )
@@ -32,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--order", default="identity", help="class order of the trials (default: identity)")
     parser.add_argument(
         "--sensitivity", action="store_true", help="also try the best with 0.3 and 3 times its learning rate"
+    )
+    parser.add_argument(
+        "--wandb", action="store_true", help="also log every trial to Weights & Biases, in one group"
     )
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of all results")
     add_engine(parser)
@@ -54,34 +59,28 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
 
     from rich.console import Console
 
-    from cl_bench.results.files import file_name
     from cl_bench.tune.command import tune
     from cl_bench.tune.space import read_space
-    from cl_bench.tune.study import UNITS, Plan
+    from cl_bench.tune.study import Plan, stem
 
-    given = {unit: getattr(options, unit) for unit in UNITS}
-    unit = next((unit for unit in UNITS if given[unit] is not None), "trials")
-    stems = (Path(name).stem for name in (options.strategy, options.dataset))
+    budgets = {"trials": options.trials, "epochs": options.epochs, "seconds": options.seconds}
+    given = {unit: budget for unit, budget in budgets.items() if budget is not None} or {"trials": 12}
+    ((unit, budget),) = given.items()
     plan = Plan(
         strategy=options.strategy,
         dataset=options.dataset,
-        space=read_space(options.space or Path(options.strategy).stem),
+        space=read_space(options.space or stem(options.strategy)),
         unit=unit,
-        budget=12 if given[unit] is None else given[unit],
+        budget=budget,
         on=options.on,
-        metric=_metric(options.metric),
         results=options.results,
+        metric=_SHORT.get(options.metric, options.metric),
         fixed=tuple(settings),
         val_fraction=options.val_fraction,
         seed=options.seed,
         order=options.order,
         sensitivity=options.sensitivity,
-        name=file_name("-".join(stems)),
+        wandb=options.wandb,
     )
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     return 0 if tune([plan], engine_of(options), console) else 1
-
-
-def _metric(name: str) -> str:
-    """Return the full name of a metric, of which MAA and ACC count every image once."""
-    return f"{name.lower()}/sample" if name.upper() in ("MAA", "ACC") else name

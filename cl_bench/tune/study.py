@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 
 from cl_bench.errors import suggestion
 from cl_bench.grid.cells import Cell
+from cl_bench.results.files import file_name
 from cl_bench.results.metrics import BOUNDS, DEFINITIONS, HIGHER_IS_BETTER
 from cl_bench.results.tuning import Sensitivity, Tuning, read
 from cl_bench.run.configs import words
@@ -31,8 +32,8 @@ from cl_bench.tune.trials import Bound, Score, Trial
 TRIALS_FOLDER = ".trials"
 """Folder of the trials in the folder of all results; reports do not look into it."""
 
-UNITS = ("trials", "epochs", "seconds")
-"""What a budget is counted in."""
+FIRST = "first:3"
+"""The experiences that trials learn unless others are asked for."""
 
 FACTORS = (0.3, 1.0, 3.0)
 """By what the tuned learning rate is multiplied to see how much depends on it."""
@@ -53,14 +54,15 @@ class Plan:
         unit: What the budget is counted in.
         budget: The budget; no trial starts once it is spent.
         on: ``first:k`` for the first k experiences, or ``all``.
-        metric: The score, a key of :data:`cl_bench.results.metrics.DEFINITIONS`.
         results: Folder of all results.
+        metric: The score, a key of :data:`cl_bench.results.metrics.DEFINITIONS`.
         fixed: Words of every trial.
         val_fraction: Share of the training images of each class on which trials are scored.
         seed: Seed of the sampler and of the trials.
         order: Class order of the trials.
         sensitivity: Whether to try the best settings at other learning rates afterwards.
-        name: Name of the record.
+        wandb: Whether every trial also logs to Weights & Biases, in a group of the study.
+        setting: Name of the setting of the strategy that is tuned, if it has several.
     """
 
     strategy: str
@@ -69,14 +71,15 @@ class Plan:
     unit: str
     budget: float
     on: str
-    metric: str
     results: Path
+    metric: str = "maa/sample"
     fixed: tuple[str, ...] = ()
     val_fraction: float = 0.2
     seed: int = 0
     order: str | list[int] = "identity"
     sensitivity: bool = False
-    name: str = ""
+    wandb: bool = False
+    setting: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what no study can do."""
@@ -100,6 +103,12 @@ class Plan:
     def first(self) -> int | None:
         """Number of experiences that the trials learn; None for all."""
         return None if self.on == "all" else int(self.on.partition(":")[2])
+
+    @property
+    def name(self) -> str:
+        """Name of the study, and of its record."""
+        parts = stem(self.strategy), self.setting, stem(self.dataset)
+        return file_name("-".join(part for part in parts if part))
 
     @property
     def record(self) -> Path:
@@ -139,6 +148,7 @@ class Plan:
             "seed": self.seed,
             "results": str(self.results / TRIALS_FOLDER),
         }
+        own |= {"wandb": True, "wandb_group": f"tuning {self.name}"} if self.wandb else {}
         return Cell(self.strategy, self.dataset, (*self.fixed, *words(settings), *words(own)))
 
 
@@ -354,6 +364,11 @@ class Study:
             self._optuna.tell(handle, state=TrialState.PRUNED)
         else:
             self._optuna.tell(handle, value)
+
+
+def stem(name: str) -> str:
+    """Return the stem of a config, given its stem or path."""
+    return Path(name).stem
 
 
 def configured(configuration: Configuration, key: str) -> Any:

@@ -67,9 +67,7 @@ def plans(results: Path, trials: int) -> list[Plan]:
             unit="trials",
             budget=trials,
             on="first:3",
-            metric="maa/sample",
             results=results,
-            name=name,
             sensitivity=True,
         )
         for name, space in SPACES.items()

@@ -88,14 +88,14 @@ class Sealed(Toy):
 
 
 def plan(strategy: str, dataset: str, space: dict[str, Any], results: Path, **changed: Any) -> Plan:
-    given: dict[str, Any] = {"unit": "trials", "budget": 5, "on": "first:2", "metric": "maa/sample"}
-    return Plan(strategy, dataset, space_of(space), results=results, name="study", **given | changed)
+    given: dict[str, Any] = {"unit": "trials", "budget": 5, "on": "first:2"}
+    return Plan(strategy, dataset, space_of(space), results=results, **given | changed)
 
 
 def tuned(one: Plan) -> tuple[Tuning, Any]:
     engine = Here(one.results)
     records = tune([one], lambda _: engine, Console(quiet=True))
-    return records["study"], engine
+    return records[one.name], engine
 
 
 def test_a_setting_that_only_test_images_favour_is_not_chosen(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def killed(folder: Path, studies: list[list[Any]]) -> list[int]:
 def require_equal(folder: Path) -> None:
     """Require that the interrupted studies ended as the one that was not."""
     for name in ("linear_probe", "ncm"):
-        cut, whole = (read(folder / kind / "tuning" / f"{name}.json") for kind in ("cut", "whole"))
+        cut, whole = (read(folder / kind / "tuning" / f"{name}-toy.json") for kind in ("cut", "whole"))
         assert vars(cut) | {"spent": 0} == vars(whole) | {"spent": 0}
         assert cut.spent["trials"] == whole.spent["trials"]
     cut_rows, whole_rows = (

@@ -13,7 +13,7 @@ RATES = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 
 
 def planned(space: Space, tmp_path: Path, **changed: object) -> Plan:
-    given = {"unit": "trials", "budget": 12, "on": "first:3", "metric": "maa/sample"} | changed
+    given = {"unit": "trials", "budget": 12, "on": "first:3"} | changed
     return Plan("lora", "toy", space, results=tmp_path, **given)  # type: ignore[arg-type]
 
 

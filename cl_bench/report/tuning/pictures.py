@@ -13,7 +13,7 @@ from cl_bench.report.tuning import best_so_far, studies
 from cl_bench.results.tuning import Tuning
 
 _GAP = 0.45  # inches between panels
-_WIDEST = 1.6  # inches of a panel
+_TALL = 0.9  # inches of a panel
 _MOST_ROWS = 12
 
 
@@ -56,22 +56,23 @@ def over_settings(comparison: Comparison, style: Style = DEFAULT) -> Picture:
     rows = studies(comparison)[:_MOST_ROWS]
     columns = max(len(study.settings) for _, study in rows)
     with style.drawing():
-        size = min(max(0.6, 0.85 * style.width / columns - _GAP), _WIDEST)
-        width, height = columns * (size + _GAP), len(rows) * (0.7 * size + 2 * _GAP)
+        wide = max(0.6, 0.88 * style.width / columns - _GAP)
+        down = _TALL + 1.4 * _GAP
+        width, height = columns * (wide + _GAP), len(rows) * down
         figure = Picture(style, width, height)
-        names = labels([entry for entry, _ in rows], style.letters(0.7 * size))
+        names = labels([entry for entry, _ in rows], style.letters(_TALL))
         first = None
-        for line, ((_, study), name) in enumerate(zip(rows, names, strict=True)):
-            bottom = height - (line + 1) * (0.7 * size + 2 * _GAP) + _GAP
+        for line, ((_, study), name) in enumerate(zip(rows, names, strict=True), 1):
             for column, key in enumerate(study.settings):
-                left = column * (size + _GAP)
-                axes = figure.add_axes((left / width, bottom / height, size / width, 0.7 * size / height))
+                left, bottom = column * (wide + _GAP), height - line * down
+                axes = figure.add_axes((left / width, bottom / height, wide / width, _TALL / height))
                 first = first or axes
                 _over(axes, study, key, style)
                 if column == 0:
                     axes.set_ylabel(name)
         assert first is not None
-        headline(first, comparison, style, above=2.2, remark=_seen(rows))
+        narrow = Style(0.9 * style.width, style.font)  # that of the panels, without their labels
+        headline(first, comparison, narrow, above=2.2, remark=_seen(rows))
         return figure
 
 
