@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics", nargs="+", metavar="NAME", help="metrics shown, such as acc/sample bwt/gem"
     )
     parser.add_argument(
+        "--published",
+        nargs=3,
+        metavar=("SOURCE", "DATASET", "T"),
+        help="also print the rank correlation with a published table, such as janus_lora imagenet_r 10",
+    )
+    parser.add_argument(
         "--wandb",
         metavar="PROJECT",
         help="also send runs and a view of each benchmark to Weights & Biases, or offline write them to disk",
@@ -38,7 +44,13 @@ def run(options: argparse.Namespace) -> int:
     from cl_bench.errors import visible
     from cl_bench.report.command import FOLDER, METRICS, report, results_below
 
-    written = report(options.results, options.format, options.metrics)
+    published = None
+    if options.published is not None:
+        source, dataset, length = options.published
+        if not length.isdecimal():
+            raise ValueError(f"T of --published cannot be {length!r}: give a number of experiences.")
+        published = (source, dataset, int(length))
+    written = report(options.results, options.format, options.metrics, published)
     Console(highlight=False, emoji=False, soft_wrap=True).print(written.text, markup=False)
     notices = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     for line in (*written.notices, *(f"wrote {visible(str(path))}" for path in written.files)):
