@@ -1,3 +1,17 @@
 """cl-bench: continual learning with low-rank adapters, measured so that the numbers can be trusted."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_MODULES = {"compare": "cl_bench.study", "load": "cl_bench.export.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is used when it is used: the command line starts without torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

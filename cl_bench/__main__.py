@@ -25,7 +25,10 @@ _VERBS = {
     "run": "train and evaluate one strategy on one dataset",
     "check": "check in seconds that a strategy keeps its contract",
     "grid": "run every cell of a grid; finished cells are skipped",
+    "tune": "choose settings on held-out training images, within a budget",
     "report": "make tables and pictures from a results folder",
+    "predictions": "print confusion, recency bias, calibration and paired tests of kept predictions",
+    "export": "write the kept model of a cell for timm and PEFT",
     "reproduce": "compare our cells with a published number, and run those that are missing",
     "prepare": "download, verify and scan a dataset",
     "bench": "compare the speed of training steps with a hand-written loop",
@@ -33,7 +36,7 @@ _VERBS = {
 _SECONDS_FOR_THE_FIRST = 3.0
 
 # What these print is all that they do.
-_PRINTING_VERBS = ("bench", "report")
+_PRINTING_VERBS = ("bench", "predictions", "report")
 _PRINTING_FLAGS = ("-h", "--help", "--print_config", "--print_protocol", "--dry-run")
 
 
@@ -108,8 +111,10 @@ def _called(words: Sequence[str]) -> int:
         return int(options.run(rest))
     parser = argparse.ArgumentParser(prog=f"cl-bench {verb}", description=f"{_VERBS[verb].capitalize()}.")
     options.add_arguments(parser)
-    if verb == "reproduce":  # passes the keys of its cells on
+    if verb in ("reproduce", "tune"):  # pass the keys of their cells on
         return int(options.run(*parser.parse_known_args(rest)))
+    if verb == "grid":  # may tune its strategies first, and tuning runs on the engines of grids
+        return int(options.run(parser.parse_args(rest), import_module("cl_bench.tune.grids").tuned))
     return int(options.run(parser.parse_args(rest)))
 
 

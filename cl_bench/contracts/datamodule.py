@@ -58,6 +58,7 @@ class StreamDataModule(LightningDataModule, ABC):
         val_fraction: Share of each class's training images to hold out and evaluate on, to choose settings
             without opening a test image; 0 for a result.
         val_seed: Seed of the choice of these images, shared by all seeds and class orders.
+        first_experiences: Number of experiences to serve, to choose settings by the first ones; null for all.
     """
 
     name: str
@@ -83,6 +84,7 @@ class StreamDataModule(LightningDataModule, ABC):
         held_out_classes: int = 0,
         val_fraction: float = 0.0,
         val_seed: int = 0,
+        first_experiences: int | None = None,
     ) -> None:
         super().__init__()
         self.num_experiences = num_experiences
@@ -96,6 +98,7 @@ class StreamDataModule(LightningDataModule, ABC):
         self.held_out_classes = held_out_classes
         self.val_fraction = val_fraction
         self.val_seed = val_seed
+        self.first_experiences = first_experiences
         self._served: _Served | None = None
         self._pool: WorkerPool | None = None
         self._experience: Experience | None = None
@@ -142,13 +145,13 @@ class StreamDataModule(LightningDataModule, ABC):
 
     @property
     def experiences(self) -> tuple[Experience, ...]:
-        """The experiences, in the order of training."""
+        """The experiences that are served, in the order of training."""
         return self.stream.experiences
 
     @property
     def class_names(self) -> list[str]:
         """Name of the class at each position."""
-        return [self._opened.class_names[label] for label in self.stream.order]
+        return [self._opened.class_names[label] for label in self.stream.order[: self.stream.num_classes]]
 
     @property
     def evaluated_on(self) -> str:
@@ -158,8 +161,7 @@ class StreamDataModule(LightningDataModule, ABC):
     @property
     def test_images(self) -> list[int]:
         """Number of images to evaluate on, for the class at each position."""
-        counts: list[int] = np.bincount(self._dealt.test.positions).tolist()
-        return counts
+        return [int(n) for n in np.bincount(self._dealt.test.positions)[: self.stream.num_classes]]
 
     @property
     def domains(self) -> list[str]:
@@ -173,8 +175,7 @@ class StreamDataModule(LightningDataModule, ABC):
         counts = np.zeros((len(self.domains), len(self.stream.order)), dtype=np.int64)
         if self.domains:
             np.add.at(counts, (test.domains, test.positions), 1)
-        listed: list[list[int]] = counts.tolist()
-        return listed
+        return [list(map(int, row[: self.stream.num_classes])) for row in counts]
 
     @property
     def variants(self) -> dict[str, str]:
@@ -198,8 +199,8 @@ class StreamDataModule(LightningDataModule, ABC):
     def stream_length(self) -> int:
         """Number of experiences; the data are read only if the arguments do not determine it."""
         require_one_division(self.num_experiences, self.num_classes_per_experience)
-        if self.num_experiences is not None:
-            return self.num_experiences
+        if (number := self.first_experiences or self.num_experiences) is not None:
+            return number
         if isinstance(self.num_classes_per_experience, list):
             return len(self.num_classes_per_experience)
         return len(self._sizes())
@@ -223,6 +224,7 @@ class StreamDataModule(LightningDataModule, ABC):
             "image_size": self.image_size,
             "train_transform": _text("train", dealt.train.transform),
             "test_transform": _text("test", dealt.test.transform),
+            **({} if self.first_experiences is None else {"first_experiences": self.first_experiences}),
         }
 
     def close(self) -> None:
@@ -370,7 +372,7 @@ class StreamDataModule(LightningDataModule, ABC):
     def _deal(self) -> _Served:
         sources = for_validation(self._opened, self.val_fraction, self.val_seed)
         augmented, plain = self.train_transform(), self.test_transform()
-        stream = self._dealt_stream(sources)
+        stream = self._dealt_stream(sources).first(self.first_experiences)
         return _Served(
             stream=stream,
             train=DrawnImages(sources.train, stream.order, augmented),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -209,6 +209,29 @@ class Stream:
     test_indices: tuple[Indices, ...]
     order: tuple[int, ...]
     benchmark: Any
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of all experiences."""
+        return self.experiences[-1].classes.stop
+
+    def first(self, number: int | None) -> Stream:
+        """Return the first ``number`` experiences, which keep their place in the whole stream; None for all.
+
+        Raises:
+            ValueError: If there are not that many.
+        """
+        if number is not None and not 1 <= number <= len(self.experiences):
+            raise ValueError(
+                f"first_experiences is {number} of {len(self.experiences)} experiences: choose 1 to "
+                f"{len(self.experiences)}."
+            )
+        return replace(
+            self,
+            experiences=self.experiences[:number],
+            train_indices=self.train_indices[:number],
+            test_indices=self.test_indices[:number],
+        )
 
 
 def deal(

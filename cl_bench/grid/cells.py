@@ -6,7 +6,6 @@ Engines send cells to other processes, so this module imports torch only when a 
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_bench.errors import suggestion
-from cl_bench.run.configs import config_file, load
+from cl_bench.run.configs import config_file, load, words
 
 if TYPE_CHECKING:
     from cl_bench.run.configuration import Configuration
@@ -28,6 +27,7 @@ _KEYS = {
     "seeds": list,
     "results": str,
     "common": dict,
+    "tune": dict,
 }
 
 
@@ -51,7 +51,7 @@ class Cell:
 
         return resolve(layers(self.strategy, self.dataset), self.overrides)
 
-    def _parts(self) -> tuple[tuple[str, ...], dict[str, str]]:
+    def parts(self) -> tuple[tuple[str, ...], dict[str, str]]:
         """Return the words without seed and class order, and these two, if both are given."""
         factors = {}
         rest = []
@@ -81,6 +81,7 @@ class Grid:
         seeds: Seeds.
         results: Folder of all results.
         common: Overrides of every cell.
+        tune: How to tune the strategies first; empty if they run as they are.
     """
 
     strategies: list[str]
@@ -90,6 +91,7 @@ class Grid:
     seeds: list[int] = field(default_factory=lambda: [1])
     results: str = "results"
     common: dict[str, Any] = field(default_factory=dict)
+    tune: dict[str, Any] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """Yield the cells, with seeds outermost: an unfinished grid has the first seed of every strategy."""
@@ -101,9 +103,7 @@ class Grid:
                 values = (
                     self.common | overrides | named | {"order": order, "seed": seed, "results": self.results}
                 )
-                yield Cell(
-                    strategy, dataset, tuple(f"--{key}={_word(value)}" for key, value in values.items())
-                )
+                yield Cell(strategy, dataset, words(values))
 
 
 def configurations(cells: Iterable[Cell]) -> Iterator[Configuration]:
@@ -116,7 +116,7 @@ def configurations(cells: Iterable[Cell]) -> Iterator[Configuration]:
     of_pair = cache(lambda strategy, dataset: Cell(strategy, dataset, ()).configuration())
     of_setting = cache(lambda strategy, dataset, words: of_pair(strategy, dataset).overridden(words))
     for cell in cells:
-        rest, factors = cell._parts()
+        rest, factors = cell.parts()
         if len(factors) == 2:
             yield of_setting(cell.strategy, cell.dataset, rest).varied(**factors)
         else:
@@ -161,7 +161,3 @@ def _require_names(content: dict[str, Any], path: Path) -> None:
         for name in content[key]:
             if not isinstance(name, str):
                 raise ValueError(f"In {path}, {key} cannot hold {name!r}: write names of configs.")
-
-
-def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

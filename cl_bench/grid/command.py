@@ -6,10 +6,12 @@ import json
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -23,13 +25,14 @@ from rich.progress import (
     track,
 )
 
-from cl_bench.grid.cells import Cell, configurations, read_grid
+from cl_bench.grid.cells import Cell, Grid, configurations, read_grid
 from cl_bench.grid.engine import Engine
 from cl_bench.grid.sharing import require_shared
 from cl_bench.grid.work import Job, Outcome
 from cl_bench.results.result import FILE_NAME, read
 from cl_bench.run.configuration import Configuration
 from cl_bench.run.run import finished, images_now, require_same_images
+from cl_bench.run.tracking import how_to_read
 
 # Settings of a dataset that leave its images as they are; cells of a grid may differ in them.
 _NOT_OF_IMAGES = {
@@ -54,7 +57,7 @@ class Entry:
 
     cell: Cell
     configuration: Configuration
-    done: Path | None
+    done: Path | None = None
 
     @property
     def title(self) -> str:
@@ -67,14 +70,44 @@ class Entry:
         configuration = self.configuration
         return Job(self.cell, configuration.folder, configuration.namespace.threads, waits)
 
+    def error(self, outcome: Outcome) -> str | None:
+        """What went wrong in a run that ended with ``outcome``; None if nothing did."""
+        if outcome.error is None and finished(self.configuration) is None:
+            return f"The cell has no finished result in {self.configuration.folder}."
+        return outcome.error
 
-def run_grid(name: str, results: Path | None, engine: Callable[[Path], Engine], *, dry_run: bool) -> bool:
+    def closing(self) -> str:
+        """How the finished cell ended, in a few words."""
+        path = finished(self.configuration)
+        assert path is not None
+        result = read(path)
+        return f"ACC {result.metrics()['acc/sample']:.2f} % in {sum(result.seconds().values()):.0f} s"
+
+
+class Tuned(Protocol):
+    """Tunes the strategies of a grid."""
+
+    def __call__(
+        self, grid: Grid, engine: Callable[[Path], Engine], console: Console, *, dry_run: bool
+    ) -> tuple[list[Cell], bool]:
+        """Return the cells of ``grid`` with the settings that were found, and whether no trial failed."""
+
+
+def run_grid(
+    name: str,
+    results: Path | None,
+    engine: Callable[[Path], Engine],
+    *,
+    tuned: Tuned,
+    dry_run: bool,
+) -> bool:
     """Run the unfinished cells of grid ``name`` and return whether none of them failed.
 
     Args:
         name: Config stem or path.
         results: Folder of all results; None means that of the grid.
         engine: Returns the engine, given the folder of all results.
+        tuned: Tunes a grid with the key ``tune``, before its cells run.
         dry_run: Whether to list the cells and run nothing.
 
     Raises:
@@ -84,7 +117,10 @@ def run_grid(name: str, results: Path | None, engine: Callable[[Path], Engine], 
     """
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     grid = read_grid(name, results)
-    entries = known([*grid.cells()])
+    cells, all_tuned = [*grid.cells()], True
+    if grid.tune:
+        cells, all_tuned = tuned(grid, engine, console, dry_run=dry_run)
+    entries = known(cells)
     waiting = [entry for entry in entries if entry.done is None]
     console.print(
         f"{len(entries)} cells, {len(entries) - len(waiting)} done, results in {grid.results}", markup=False
@@ -94,7 +130,7 @@ def run_grid(name: str, results: Path | None, engine: Callable[[Path], Engine], 
             state = "done  " if entry.done else "to run"
             console.print(f"  {state}  {entry.configuration.hash}  {entry.cell.command}", markup=False)
         return True
-    return run_waiting(entries, engine(Path(grid.results)), console)
+    return run_waiting(entries, engine(Path(grid.results)), console) and all_tuned
 
 
 def run_waiting(entries: Sequence[Entry], engine: Engine, console: Console) -> bool:
@@ -109,18 +145,29 @@ def run_waiting(entries: Sequence[Entry], engine: Engine, console: Console) -> b
     waiting = [entry for entry in entries if entry.done is None]
     if not waiting:
         return True
+    with working(engine, waiting[0].configuration.results):
+        errors = run_entries(waiting, engine, console)
+    lines = [f"{len(entries) - len(errors)} of {len(entries)} cells done"]
+    lines += how_to_read([entry.configuration for entry in entries])
+    console.print("\n".join(lines), markup=False)
+    return not errors
+
+
+@contextmanager
+def working(engine: Engine, results: Path) -> Iterator[Engine]:
+    """Enter the context of ``engine``, whose machines must see the folder ``results``.
+
+    Raises:
+        ValueError: If the engine cannot be used.
+    """
     # SIGTERM must terminate the cells of the grid, as Ctrl-C does.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with engine:
-            require_shared(waiting[0].configuration.results, engine)
-            errors = _run(waiting, engine, console)
+            require_shared(results, engine)
+            yield engine
     finally:
         signal.signal(signal.SIGTERM, before)
-    for entry, error in errors:
-        console.print(f"failed: {entry.title}\n  {error}\n  {entry.cell.command}", markup=False)
-    console.print(f"{len(entries) - len(errors)} of {len(entries)} cells done", markup=False)
-    return not errors
 
 
 def known(cells: Sequence[Cell]) -> list[Entry]:
@@ -177,18 +224,21 @@ def _present(benchmark: Path) -> set[str]:
     return {path.name.rpartition("-")[2] for path in benchmark.glob("*/*")}
 
 
-def _run(entries: list[Entry], engine: Engine, console: Console) -> list[tuple[Entry, str]]:
+def run_entries(entries: Sequence[Entry], engine: Engine, console: Console) -> list[tuple[Entry, str]]:
+    """Run ``entries`` on a working engine, print which failed, and return these with the reason."""
     display = _Display(len(entries), console)
     with display.live:
         errors, held = _run_once(entries, engine, display, waits=False)
         if held:
             display.print(f"  another process runs {len(held)} of the cells: waiting for their results")
             errors += _run_once(held, engine, display, waits=True)[0]
+    for entry, error in errors:
+        console.print(f"failed: {entry.title}\n  {error}\n  {entry.cell.command}", markup=False)
     return errors
 
 
 def _run_once(
-    entries: list[Entry], engine: Engine, display: _Display, *, waits: bool
+    entries: Sequence[Entry], engine: Engine, display: _Display, *, waits: bool
 ) -> tuple[list[tuple[Entry, str]], list[Entry]]:
     """Run ``entries`` and return those that failed, with the reason, and those that another process runs."""
     by_job = {entry.job(waits=waits): entry for entry in entries}
@@ -201,9 +251,7 @@ def _run_once(
             display.remove(entry)
             held.append(entry)
             return
-        error = outcome.error
-        if error is None and finished(entry.configuration) is None:
-            error = f"The cell has no finished result in {entry.configuration.folder}."
+        error = entry.error(outcome)
         display.ended(entry, error)
         if error is not None:
             errors.append((entry, error))
@@ -237,7 +285,7 @@ class _Display:
     def ended(self, entry: Entry, error: str | None) -> None:
         self.remove(entry)
         self._progress.advance(self._cells)
-        self.print(f"  {entry.title}: {'failed' if error else _outcome(entry)}")
+        self.print(f"  {entry.title}: {'failed' if error else entry.closing()}")
 
     def print(self, line: str) -> None:
         self.live.console.print(line, markup=False)
@@ -254,10 +302,3 @@ def _experiences_done(entry: Entry) -> int:
         return len(read(entry.configuration.folder / FILE_NAME).rows)
     except (OSError, ValueError):  # the result is missing, or damaged by an earlier attempt
         return 0
-
-
-def _outcome(entry: Entry) -> str:
-    path = finished(entry.configuration)
-    assert path is not None
-    result = read(path)
-    return f"ACC {result.metrics()['acc/sample']:.2f} % in {sum(result.seconds().values()):.0f} s"

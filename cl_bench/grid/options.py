@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cl_bench.grid.command import Tuned
     from cl_bench.grid.engine import Engine
 
 
@@ -20,15 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", action="store_true", help="show tracebacks")
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, tuned: Tuned) -> int:
     """Run the grid and return the exit status.
+
+    Args:
+        options: The options of the verb.
+        tuned: Tunes a grid with the key ``tune``.
 
     Raises:
         ValueError: If the grid, one of its cells or an option is not valid. No cell has run then.
     """
     from cl_bench.grid.command import run_grid
 
-    done = run_grid(options.grid, options.results, engine_of(options), dry_run=options.dry_run)
+    done = run_grid(options.grid, options.results, engine_of(options), tuned=tuned, dry_run=options.dry_run)
     return 0 if done else 1
 
 

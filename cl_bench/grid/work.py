@@ -10,16 +10,20 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cl_bench.errors import sentence
 from cl_bench.grid.cells import Cell
 from cl_bench.processes.streams import Unfailing
 from cl_bench.run.claim import Held
+
+if TYPE_CHECKING:  # slow to import
+    from lightning.pytorch import Callback
 
 LOG_NAME = "log.txt"
 
@@ -38,12 +42,14 @@ class Job:
         folder: Its folder; its output is appended to ``log.txt`` there.
         threads: Number of CPU threads that it uses.
         waits: Whether it waits if another process runs the same cell.
+        callbacks: Each returns a callback of the run; they can be pickled and hashed.
     """
 
     cell: Cell
     folder: Path
     threads: int
     waits: bool = False
+    callbacks: tuple[Callable[[], Callback], ...] = ()
 
     @property
     def log(self) -> Path:
@@ -126,7 +132,8 @@ def in_this_process(job: Job) -> Outcome:
         sys.stdout = sys.stderr = log
         try:
             with quiet():
-                run(job.cell.configuration(), wait=print if job.waits else None)
+                callbacks = [callback() for callback in job.callbacks]
+                run(job.cell.configuration(), callbacks, wait=print if job.waits else None)
             return Outcome()
         except Held as error:
             return Outcome(str(error), held=True)

@@ -49,10 +49,7 @@ class StreamMetrics(Callback):
     def __init__(self, result: Result) -> None:
         self.result = result
         self.row = 0
-        self.experience_of_class = torch.repeat_interleave(
-            torch.arange(result.num_experiences),
-            torch.tensor([stop - start for start, stop in result.experiences]),
-        )
+        self.experience_of_class = experience_of_class(result)
         num_classes = max(2, len(self.experience_of_class))  # torchmetrics refuses a matrix of one class
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.confusion_within = MulticlassConfusionMatrix(num_classes, validate_args=False)
@@ -81,7 +78,8 @@ class StreamMetrics(Callback):
         if self.result.domains:
             self._count_by_domain(logits.argmax(dim=1) == labels, labels, batch[2])
         self.confusion.update(logits.argmax(dim=1), labels)
-        self.confusion_within.update(self._within_experience(logits, labels).argmax(dim=1), labels)
+        within = within_experience(logits, labels, self.experience_of_class)
+        self.confusion_within.update(within.argmax(dim=1), labels)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the row to the result, and its metrics to the loggers.
@@ -117,10 +115,6 @@ class StreamMetrics(Callback):
                 "a result needs them all, so do not set limit_test_batches."
             )
 
-    def _within_experience(self, logits: Tensor, labels: Tensor) -> Tensor:
-        seen = self.experience_of_class[: logits.shape[1]]
-        return logits.masked_fill(seen != self.experience_of_class[labels, None], -math.inf)
-
     def _count_by_domain(self, correct: Tensor, labels: Tensor, domains: Tensor) -> None:
         """Count images (B,) by their domain and class."""
         self.correct_by_domain.index_put_((domains, labels), correct.to(torch.int64), accumulate=True)
@@ -135,6 +129,23 @@ class StreamMetrics(Callback):
             correct_experience=(confusion * same_experience).sum(dim=1).tolist(),
             correct_by_domain=by_domain.tolist(),
         )
+
+
+def experience_of_class(result: Result) -> Tensor:
+    """Return the index of the experience that brings each class (C,)."""
+    sizes = torch.tensor([stop - start for start, stop in result.experiences])
+    return torch.repeat_interleave(torch.arange(result.num_experiences), sizes)
+
+
+def within_experience(logits: Tensor, labels: Tensor, experiences: Tensor) -> Tensor:
+    """Return logits (B, classes seen) with minus infinity outside the experience of each of the labels (B,).
+
+    Args:
+        logits: Of all classes seen.
+        labels: The true classes.
+        experiences: The experience of each class, as :func:`experience_of_class` returns it.
+    """
+    return logits.masked_fill(experiences[: logits.shape[1]] != experiences[labels, None], -math.inf)
 
 
 class Once(Callback):

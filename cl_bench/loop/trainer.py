@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import resource
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,7 @@ class StreamTrainer(Trainer):
         regime: Regime = "sequential",
         config: dict[str, Any] | None = None,
         setting: str | None = None,
+        chosen: Mapping[str, Any] = MappingProxyType({}),
         folder: Path | None = None,
         checkpoints: Checkpoints | None = None,
         require: Callable[[], None] = lambda: None,
@@ -148,6 +150,7 @@ class StreamTrainer(Trainer):
             regime: ``sequential``, or ``joint``: one experience of all classes, evaluated per original one.
             config: Resolved config, kept in the result; its hash names the cell.
             setting: Name of the setting, kept in the result.
+            chosen: How the settings were chosen, kept in the provenance.
             folder: Where ``result.json`` is rewritten after every experience; nowhere if None.
             checkpoints: Where the run writes checkpoints at every turn, and from where it resumes; they are
                 removed when it is done. None writes none.
@@ -166,6 +169,7 @@ class StreamTrainer(Trainer):
         """
         self.require_fit(strategy, datamodule, regime)
         result = self._result = self._blank_result(strategy, datamodule, regime, config or {}, setting)
+        result.provenance |= chosen
         written = folder if is_first() else None
 
         def save() -> None:
@@ -350,12 +354,16 @@ class StreamTrainer(Trainer):
 
     def _learn(self, continuation: Continuation, strategy: Strategy, datamodule: StreamDataModule) -> None:
         """Train on the experience at hand, from the phase that comes next."""
-        on_cpu = self.course.device.type == "cpu"
-        strategy.backbone.compute_in(self.precision_plugin.forward_context)
-        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
+        self.set_precision(strategy)
         if self.course.phase != "testing":
             self.fit(strategy, datamodule=datamodule)
             continuation.reached(self.course, "testing")
+
+    def set_precision(self, strategy: Strategy) -> None:
+        """Let the backbone of ``strategy`` compute in the precision of this trainer."""
+        on_cpu = self.strategy.root_device.type == "cpu"
+        strategy.backbone.compute_in(self.precision_plugin.forward_context)
+        strategy.backbone.fuse_attention(not (on_cpu and str(self.precision).startswith("bf16")))
 
     def _peak_memory(self) -> int:
         if self.course.device.type == "cuda":

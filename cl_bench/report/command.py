@@ -9,8 +9,9 @@ from typing import Literal, get_args
 
 from cl_bench.errors import suggestion, visible
 from cl_bench.report.comparison import comparisons
+from cl_bench.report.figures import DEFAULT, Style
 from cl_bench.report.page import page
-from cl_bench.report.pictures import pictures
+from cl_bench.report.pictures import PICTURES, pictures
 from cl_bench.report.ranking import Columns, described
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables
@@ -35,11 +36,11 @@ PAGE = "page.html"
 
 _LISTED = 8  # files in one sentence
 
-_PICTURES = ("curves_*.png", "matrix_*.png")
+_ENDINGS: dict[Format, tuple[str, ...]] = {"md": ("png",), "latex": ("pdf", "svg")}  # of pictures
 
 _OURS: dict[Format, tuple[str, ...]] = {
-    "md": ("table.md", *_PICTURES),
-    "latex": ("table.tex", *_PICTURES),
+    "md": ("table.md", *(f"{kind}_*.png" for kind in PICTURES)),
+    "latex": ("table.tex", *(f"{kind}_*.{ending}" for kind in PICTURES for ending in ("pdf", "svg"))),
     "csv": ("table.csv", "absent.csv", "differences.csv"),
     "json": ("table.json",),
     "html": (PAGE,),
@@ -65,6 +66,7 @@ def report(
     results_folder: Path,
     format: Format,  # noqa: A002
     metrics: Sequence[str] | None = None,
+    style: Style = DEFAULT,
     published: Columns | None = None,
 ) -> Report:
     """Read every result below ``results_folder`` and write tables and pictures into its folder ``report``.
@@ -75,10 +77,11 @@ def report(
     Args:
         results_folder: Folder that holds result files, at any depth.
         format: ``md`` for Markdown, ``latex`` for a paper, ``csv`` for one statistic a line, ``json`` for one
-            tree of everything, ``html`` for one page that opens from disk. ``md`` and ``latex`` also write
-            pictures.
+            tree of everything, ``html`` for one page that opens from disk. ``md`` also writes pictures as
+            PNG, and ``latex`` as PDF and SVG.
         metrics: Names of the metrics shown, as in :data:`cl_bench.results.metrics.DEFINITIONS`; None for
             ``METRICS``.
+        style: Width and font of the pictures.
         published: Columns of a published table; the rank correlation of every comparison with them follows
             the Markdown tables, and is a notice of the other formats.
 
@@ -108,10 +111,10 @@ def report(
     for path, text in zip(files, texts.values(), strict=True):
         path.write_text(text, encoding="utf-8")
     notices = [*(f"Not read: {line}" for line in unreadable), *ranked]
-    if format in ("md", "latex"):
+    if format in _ENDINGS:
         names = file_names(comparison.title for comparison in compared)
         for comparison in compared:
-            drawn, failed = pictures(comparison, folder, names[comparison.title])
+            drawn, failed = pictures(comparison, folder, names[comparison.title], style, _ENDINGS[format])
             files += drawn
             notices += failed
     text = (

@@ -1,66 +1,40 @@
-"""Comparisons as pictures: incremental accuracy over the experiences, and accuracy matrices side by side.
-
-Figures are made without pyplot, so drawing leaves no global state and needs no display. They are laid out in
-inches, with titles and labels outside the axes: save them with a tight bounding box.
-"""
+"""Comparisons as pictures: accuracy over the experiences, accuracy matrices, and accuracy against seconds."""
 
 from __future__ import annotations
 
-import io
 import math
-import textwrap
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cl_bench.errors import sentence, visible
-from cl_bench.report.comparison import RANKING, Comparison, Entry, shortened
-from cl_bench.report.tables import backbone, counted
+from cl_bench.report.comparison import RANKING, Comparison, Entry
+from cl_bench.report.figures import (
+    DEFAULT,
+    FAINT,
+    MOST_DRAWN,
+    Array,
+    Picture,
+    Style,
+    headline,
+    heat_maps,
+    labels,
+    ticks,
+)
 from cl_bench.results.metrics import accuracy_matrix, incremental_accuracy
 
-MOST_DRAWN = 16
-"""Entries in one picture: readers cannot distinguish more."""
-
-_MOST_NUMBERED = 12  # experiences up to which a number fits into each cell of a matrix
-_WIDTH = 7.2  # inches: both columns of a paper
-_LONGEST = 80  # characters of a name
-
-Array = npt.NDArray[np.float64]
+_FAR = 5.0  # a number so many times as large as the next would squeeze the others
 
 # Okabe and Ito's palette, https://jfly.uni-koeln.de/color/, without black, because the upper bound is grey,
 # and without yellow, which is invisible on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("solid", (0, (1, 1.2)), (0, (5, 1, 1, 1)))
-_SCALE = "viridis"
-_INK, _FAINT = "#222222", "#767676"
-
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8.0,
-    "axes.edgecolor": _FAINT,
-    "axes.linewidth": 0.6,
-    "axes.labelcolor": _INK,
-    "text.color": _INK,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "text.parse_math": False,  # a name with two dollars is a name
-}
 
 
 @dataclass(frozen=True)
@@ -72,83 +46,144 @@ class _Pen:
     dashes: str | tuple[float, tuple[float, ...]]
 
 
-_JOINT = _Pen(_FAINT, "None", (0, (5, 3)))
+_JOINT = _Pen(FAINT, "None", (0, (5, 3)))
 
 
-def pictures(comparison: Comparison, folder: Path, name: str) -> tuple[list[Path], list[str]]:
-    """Draw ``comparison`` as PNG files in ``folder``, none without a finished run.
+def pictures(
+    comparison: Comparison,
+    folder: Path,
+    name: str,
+    style: Style = DEFAULT,
+    endings: Sequence[str] = ("png",),
+) -> tuple[list[Path], list[str]]:
+    """Draw ``comparison`` as files in ``folder``, none without a finished run.
 
     Args:
         comparison: What is drawn.
         folder: Where the files are written.
         name: Part of their names.
+        style: Width and font.
+        endings: ``png``, ``pdf`` or ``svg``, as many as wanted.
 
     Returns:
         The paths, and a sentence for each picture that could not be drawn.
     """
     paths: list[Path] = []
     failed: list[str] = []
-    for kind, draw in (("curves", curves), ("matrix", matrices)) if comparison.finished else ():
+    for kind, draw in PICTURES.items() if comparison.finished else ():
         try:
-            content = _png(comparison, draw)
+            paths += draw(comparison, style).written(folder / f"{kind}_{name}", endings)
         except Exception as error:  # of any class: matplotlib draws names that nobody foresaw
             failed.append(f"Not drawn: {kind} of {visible(comparison.title)}: {sentence(error)}")
-            continue
-        paths.append(folder / f"{kind}_{name}.png")
-        paths[-1].write_bytes(content)
     return paths, failed
 
 
-def _png(comparison: Comparison, draw: Callable[[Comparison], Figure]) -> bytes:
-    content = io.BytesIO()
-    with rc_context(_STYLE), warnings.catch_warnings():  # some ticks are created while drawing
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
-        draw(comparison).savefig(content, dpi=200, bbox_inches="tight", pad_inches=0.08)
-    return content.getvalue()
-
-
-def curves(comparison: Comparison) -> Figure:
+def curves(comparison: Comparison, style: Style = DEFAULT) -> Picture:
     """Draw accuracy over all images of the classes seen against the number of experiences learned.
 
-    A line is a mean over runs, and the band around it one sample standard deviation. The upper bound is a
-    dashed horizontal line, because only its end is known.
+    A line is a mean over runs, and the band around it one sample standard deviation, which the axis may cut.
+    The upper bound is a dashed horizontal line, because only its end is known.
     """
     drawn = comparison.finished[:MOST_DRAWN]
-    height = max(2.9, 0.19 * len(drawn))
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(3.7, height))
+    with style.drawing():
+        names = labels(drawn, style.letters(0.4 * style.width))
+        lines = max(name.count("\n") for name in names) + 1
+        figure = Picture(
+            style, 0.6 * style.width, max(min(0.62 * style.width, 2.9), style.line * lines * len(drawn))
+        )
         axes = figure.add_axes((0, 0, 1, 1))
         pens = _pens(drawn)
-        ends = [_curve(axes, entry, pen) for entry, pen in zip(drawn, pens, strict=True)]
-        _finish_curves(axes, comparison)
-        _label_ends(axes, drawn, pens, ends, height)
+        means = [_curve(axes, entry, pen) for entry, pen in zip(drawn, pens, strict=True)]
+        _finish_curves(axes, comparison, means)
+        ends = [float(mean[-1]) for mean in means]
+        _label_ends(axes, drawn, names, pens, ends, lines * style.line / figure.get_figheight())
         band = "; band: one sample standard deviation" if any(len(entry.runs) > 1 for entry in drawn) else ""
-        _headline(axes, comparison, above=8, remark=band)
+        headline(axes, comparison, style, above=1.0, remark=band)
+        figure.fit()
         return figure
 
 
-def matrices(comparison: Comparison) -> Figure:
+def matrices(comparison: Comparison, style: Style = DEFAULT) -> Picture:
     """Draw the accuracy matrix of every entry, a mean over its runs, on one colour scale.
 
     Row i is the evaluation after experience i, column j the images of experience j.
     """
     drawn = comparison.finished[:MOST_DRAWN]
     means = [_mean_matrix(entry) for entry in drawn]
-    scale = _scale(means)
-    with rc_context(_STYLE):
-        length = comparison.results[0].num_experiences
-        size = max(0.185 * length, 1.5) if length <= _MOST_NUMBERED else 2.1
-        titles = [textwrap.fill(label, int(16 * size)) for label in _labels(drawn)]
-        lines = 1 + max(title.count("\n") for title in titles)
-        figure, panels, bar = _panels(len(drawn), length, size, lines)
-        for panel, title, mean in zip(panels, titles, means, strict=True):
-            _matrix(panel, mean, scale)
-            panel.set_title(title, loc="left", fontsize=7.5, pad=4)
-        colours = figure.colorbar(ScalarMappable(scale, _SCALE), cax=bar)
-        colours.set_label("accuracy (%)")
-        colours.outline.set_visible(False)
-        _headline(panels[0], comparison, above=10 + 9.5 * lines)
+    names = ("after experience", "evaluated on experience", "accuracy (%)")
+    return heat_maps(comparison, drawn, means, _scale(means), names, style)
+
+
+def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture:
+    """Draw final accuracy against the seconds of a run; whiskers are one sample standard deviation.
+
+    An entry that takes far longer than all others stands at the end of the axis, with its seconds.
+    """
+    drawn = [entry for entry in comparison.finished if entry.statistic("seconds").n][:MOST_DRAWN]
+    if not drawn:
+        raise ValueError("No run has measured its seconds.")
+    with style.drawing():
+        figure = Picture(style, 0.6 * style.width, min(0.62 * style.width, 2.9))
+        axes = figure.add_axes((0, 0, 1, 1))
+        seconds = [entry.statistic("seconds").mean for entry in drawn]
+        end = 1.15 * reach(seconds)
+        names = labels(drawn, style.letters(0.35 * style.width))
+        for entry, label, pen, taken in zip(drawn, names, _pens(drawn), seconds, strict=True):
+            accuracy = entry.statistic(RANKING)
+            axes.errorbar(
+                [min(taken, end)],
+                [accuracy.mean],
+                yerr=[accuracy.std] if accuracy.n > 1 else None,
+                label=label,
+                color=pen.colour,
+                marker="_" if entry.is_joint else pen.marker,
+                linestyle="none",
+                elinewidth=0.8,
+                markersize=0.7 * style.font,
+                clip_on=False,
+            )
+            if taken > end:
+                axes.annotate(
+                    f"{taken:,.0f} s →",
+                    (end, accuracy.mean),
+                    xytext=(-0.6 * style.font, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="center",
+                    color=FAINT,
+                    fontsize="small",
+                )
+        axes.set_xlim(0, end or 1)
+        _in_percent(axes, [entry.statistic(RANKING).mean for entry in drawn])
+        axes.set_xlabel("seconds of a run")
+        axes.set_ylabel("final accuracy (%)")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.02), frameon=False, handletextpad=0.3)
+        headline(axes, comparison, style, above=1.0)
+        figure.fit()
         return figure
+
+
+PICTURES: dict[str, Callable[[Comparison, Style], Picture]] = {
+    "curves": curves,
+    "matrix": matrices,
+    "cost": costs,
+}
+"""The pictures of a comparison, by the first part of their file names."""
+
+
+def reach(sizes: Sequence[float]) -> float:
+    """Return how far an axis from zero goes for ``sizes``, none of them negative.
+
+    At least half of them are shown, and all others that are at most five times the one before.
+
+    >>> reach([1.0, 100.0, 1.2, 1.5]), reach([2.0, 100.0, 100.0]), reach([1.0, 2.0, 4.0, 8.0])
+    (1.5, 100.0, 8.0)
+    """
+    ordered = sorted(sizes)
+    for i in range((len(ordered) + 1) // 2, len(ordered)):
+        if 0 < ordered[i - 1] < ordered[i] / _FAR:
+            return ordered[i - 1]
+    return ordered[-1]
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -176,10 +211,6 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     return moved
 
 
-def _labels(drawn: Sequence[Entry]) -> list[str]:
-    return [shortened([entry.label], _LONGEST)[0] for entry in drawn]
-
-
 def _pens(drawn: Sequence[Entry]) -> list[_Pen]:
     # By name, not by rank, so that a strategy has one colour in the pictures of all benchmarks.
     labels = sorted(entry.label for entry in drawn if not entry.is_joint)
@@ -192,13 +223,13 @@ def _pen(place: int) -> _Pen:
     return _Pen(_COLOURS[turn], _MARKERS[turn], _DASHES[lap % len(_DASHES)])
 
 
-def _curve(axes: Axes, entry: Entry, pen: _Pen) -> float:
-    """Draw one entry and return its final accuracy."""
+def _curve(axes: Axes, entry: Entry, pen: _Pen) -> Array:
+    """Draw one entry and return its mean accuracies that are drawn."""
     runs = np.array([incremental_accuracy(run.counts("correct"), run.totals) for run in entry.runs])
     mean = runs.mean(axis=0)
     if entry.is_joint:
         axes.axhline(mean[-1], color=pen.colour, linestyle=pen.dashes, linewidth=1.0, zorder=1.5)
-        return float(mean[-1])
+        return np.asarray(mean[-1:])
     learned = np.arange(1, len(mean) + 1)
     axes.plot(
         learned,
@@ -217,34 +248,47 @@ def _curve(axes: Axes, entry: Entry, pen: _Pen) -> float:
         std = runs.std(axis=0, ddof=1)
         low, high = np.clip(mean - std, 0.0, 100.0), np.clip(mean + std, 0.0, 100.0)
         axes.fill_between(learned, low, high, color=pen.colour, alpha=0.15, linewidth=0)
-    return float(mean[-1])
+    return np.asarray(mean)
 
 
-def _finish_curves(axes: Axes, comparison: Comparison) -> None:
+def _finish_curves(axes: Axes, comparison: Comparison, means: Sequence[Array]) -> None:
     length = comparison.results[0].num_experiences
     axes.set_xlim(1 - 0.03 * length, 1.03 * length)
-    axes.set_xticks(_ticks(length))
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 0.0), min(high, 100.0))
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.grid(axis="y", color="#e8e8e8", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xticks(ticks(length))
+    _in_percent(axes, np.concatenate(means))
     axes.set_xlabel("experiences learned")
     axes.set_ylabel("accuracy over all classes seen (%)")
 
 
+def _in_percent(axes: Axes, means: Sequence[float] | Array) -> None:
+    """Let the vertical axis span ``means`` in percent with some room, as far as values are possible."""
+    low, high = float(np.min(means)), float(np.max(means))
+    room = max(4.0, 0.12 * (high - low))
+    axes.set_ylim(max(low - room, 0.0), min(high + room, 100.0))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(axis="y", color="#e8e8e8", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _label_ends(
-    axes: Axes, drawn: Sequence[Entry], pens: Sequence[_Pen], ends: Sequence[float], height: float
+    axes: Axes,
+    drawn: Sequence[Entry],
+    names: Sequence[str],
+    pens: Sequence[_Pen],
+    ends: Sequence[float],
+    gap: float,
 ) -> None:
-    """Write each label at the end of its line, moved up or down if lines end together."""
+    """Write each name at the end of its line, moved up or down if lines end together.
+
+    Names are ``gap`` apart, as a share of the height of ``axes``.
+    """
     low, high = axes.get_ylim()
-    line_height = (high - low) * 0.17 / height
-    heights = spread(ends, line_height, low, high)
+    heights = spread(ends, (high - low) * gap, low, high)
     left, right = axes.get_xlim()
     length = drawn[0].runs[0].num_experiences
     right_of_axes = axes.get_yaxis_transform()
-    for entry, label, pen, end, at in zip(drawn, _labels(drawn), pens, ends, heights, strict=True):
+    for entry, label, pen, end, at in zip(drawn, names, pens, ends, heights, strict=True):
         axes.plot(
             [1.0 if entry.is_joint else (length - left) / (right - left) + 0.02, 1.03, 1.08],
             [end, at, at],
@@ -257,7 +301,15 @@ def _label_ends(
             markersize=3.6,
             clip_on=False,
         )
-        axes.text(1.1, at, label, transform=right_of_axes, va="center", fontsize=7.5)
+        axes.annotate(
+            label,
+            (1.08, at),
+            xycoords=right_of_axes,
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            annotation_clip=False,
+        )
 
 
 def _mean_matrix(entry: Entry) -> Array:
@@ -271,89 +323,3 @@ def _scale(means: Sequence[Array]) -> Normalize:
     highest = max(float(np.nanmax(mean)) for mean in means)
     low = min(10 * math.floor(lowest / 10), 90)
     return Normalize(low, max(10 * math.ceil(highest / 10), low + 10))
-
-
-def _panels(number: int, length: int, size: float, lines: int) -> tuple[Figure, list[Axes], Axes]:
-    """Return ``number`` square panels of ``size`` inches under ``lines`` lines of title, and a colour bar."""
-    across, down = size + 0.3, size + 0.25 + 0.13 * lines
-    rows = math.ceil(number / int(_WIDTH / across))
-    columns = math.ceil(number / rows)
-    width, height = columns * across, rows * down
-    figure = Figure(figsize=(width, height))
-
-    def axes_at(row: int, column: int, wide: float) -> Axes:
-        bottom = height - row * down - size
-        return figure.add_axes((column * across / width, bottom / height, wide / width, size / height))
-
-    panels = [axes_at(*divmod(place, columns), size) for place in range(number)]
-    for place, panel in enumerate(panels):
-        panel.set_xticks(_ticks(length))
-        panel.set_yticks(_ticks(length))
-        if place + columns >= number:
-            panel.set_xlabel("evaluated on experience")
-        else:
-            panel.tick_params(labelbottom=False)
-        if place % columns == 0:
-            panel.set_ylabel("after experience")
-        else:
-            panel.tick_params(labelleft=False)
-    return figure, panels, axes_at(0, columns, 0.09)
-
-
-def _matrix(panel: Axes, mean: Array, scale: Normalize) -> None:
-    length = len(mean)
-    edges = np.arange(length + 1) + 0.5
-    lines = 4 / (length + 4)
-    panel.pcolormesh(edges, edges, mean, cmap=_SCALE, norm=scale, edgecolors="white", linewidth=lines)
-    panel.set_aspect("equal")
-    panel.invert_yaxis()
-    panel.spines[:].set_visible(False)
-    panel.tick_params(length=0)
-    if length > _MOST_NUMBERED:
-        return
-    for i, j in np.argwhere(~np.isnan(mean)):
-        red, green, blue, _ = colormaps[_SCALE](scale(mean[i, j]))
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        panel.text(
-            j + 1,
-            i + 1,
-            f"{mean[i, j]:.0f}",
-            ha="center",
-            va="center_baseline",
-            fontsize=6,
-            color="white" if dark else "black",
-        )
-
-
-def _headline(axes: Axes, comparison: Comparison, above: float, remark: str = "") -> None:
-    """Write what the picture shows, ``above`` points over the top left corner of ``axes``."""
-    run = comparison.results[0]
-    protocol = "" if comparison.only_protocol else f", protocol {comparison.fingerprint}"
-    numbers = [len(entry.runs) for entry in comparison.finished[:MOST_DRAWN]]
-    fewest = "" if min(numbers) == max(numbers) else f"{min(numbers)} to "
-    left_out = len(comparison.finished) - len(numbers)
-    lines = [
-        backbone(comparison.identity),
-        f"{'mean over ' if max(numbers) > 1 else ''}{fewest}{counted(max(numbers), 'run')}{remark}",
-        *([f"the {len(numbers)} highest in {RANKING}; {left_out} more in the table"] if left_out else []),
-    ]
-    place: dict[str, Any] = {
-        "xy": (0, 1),
-        "xycoords": "axes fraction",
-        "textcoords": "offset points",
-        "va": "bottom",
-    }
-    axes.annotate("\n".join(lines), xytext=(0, above), color=_FAINT, fontsize=7, linespacing=1.25, **place)
-    axes.annotate(
-        f"{shortened([visible(run.dataset)], _LONGEST)[0]}, "
-        f"{counted(run.num_experiences, 'experience')}{protocol}",
-        xytext=(0, above + 9.5 * len(lines) + 2),
-        fontsize=9,
-        fontweight="bold",
-        **place,
-    )
-
-
-def _ticks(length: int) -> list[int]:
-    step = next((step for step in (1, 5, 10, 25, 50) if length <= 12 * step), length)
-    return sorted({1, *range(step, length + 1, step)})

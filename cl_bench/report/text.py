@@ -55,7 +55,7 @@ def _section(table: Table) -> list[str]:
     titles = [in_markdown(comparison.title) for comparison in table.comparisons]
     paragraphs = [f"## {', '.join(titles)}"]
     paragraphs += [in_markdown(compared(comparison)) for comparison in table.comparisons]
-    paragraphs.append(_metrics(table))
+    paragraphs.append(means(table))
     for comparison, title in zip(table.comparisons, titles, strict=True):
         paragraphs += _bullets(f"In no mean of {title}:", map(in_markdown, absent(comparison)))
         paragraphs += _bullets(
@@ -95,7 +95,8 @@ def _bullets(heading: str, lines: Iterable[str]) -> list[str]:
     return [f"{heading}\n\n{listed}"] if listed else []
 
 
-def _metrics(table: Table) -> str:
+def means(table: Table) -> str:
+    """Return the means of ``table``, with standard deviations and numbers of runs, in Markdown."""
     return _grid(table, {name: name for name in table.metrics}, partial(_metric_cells, table))
 
 

@@ -6,8 +6,10 @@ compared without manual work. Nothing here needs torch or Lightning.
 * config: the resolved config of the cell, plus ``label``, ``benchmark``, ``fingerprint``, ``cell``,
   ``status`` and ``protocol``, by which runs are filtered and grouped.
 * ``stream/*``: every metric after every experience, with the experience as its step.
+* ``train/*`` and ``lr-*``: loss, norm of the gradient and learning rates, only of runs logged while training.
 * summary: ``final/*``, every metric of the whole stream, and ``cost/*``.
-* ``accuracy_matrix``: a table with a row for each evaluation.
+* ``accuracy_matrix``: a table with a row for each evaluation, and the same as a picture. So are confusions of
+  cells that have kept their predictions.
 """
 
 from __future__ import annotations
@@ -15,17 +17,19 @@ from __future__ import annotations
 import math
 import netrc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 import wandb
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from cl_bench.errors import visible
 from cl_bench.results.files import file_name
-from cl_bench.results.metrics import accuracy_matrix
+from cl_bench.results.metrics import Matrix, accuracy_matrix
 from cl_bench.results.result import Result, digest
 
 PROJECT = "cl-bench"
@@ -34,7 +38,14 @@ PROJECT = "cl-bench"
 MATRIX = "accuracy_matrix"
 """Name of the table that holds the accuracy matrix."""
 
+CONFUSIONS = ("confusion_experiences", "confusion_classes")
+"""Names of the confusions of kept predictions, between experiences and between classes."""
+
+PICTURE = "_picture"
+"""End of the name of a matrix as a picture."""
+
 _LONGEST = 128  # characters of a name on W&B
+_LONGEST_TAG = 64
 
 
 def run_id(benchmark: str, cell_folder: str, identity: Mapping[str, Any]) -> str:
@@ -66,12 +77,19 @@ def opened(
     config: Mapping[str, Any],
     project: str | None = None,
     entity: str | None = None,
+    tags: Sequence[str] = (),
     resume: bool = False,
 ) -> wandb.Run:
     """Start a W&B run below ``folder``, with the experience as the step of ``stream/*``.
 
     With ``resume``, an existing run of this id is resumed instead of replaced.
+
+    Raises:
+        ValueError: If a tag is empty, or longer than W&B allows.
     """
+    for tag in tags:
+        if not 1 <= len(tag) <= _LONGEST_TAG:
+            raise ValueError(f"{tag!r} is not a tag of W&B: write 1 to {_LONGEST_TAG} characters.")
     run = wandb.init(
         project=project or os.environ.get("WANDB_PROJECT", PROJECT),
         entity=entity,
@@ -79,6 +97,7 @@ def opened(
         id=id,
         resume="allow" if resume else None,
         group=_shown(group),
+        tags=list(tags),
         job_type=_shown(job_type),
         dir=folder,
         config=dict(config),
@@ -86,7 +105,8 @@ def opened(
         settings=wandb.Settings(silent=True),
     )
     run.define_metric("trainer/global_step")
-    run.define_metric("train/*", step_metric="trainer/global_step")
+    for once_a_step in ("train/*", "lr-*"):
+        run.define_metric(once_a_step, step_metric="trainer/global_step")
     run.define_metric("stream/experience")
     for once_an_experience in ("stream/*", "diagnostics/*", "retention/*"):
         run.define_metric(once_an_experience, step_metric="stream/experience")
@@ -97,19 +117,44 @@ def _shown(name: str) -> str:
     return visible(name)[:_LONGEST]
 
 
-def record(run: wandb.Run, result: Result, label: str | None = None) -> None:
+def record(
+    run: wandb.Run, result: Result, label: str | None = None, confusions: Mapping[str, Matrix] | None = None
+) -> None:
     """Write to ``run`` the config entries to filter by, the final metrics and costs, and the accuracy matrix.
 
     Args:
         run: An open run.
         result: The result of the run.
         label: Its name in tables; None for the name of its strategy.
+        confusions: Further matrices by name: numbers of images, truth in rows, prediction in columns.
     """
     run.config.update(identification(result, label), allow_val_change=True)
     run.summary.update(summary(result))
-    lines = matrix(result)
+    R = accuracy_matrix(result.counts("correct"), result.totals)
+    _log_matrix(run, MATRIX, R, ("after", "on", "accuracy"))
+    for name, counts in (confusions or {}).items():
+        _log_matrix(run, name, counts, ("truth", "prediction", "images"))
+
+
+def _log_matrix(run: wandb.Run, name: str, matrix: Matrix, columns: tuple[str, str, str]) -> None:
+    lines = entries(matrix)
     if lines:
-        run.log({MATRIX: wandb.Table(columns=["after", "on", "accuracy"], data=lines)})
+        picture = wandb.Image(_picture(matrix, columns))
+        run.log({name: wandb.Table(columns=list(columns), data=lines), name + PICTURE: picture})
+
+
+def _picture(matrix: Matrix, columns: tuple[str, str, str]) -> Any:
+    """Return ``matrix`` as an array of pixels, its rows and columns numbered from 1."""
+    figure = Figure(figsize=(4.5, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    height, width = matrix.shape
+    shown = axes.imshow(matrix, extent=(0.5, width + 0.5, height + 0.5, 0.5), interpolation="nearest")
+    axes.set_xlabel(columns[1])
+    axes.set_ylabel(columns[0])
+    figure.colorbar(shown, label=columns[2])
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 def identification(result: Result, label: str | None = None) -> dict[str, Any]:
@@ -143,10 +188,13 @@ def summary(result: Result) -> dict[str, float]:
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
-def matrix(result: Result) -> list[list[float]]:
-    """Return the accuracy matrix as rows: after experience, on experience (both from 1), percent."""
-    R = accuracy_matrix(result.counts("correct"), result.totals)
-    return [[float(i + 1), float(j + 1), float(R[i, j])] for i, j in np.argwhere(~np.isnan(R))]
+def entries(matrix: Matrix) -> list[list[float]]:
+    """Return the entries of ``matrix`` that are not NaN as lines: row, column (both from 1), value.
+
+    >>> entries(np.array([[90.0, math.nan], [50.0, 80.0]]))
+    [[1.0, 1.0, 90.0], [2.0, 1.0, 50.0], [2.0, 2.0, 80.0]]
+    """
+    return [[float(i + 1), float(j + 1), float(matrix[i, j])] for i, j in np.argwhere(~np.isnan(matrix))]
 
 
 def mode() -> Literal["online", "offline"] | None:

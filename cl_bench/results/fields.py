@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, FailFast, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # pydantic needs this one below Python 3.12
@@ -71,6 +71,7 @@ class _Provenance(TypedDict, total=False):
     device: Name
     threads: Whole
     started: Name
+    settings: Literal["published", "by hand", "tuned"]
 
 
 class _Layer(TypedDict):

@@ -37,7 +37,6 @@ from cl_bench.results.fields import (
     Identity,
     Name,
     Names,
-    Provenance,
     Seconds,
     Seed,
     Text,
@@ -46,6 +45,7 @@ from cl_bench.results.fields import (
     validated,
 )
 from cl_bench.results.files import replaced
+from cl_bench.results.tuning import Provenance
 
 SCHEMA = 1
 _ADDED_FIELDS = {"diagnostics", "domains", "domain_images", "training_data"}
@@ -160,10 +160,9 @@ class Result:
         error: One sentence, if the run did not finish.
         rows: Evaluations, in order.
         costs: Costs of each experience.
-        provenance: Versions, device, threads, commit, the hash of the bytes of scanned image files, and the
-            start; shown, never hashed.
-        diagnostics: Measurements inside the model, one entry for each experience; empty if there are none.
-            See :mod:`cl_bench.loop.diagnostics`.
+        provenance: Versions, device, threads, commit, the hash of the bytes of scanned image files, the
+            start and how settings were chosen; shown, never hashed.
+        diagnostics: Measurements inside the model after each experience (:mod:`cl_bench.loop.diagnostics`).
         domains: Names of the domains of the test images; empty if the dataset has none.
         domain_images: Number of test images of each domain and of the class at each position.
         training_data: What the strategy keeps of old training data: ``none``, ``features`` or ``images``;
@@ -401,8 +400,10 @@ def _require_counts(counts: Sequence[int], images: Sequence[int], row: int) -> N
 def read_all(folder: Path) -> tuple[list[Result], list[str]]:
     """Return every result below ``folder``, sorted by path, and a sentence for each file that cannot be read.
 
+    Folders whose name begins with a dot, such as those of trials, are left out.
+
     Raises:
-        FileNotFoundError: If the folder does not exist.
+        FileNotFoundError: If it does not exist.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -443,7 +444,7 @@ def _result_files(folder: Path, unreadable: list[str]) -> Iterator[Path]:
                 for entry in entries:
                     if entry.name == FILE_NAME:
                         yield Path(entry.path)
-                    elif entry.is_dir(follow_symlinks=False):
+                    elif not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
         except OSError as error:
             unreadable.append(f"{visible(inside)}: {error.strerror}.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,17 @@ def dumped(config: Config) -> str:
     """Return a config as YAML, from which :func:`load` reads the same values."""
     text: str = yaml.dump(config, Dumper=_Dumper, sort_keys=False)
     return text
+
+
+def words(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the words of the command line that set ``values``.
+
+    >>> words({"rank": 4, "order": "numpy:1993"})
+    ('--rank=4', '--order=numpy:1993')
+    """
+    return tuple(
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()
+    )
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]

@@ -28,8 +28,9 @@ from cl_bench.network.backbones import Backbone, weights_identity
 from cl_bench.processes.launcher import is_single
 from cl_bench.results.files import file_name
 from cl_bench.results.result import digest
-from cl_bench.run.configs import CONFIGS, Config, config_file, dumped, load
-from cl_bench.run.schema import GROUPS, Schema, factors, keys_of, nearest_class
+from cl_bench.results.tuning import Tuning, read
+from cl_bench.run.configs import CONFIGS, Config, config_file, dumped, load, words
+from cl_bench.run.schema import GROUPS, WANDB, Schema, factors, keys_of, nearest_class
 
 # The hash of a cell contains class paths. If a class moves to another file, cells keep its first path, and
 # configs may contain either.
@@ -38,21 +39,11 @@ _PATHS = {first: path for path, first in _FIRST_PATHS.items()}
 
 _LONGEST_PART = 200  # bytes; file systems take 255
 
-_RUN_KEYS_OUTSIDE_THE_CELL = {
-    "checkpoint_every",
-    "code",
-    "diagnostics",
-    "results",
-    "resume",
-    "setting",
-    "wandb",
-}
-_DATA_KEYS_OUTSIDE_THE_CELL = {
-    "cache_dir",
-    "name",
-    "num_workers",
-    "root",
-}  # the cell holds name as its dataset
+_KEPT = {"diagnostics", "keep", "keep_logits", "tensorboard", "wandb", "wandb_tags"}
+_NAMES_AND_PATHS = {"code", "results", "setting", "tuned", *(f"wandb_{name}" for name in WANDB)}
+_RUN_KEYS_OUTSIDE_THE_CELL = _KEPT | _NAMES_AND_PATHS | {"checkpoint_every", "resume"}
+_DATA_KEYS_OUTSIDE_THE_CELL = {"cache_dir", "name", "num_workers", "root"}  # it holds name as its dataset
+_LATER_KEYS = {"first_experiences"}  # not in the hashes of cells that do not set them
 _TRAINER_KEYS_OUTSIDE_THE_CELL = {
     "accelerator",
     "barebones",
@@ -86,6 +77,7 @@ class Configuration:
         schema: The arguments of both.
         namespace: Their values.
         code: Folders from which the layers may import classes.
+        layers: What it was resolved from, before words of the command line.
     """
 
     strategy_class: type[Strategy]
@@ -93,6 +85,7 @@ class Configuration:
     schema: Schema
     namespace: Namespace
     code: Sequence[Path] = ()
+    layers: Sequence[Path | Config] = ()
 
     @cached_property
     def resolved(self) -> Config:
@@ -125,16 +118,26 @@ class Configuration:
         config: Config = _renamed(_without(self.resolved, _RUN_KEYS_OUTSIDE_THE_CELL), _FIRST_PATHS)
         backbone = config["backbone"]
         model, data = (
-            {key: _without_torch_defaults(value) for key, value in config[group]["init_args"].items()}
+            {
+                key: _without_torch_defaults(value)
+                for key, value in config[group]["init_args"].items()
+                if value is not None or key not in _LATER_KEYS
+            }
             for group in ("model", "data")
         )
-        return config | {
-            "model": config["model"] | {"init_args": model},
-            "dataset": self.datamodule.name,
-            "trainer": _without(config["trainer"], _TRAINER_KEYS_OUTSIDE_THE_CELL),
-            "data": config["data"] | {"init_args": _without(data, _DATA_KEYS_OUTSIDE_THE_CELL)},
-            "backbone": backbone | {"weights": weights_identity(backbone["model"], backbone["weights"])},
-        }
+        study = self.tuning
+        tuning = {} if study is None else {"tuning": study.summary | {"space": digest(study.space)}}
+        return (
+            config
+            | tuning
+            | {
+                "model": config["model"] | {"init_args": model},
+                "dataset": self.datamodule.name,
+                "trainer": _without(config["trainer"], _TRAINER_KEYS_OUTSIDE_THE_CELL),
+                "data": config["data"] | {"init_args": _without(data, _DATA_KEYS_OUTSIDE_THE_CELL)},
+                "backbone": backbone | {"weights": weights_identity(backbone["model"], backbone["weights"])},
+            }
+        )
 
     def overridden(self, overrides: Sequence[str]) -> Configuration:
         """Return the configuration with command-line ``overrides`` on top, as :func:`resolve` does.
@@ -142,8 +145,17 @@ class Configuration:
         Raises:
             ValueError: If a key or a value is not valid.
         """
-        words = [_PATHS.get(word, word) for word in overrides]
-        return replace(self, namespace=self.schema.overridden(self.namespace.clone(), words))
+        given = [_PATHS.get(word, word) for word in overrides]
+        values = self.schema.overridden(self.namespace.clone(), given)
+        if values.tuned and values.tuned != self.namespace.tuned:
+            best = words(read(Path(values.tuned)).chosen)
+            values = self.schema.overridden(self.namespace.clone(), [*best, *given])
+        return replace(self, namespace=values)
+
+    @cached_property
+    def tuning(self) -> Tuning | None:
+        """The study whose best settings the run starts from, if any."""
+        return read(Path(self.namespace.tuned)) if self.namespace.tuned else None
 
     def varied(self, seed: str, order: str) -> Configuration:
         """Return the configuration with another seed and class order, which no other setting depends on.
@@ -167,6 +179,7 @@ class Configuration:
             "resolved": self.resolved | values,
             "cell": self.cell | values,
             "datamodule": self.datamodule_class(**arguments),
+            "tuning": self.tuning,
             "_data_arguments": arguments,
         }
         vars(varied).update(known)  # as if they had been computed there
@@ -269,7 +282,7 @@ def resolve(layers: Sequence[Path | Config], overrides: Sequence[str] = ()) -> C
     datamodule = _class(config, "data", StreamDataModule, files)
     schema = _schema(strategy, datamodule)  # type: ignore[arg-type]  # mypy: a type[Any] has no hash
     values = schema.parsed(_arguments(config), files)
-    found = Configuration(strategy, datamodule, schema, values, tuple(dict.fromkeys(code)))
+    found = Configuration(strategy, datamodule, schema, values, tuple(dict.fromkeys(code)), tuple(layers))
     return found.overridden(overrides)
 
 

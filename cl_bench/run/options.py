@@ -85,6 +85,7 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
     from cl_bench.run.claim import Held
     from cl_bench.run.console import RunConsole, closing_lines, opening_lines
     from cl_bench.run.run import RunFailed, finished, images_now, quiet, require_same_images, run
+    from cl_bench.run.tracking import how_to_read
 
     console = _console() if rank() == 0 or configuration.is_single else Console(quiet=True)
     done = finished(configuration)
@@ -114,7 +115,8 @@ def _run_cell(configuration: Configuration, *, verbose: bool) -> int:
                 f"error: {error}\nThe traceback is in {configuration.folder}/error.txt", markup=False
             )
         return 1
-    console.print(closing_lines(result, configuration.folder), markup=False)
+    lines = [closing_lines(result, configuration.folder), *how_to_read([configuration])]
+    console.print("\n".join(lines), markup=False)
     return 0
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback
 
+from cl_bench.artifacts.keeping import clear, keepers, lacking
 from cl_bench.errors import refusing, sentence
 from cl_bench.loop.checkpoint import Refused
 from cl_bench.loop.diagnostics import Diagnostics
 from cl_bench.loop.provenance import data_hashes, differing_images, recorded_hashes
 from cl_bench.processes.ranks import be_first, failed_first, first_is_woken, is_first
 from cl_bench.results.result import FILE_NAME, Result, read
+from cl_bench.run.choice import choice
 from cl_bench.run.claim import Held, claim
 from cl_bench.run.configuration import Configuration
 from cl_bench.run.tracking import loggers, record
@@ -84,10 +86,20 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback], require: C
     checkpoints.require = require
     if is_first() and not values.resume:
         checkpoints.clear()
+    if is_first() and checkpoints.last is None:
+        clear(folder)
     with refusing(RunFailed, Held), loggers(configuration, require) as (opened, resuming):
         watching = [Diagnostics(), *callbacks] if values.diagnostics else callbacks
         strategy, trainer = configuration.build([*resuming, *watching], opened)
         trainer.require_fit(strategy, configuration.datamodule, values.regime)
+        trainer.callbacks += keepers(
+            values.keep,
+            folder,
+            strategy,
+            configuration.hash,
+            logits=values.keep_logits,
+            require=require,
+        )
         try:
             result = trainer.run(
                 strategy,
@@ -95,6 +107,7 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback], require: C
                 regime=values.regime,
                 config=configuration.cell,
                 setting=values.setting,
+                chosen=choice(configuration),
                 folder=folder,
                 checkpoints=checkpoints,
                 require=require,
@@ -113,6 +126,9 @@ def finished(configuration: Configuration) -> Path | None:
     """Return the result file of this cell, under any name of its setting, or None if the cell is not done.
 
     The name of a folder only says where to look: the content of the file decides whose result it is.
+
+    Raises:
+        ValueError: If the cell is done and has not kept what ``--keep`` asks for.
     """
     benchmark = configuration.results / configuration.benchmark
     own = configuration.folder / FILE_NAME
@@ -123,8 +139,20 @@ def finished(configuration: Configuration) -> Path | None:
         except (ValueError, OSError):  # a damaged file: the cell runs again and replaces it
             continue
         if result.status == "done" and _is_of(result, configuration):
+            _require_kept(path.parent, result, configuration)
             return path
     return None
+
+
+def _require_kept(folder: Path, result: Result, configuration: Configuration) -> None:
+    """Refuse a finished cell without what ``--keep`` asks for: a second run would replace its result."""
+    values = configuration.namespace
+    absent = lacking(folder, result, values.keep, logits=values.keep_logits)
+    if absent is not None:
+        raise ValueError(
+            f"The cell {folder} is done and has kept no {absent}, which only a run can keep: choose other "
+            "--results, remove the folder to run the cell again, or ask for less."
+        )
 
 
 def _is_of(result: Result, configuration: Configuration) -> bool:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from cl_bench.artifacts.keeping import Keep
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.errors import nearest
@@ -30,9 +31,17 @@ from cl_bench.run.configs import Config, require_tree
 
 GROUPS = ("model", "data", "backbone", "trainer")
 
+WANDB = {
+    "project": "W&B project (default: WANDB_PROJECT, then cl-bench).",
+    "entity": "W&B user or team of the project (default: yours).",
+    "group": "Group of the W&B run (default: the benchmark).",
+    "name": "Name of the W&B run (default: strategy and cell).",
+}
+"""Settings of a W&B run that are texts; their keys begin with ``wandb_``."""
+
 _MOST_THREADS = 256  # with more than the machine can start, OpenMP kills the process without a message
 
-_SWITCHES = ("wandb", "diagnostics", "resume")  # need no value
+_SWITCHES = ("wandb", "tensorboard", "diagnostics", "keep_logits", "resume")  # need no value
 
 # Arguments that are set under another key, and the keys of options that other codebases have.
 _LINKS = {"model.backbone": "backbone", "data.seed": "seed", "data.order": "order"}
@@ -301,12 +310,31 @@ def _add_settings(parser: ArgumentParser) -> None:
     add("--threads", type=int, default=1, help="CPU threads; part of the cell, since sums depend on them.")
     add("--results", type=str, default="results", help="Folder of all results.")
     add("--setting", type=str | None, default=None, help="Name of this setting, in paths and tables.")
+    add(
+        "--tuned",
+        type=str | None,
+        default=None,
+        help="Record of cl-bench tune, whose best settings the run starts from.",
+    )
     add("--wandb", type=bool, default=False, help="Log to Weights & Biases as well.")
+    for name, meaning in WANDB.items():
+        add(f"--wandb_{name}", type=str | None, default=None, help=meaning)
+    add("--wandb_tags", type=list[str], default=[], help="Tags of the W&B run, such as [pilot,gpu].")
+    add("--tensorboard", type=bool, default=False, help="Log to TensorBoard as well.")
     add(
         "--diagnostics",
         type=bool,
         default=False,
         help="Also measure the model itself after every experience; the counts stay the same.",
+    )
+    add(
+        "--keep",
+        type=Keep | None,
+        default=None,
+        help="What to keep after every experience: model, predictions, or all; the result stays the same.",
+    )
+    add(
+        "--keep_logits", type=bool, default=False, help="Let predictions hold the logits of all classes seen."
     )
     add(
         "--resume",

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
 from cl_bench import __main__ as cli
+from cl_bench.artifacts import predictions
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.loading import RankBatches
 from cl_bench.loop.diagnostics import Diagnostics
@@ -192,7 +194,8 @@ def losses(result: Path) -> list[float]:
 
 @pytest.mark.soak
 def test_fabric_run_is_one_run_of_the_same_cell(tmp_path: Path) -> None:
-    words = ["run", "janus_lora", "toy", "--batch_size", "23", "--seed", "1", "--results"]
+    words = ["run", "janus_lora", "toy", "--batch_size", "23", "--test_batch_size", "5", "--seed", "1"]
+    words += ["--keep", "predictions", "--results"]
     fabric = (str(Path(sys.executable).with_name("fabric")), "run", "--devices", "2", "--accelerator", "cpu")
     done = command(*words, str(tmp_path / "two"), launcher=fabric)
     assert done.returncode == 0, done.stderr
@@ -203,10 +206,14 @@ def test_fabric_run_is_one_run_of_the_same_cell(tmp_path: Path) -> None:
     assert read(two).rows == read(one).rows
     assert [read(file).provenance["processes"] for file in (two, one)] == [2, 1]
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    of_two, of_one = (predictions.read(file.parent) for file in (two, one))
+    assert not of_two.duplicated(["after", "sample"]).any()
+    pd.testing.assert_frame_equal(of_two, of_one, rtol=1e-4)
 
 
 def test_a_run_of_two_processes_ends_at_a_signal_and_resumes(tmp_path: Path) -> None:
-    words = ["run", "janus_lora", "toy", "--seed", "1", "--trainer.max_epochs", "6", "--results"]
+    words = ["run", "janus_lora", "toy", "--seed", "1", "--trainer.max_epochs", "6", "--keep", "all"]
+    words.append("--results")
     several = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
     started = [sys.executable, "-m", "cl_bench", *words, str(tmp_path / "two"), *several]
     file = tmp_path / "errors"
@@ -224,8 +231,12 @@ def test_a_run_of_two_processes_ends_at_a_signal_and_resumes(tmp_path: Path) -> 
     done = command(*words, str(tmp_path / "two"), *several)
     assert done.returncode == 0, done.stderr
     assert cli.main([*words, str(tmp_path / "one")]) == 0
-    two, one = (read(next((tmp_path / name).rglob(FILE_NAME))) for name in ("two", "one"))
+    files = [next((tmp_path / name).rglob(FILE_NAME)) for name in ("two", "one")]
+    two, one = map(read, files)
     assert two.rows == one.rows
+    of_two, of_one = (predictions.read(file.parent) for file in files)
+    whole = ["after", "sample", "label", "prediction", "within"]
+    pd.testing.assert_frame_equal(of_two[whole], of_one[whole])
     assert [attempt["differs"] for attempt in two.provenance["resumed"]] == [{}]
 
 

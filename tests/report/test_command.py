@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -25,10 +26,40 @@ def _folder(results: list[Result], root: Path) -> Path:
 def test_a_report_leaves_its_table_and_pictures(made: Made, tmp_path: Path) -> None:
     left = report(_folder([made(), made("NCM", seed=2)], tmp_path), "md")
     folder = tmp_path / "report"
-    names = ["table.md", "curves_digits-T2.png", "matrix_digits-T2.png"]
+    names = ["table.md", "curves_digits-T2.png", "matrix_digits-T2.png", "cost_digits-T2.png"]
     assert left.files == [folder / name for name in names]
     assert left.text == (folder / "table.md").read_text(encoding="utf-8")
     assert "| LoRA (merge) |" in left.text
+
+
+def test_a_report_for_a_paper_has_pictures_of_the_width_asked(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["report", str(_folder([made(), made("NCM")], tmp_path)), "--format", "latex"]
+    assert main([*words, "--figure-width", "column", "--font-size", "7"]) == 0
+    kinds = ("curves", "matrix", "cost")
+    names = {f"{kind}_digits-T2.{ending}" for kind in kinds for ending in ("pdf", "svg")}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"table.tex", *names}
+    drawn = (tmp_path / "report" / "cost_digits-T2.svg").read_text()
+    assert re.search(r'<svg [^>]*width="23[345]', drawn)  # 3.25 inches of 72 points
+    assert "font: 7px" in drawn or "font-size: 7px" in drawn
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    (
+        (["--figure-width", "wide"], "write column, page, or a number of inches"),
+        (["--figure-width", "0.2"], "cannot be 0.2 inches wide: give 1 to 50"),
+        (["--font-size", "nan"], "A font size cannot be nan points: give 3 to 40"),
+        (["--format", "html", "--font-size", "9"], "--font-size has no effect with --format html"),
+    ),
+)
+def test_a_size_that_cannot_be_drawn_is_one_sentence(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], error: str
+) -> None:
+    assert main(["report", str(_folder([made()], tmp_path)), *words]) == 2
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
 
 
 def test_a_report_in_csv_has_a_separate_file_for_absent_runs(made: Made, tmp_path: Path) -> None:
@@ -89,7 +120,7 @@ def test_a_name_in_a_result_never_leaves_the_folder_of_the_report(made: Made, tm
     written = report(folder, "md")
     assert {path for path in tmp_path.rglob("*") if "report" not in path.parts} == before
     pictures = [path for path in (folder / "report").iterdir() if path.suffix == ".png"]
-    assert len({path.name.casefold() for path in pictures}) == 2 * len(names) == len(written.files) - 1
+    assert len({path.name.casefold() for path in pictures}) == 3 * len(names) == len(written.files) - 1
     assert written.notices == []
 
 

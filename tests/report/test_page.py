@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 import shutil
@@ -315,9 +317,32 @@ def test_no_axis_of_percentages_goes_beyond_0_and_100(opened: Browser) -> None:
     assert 0 <= min(ends) < max(ends) <= 100
 
 
+def test_one_outlier_squeezes_no_axis(opened: Browser) -> None:
+    reach = "return [[1, 1.2, 1.5, 100], [7, -8, 3, 60], [2, 100, 100], [1, 2, 4, 8], [0, 5], []].map(reach)"
+    assert opened.execute_script(reach) == [1.5, 8, 100, 8, 5, 0]
+    opened.execute_script(
+        "globalThis.slow = benchmark().entries.find((entry) => entry.label === 'InfLoRA');"
+        "for (const name of ['seconds', 'seconds/training']) slow.statistics[name].mean *= 100;"
+        "charts()"
+    )
+    others = (
+        "benchmark().entries.map((one) => one.statistics.seconds.mean).filter((mean) => mean && mean < 1000)"
+    )
+    for chart in ("pareto", "phases"):
+        end = opened.execute_script(f"return document.getElementById('{chart}').layout.xaxis.range[1]")
+        assert end == pytest.approx(1.15 * opened.execute_script(f"return Math.max(...{others})"))
+        texts = opened.execute_script(
+            f"return document.getElementById('{chart}').layout.annotations.map((one) => one.text)"
+        )
+        assert len(texts) == 1 and re.fullmatch(r"39,000( s)? →", texts[0])
+    opened.execute_script(
+        "for (const name of ['seconds', 'seconds/training']) slow.statistics[name].mean /= 100"
+    )
+
+
 def test_a_package_without_its_script_is_named(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cl_bench.report.page.files", lambda package: [])
-    with pytest.raises(FileNotFoundError, match=r"plotly has no .*: pip install --upgrade plotly"):
+    with pytest.raises(FileNotFoundError, match=r"itables has no .*: pip install --upgrade itables"):
         page(tables(comparisons([drawn("InfLoRA", 1)]), ["acc/sample"]), "results")
 
 
@@ -325,6 +350,14 @@ def test_one_file_holds_everything(drawn: Drawn) -> None:
     text = page(tables(comparisons([drawn("InfLoRA", 1)]), ["acc/sample"]), "results")
     assert not re.search(r'<(script|link|img|iframe)[^>]*(src|href)="(?!data:)', text)
     assert "default-src 'none'" in text
-    assert "Plotly" in text
-    assert "globalThis.DataTable=" in text
+    plotly, datatables = (
+        gzip.decompress(base64.b64decode(packed)).decode()
+        for packed in re.findall(r'<script type="application/gzip">(.*?)</script>', text)
+    )
+    assert "plotly.js (cartesian - minified) v4" in plotly[:100]
+    assert "globalThis.DataTable=" in datatables
     assert "<!-- " not in text.partition("<script>")[0]
+
+
+def test_the_page_is_far_below_two_megabytes(path: Path) -> None:
+    assert path.stat().st_size < 1_200_000

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import math
+import re
+import zlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +16,9 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from cl_bench.report.comparison import Comparison, comparisons
-from cl_bench.report.pictures import MOST_DRAWN, curves, matrices, pictures, spread
-from cl_bench.results.result import Result
+from cl_bench.report.figures import MOST_DRAWN, WIDTHS, Picture, Style
+from cl_bench.report.pictures import PICTURES, costs, curves, matrices, pictures, spread
+from cl_bench.results.result import Cost, Result
 
 Made = Callable[..., Result]
 
@@ -39,7 +43,7 @@ def _pixels(path: Path) -> npt.NDArray[np.float32]:
 
 def test_pictures_are_files_that_are_not_blank(comparison: Comparison, tmp_path: Path) -> None:
     paths, failed = pictures(comparison, tmp_path, "digits-T2")
-    assert [path.name for path in paths] == ["curves_digits-T2.png", "matrix_digits-T2.png"]
+    assert [path.name for path in paths] == [f"{kind}_digits-T2.png" for kind in PICTURES]
     assert failed == []
     for path in paths:
         pixels = _pixels(path)
@@ -57,8 +61,8 @@ def test_without_a_finished_run_nothing_is_drawn(made: Made, tmp_path: Path) -> 
 def test_a_name_is_drawn_as_it_is(made: Made, tmp_path: Path, name: str) -> None:
     (comparison,) = comparisons([made(name, dataset=name)])
     paths, failed = pictures(comparison, tmp_path, "digits")
-    assert (len(paths), failed) == (2, [])
-    texts = [text.get_text() for text in curves(comparison).axes[0].texts]
+    assert (len(paths), failed) == (len(PICTURES), [])
+    texts = [text.get_text().replace("\n", "") for text in curves(comparison).axes[0].texts]
     shown = name if name.isprintable() else r"x\x1b[2J\ny"
     assert shown[:79] in [text[:79] for text in texts]
 
@@ -66,24 +70,97 @@ def test_a_name_is_drawn_as_it_is(made: Made, tmp_path: Path, name: str) -> None
 def test_a_picture_that_fails_costs_no_other(
     comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(comparison: Comparison) -> None:
+    def fail(comparison: Comparison, style: Style) -> Picture:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("cl_bench.report.pictures.curves", fail)
+    monkeypatch.setitem(PICTURES, "curves", fail)
     paths, failed = pictures(comparison, tmp_path, "digits")
-    assert (
-        [path.name for path in paths] == ["matrix_digits.png"] == [path.name for path in tmp_path.iterdir()]
-    )
+    assert [path.name for path in paths] == ["matrix_digits.png", "cost_digits.png"]
+    assert sorted(paths) == sorted(tmp_path.iterdir())
     assert failed == ["Not drawn: curves of digits-T2: RuntimeError: no font"]
 
 
 def test_an_axis_of_percentages_ends_at_0_and_100(made: Made) -> None:
+    (comparison,) = comparisons([made(counts=((10,), (0, 0)))])
+    assert curves(comparison).axes[0].get_ylim() == (0.0, 100.0)
+
+
+def test_a_band_ends_at_0_and_100_and_moves_no_end_of_the_axis(made: Made) -> None:
     counts = [((10,), (10, 10)), ((10,), (0, 10)), ((0,), (0, 0))]
     (comparison,) = comparisons([made(counts=one, seed=seed) for seed, one in enumerate(counts)])
     axes = curves(comparison).axes[0]
-    assert axes.get_ylim() == (0.0, 100.0)
     band = np.asarray(axes.collections[0].get_paths()[0].vertices)
     assert (np.min(band[:, 1]), np.max(band[:, 1])) == (0.0, 100.0)
+    low, high = axes.get_ylim()
+    assert 40.0 < low < 50.0 < 200 / 3 < high < 75.0  # the means are 2/3 and 1/2
+
+
+def test_a_cost_of_a_hundred_times_stands_at_the_end_with_its_number(made: Made) -> None:
+    results = [made(f"method {i}") for i in range(4)]
+    results[3].costs = [Cost({"training": 500.0}, 1, 1, 1) for _ in results[3].rows]
+    axes = costs(comparisons(results)[0]).axes[0]
+    assert axes.get_xlim() == pytest.approx((0, 1.15 * 5.0))  # the others take two times 2.5 s
+    assert "1,000 s →" in [text.get_text() for text in axes.texts]
+
+
+def _size(path: Path) -> tuple[float, float]:
+    """Return width and height of a PDF or SVG file in inches."""
+    if path.suffix == ".svg":
+        root = ElementTree.fromstring(path.read_text())
+        width, height = (float(root.attrib[side].removesuffix("pt")) for side in ("width", "height"))
+    else:
+        box = re.search(rb"/MediaBox \[ 0 0 ([\d.]+) ([\d.]+) \]", path.read_bytes())
+        assert box is not None
+        width, height = float(box[1]), float(box[2])
+    return width / 72, height / 72
+
+
+@pytest.mark.parametrize("style", (Style(), Style(WIDTHS["column"], 7.0), Style(12.0, 14.0)))
+def test_a_picture_is_as_wide_as_asked(comparison: Comparison, tmp_path: Path, style: Style) -> None:
+    paths, _ = pictures(comparison, tmp_path, "digits", style, ("pdf", "svg"))
+    widths = {path.name: _size(path)[0] for path in paths}
+    for name in ("curves_digits.pdf", "curves_digits.svg", "cost_digits.pdf"):
+        assert widths[name] == pytest.approx(style.width, abs=0.02)
+    assert widths["matrix_digits.pdf"] <= style.width + 0.02  # three small panels do not fill a page
+
+
+def _pdf_text(path: Path) -> str:
+    """Return the text of a PDF, whose fonts have two bytes for a letter, those of Unicode."""
+    content = path.read_bytes()
+    assert b"/FontFile2" in content  # the font itself is in the file
+    packed = re.findall(rb"/FlateDecode.*?stream\r?\n(.*?)\r?\nendstream", content, re.DOTALL)
+    drawn = b"".join(stream for stream in map(zlib.decompress, packed) if b" Tf" in stream)
+    texts = []
+    for block in re.findall(rb"BT\n(.*?)\nET", drawn, re.DOTALL):
+        strings = re.findall(rb"\(((?:\\.|[^\\()])*)\)", block, re.DOTALL)
+        texts.append(re.sub(rb"\\(.)", rb"\1", b"".join(strings)).decode("utf-16-be"))
+    return " ".join(texts)
+
+
+def test_text_in_a_pdf_and_an_svg_is_text(comparison: Comparison, tmp_path: Path) -> None:
+    paths, _ = pictures(comparison, tmp_path, "digits", endings=("pdf", "svg"))
+    by_name = {path.name: path for path in paths}
+    drawn = ElementTree.fromstring(by_name["curves_digits.svg"].read_text())
+    texts = {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    labels = {entry.label for entry in comparison.entries}
+    assert {*labels, "experiences learned", "digits, 2 experiences"} <= texts
+    for name in ("curves_digits.pdf", "matrix_digits.pdf"):
+        text = _pdf_text(by_name[name])
+        assert all(part in text for part in ("digits, 2 experiences", *labels)), text
+
+
+def test_equal_pictures_are_equal_files(comparison: Comparison, tmp_path: Path) -> None:
+    contents = []
+    for name in ("first", "second"):
+        paths = curves(comparison).written(tmp_path / name, ("pdf", "svg"))
+        contents.append([path.read_bytes() for path in paths])
+    assert contents[0] == contents[1]
+
+
+def test_a_picture_without_room_for_its_labels_is_one_sentence(made: Made, tmp_path: Path) -> None:
+    (comparison,) = comparisons([made("a_name_without_an_end")])
+    _, failed = pictures(comparison, tmp_path, "digits", Style(1.0, 20.0))
+    assert any("leave no room in 1 inches: give a larger --figure-width" in line for line in failed)
 
 
 def test_curves_are_mean_accuracies_over_classes_seen(comparison: Comparison) -> None:
@@ -115,7 +192,7 @@ def test_a_long_stream_has_no_numbers_in_its_cells(made: Made) -> None:
 
 
 def test_a_stream_of_one_experience_is_drawn(made: Made, tmp_path: Path) -> None:
-    assert len(pictures(comparisons([made(counts=((9,),))])[0], tmp_path, "digits")[0]) == 2
+    assert pictures(comparisons([made(counts=((9,),))])[0], tmp_path, "digits")[1] == []
 
 
 def test_a_picture_states_how_many_entries_it_leaves_out(made: Made) -> None:

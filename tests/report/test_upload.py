@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.image import imread
 
 from cl_bench.report.upload import Uploaded, upload
 from cl_bench.results.result import Result
@@ -104,13 +106,25 @@ def test_the_accuracy_matrix_is_a_table(uploaded: Uploaded, results: list[Result
 def test_a_view_shows_one_protocol(uploaded: Uploaded, results: list[Result]) -> None:
     filters = [
         {one["key"]["name"]: one["value"] for one in run_set["filters"]["filters"]}
-        for view in uploaded.views
+        for view in uploaded.views[:-1]
         for run_set in view["spec"]["section"]["runSets"]
     ]
     assert {one["fingerprint"] for one in filters} == {result.protocol.fingerprint for result in results}
     assert all(one["benchmark"] == "imagenet_r-T3" and one["status"] == "done" for one in filters)
     written = json.loads((uploaded.runs[0].parents[1] / "views.json").read_text())
     assert written == json.loads(json.dumps(uploaded.views))
+
+
+def test_the_last_view_has_strategies_and_benchmarks_at_once(uploaded: Uploaded) -> None:
+    (run_set,) = uploaded.views[-1]["spec"]["section"]["runSets"]
+    assert [one["key"]["name"] for one in run_set["filters"]["filters"]] == ["status"]
+    assert {"benchmark", "fingerprint", "label"} <= set(re.findall(r"\w+", json.dumps(run_set["grouping"])))
+
+
+def test_a_matrix_is_also_a_picture(uploaded: Uploaded, results: list[Result]) -> None:
+    (path,) = (_folder(uploaded, results[1]) / "files" / "media" / "images").glob("accuracy_matrix*.png")
+    pixels = imread(path)
+    assert len({tuple(pixel) for row in pixels[::4, ::4] for pixel in row}) > 6  # of six entries, and a scale
 
 
 def test_offline_the_text_has_the_command_to_sync(uploaded: Uploaded) -> None:
@@ -124,8 +138,8 @@ def test_an_invalid_project_is_an_error(name: str, tmp_path: Path) -> None:
         upload([], name, tmp_path, METRICS)
 
 
-def test_the_command_line_uploads_without_torch(
-    results: list[Result], tmp_path: Path, checkout: Path
+def test_the_command_line_uploads_runs_table_and_page_without_torch(
+    results: list[Result], tmp_path: Path, checkout: Path, of_kind: OfKind
 ) -> None:
     results[0].write(tmp_path / "one")
     program = (
@@ -137,4 +151,10 @@ def test_the_command_line_uploads_without_torch(
         [sys.executable, "-c", program], cwd=checkout, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "False"
-    assert len(list(tmp_path.glob("report/wandb/wandb/offline-run-*"))) == 1
+    sent, one = sorted(
+        tmp_path.glob("report/wandb/wandb/offline-run-*"), key=lambda path: "report-" not in path.name
+    )
+    assert f"seed1-{results[0].cell}" in one.name
+    (artifact,) = of_kind(sent, "artifact")
+    files = {content.path: content.size for content in artifact.manifest.contents}
+    assert files == {name: (tmp_path / "report" / name).stat().st_size for name in ("table.csv", "page.html")}

@@ -31,12 +31,17 @@ function differences() {
 function forest() {
   const made = differences();
   const found = made.filter((pair) => known(pair.mean)).reverse();
+  const ends = [0, ...found.flatMap((pair) => [pair.mean, ...(pair.interval ?? [])])];
+  const most = reach(ends); // the table below has what lies beyond
+  const [low, high] = [Math.max(-most, least(ends)), Math.min(most, greatest(ends))];
+  const room = Math.max(0.4, 0.06 * (high - low));
+  const cut = found.filter(({ mean }) => mean < low || mean > high);
   const traces = [true, false]
     .map((clear) => {
       const pairs = found.filter((pair) => Boolean(pair.interval && pair.verdict !== NOISE) === clear);
       const color = paper(clear ? "good" : "faint");
       return {
-        x: pairs.map((pair) => pair.mean),
+        x: pairs.map((pair) => (cut.includes(pair) ? null : pair.mean)),
         y: pairs.map((pair) => escaped(pair.entry.label)),
         mode: "markers",
         name: clear ? "interval clear of zero" : "possibly noise, or n too small",
@@ -55,11 +60,6 @@ function forest() {
       };
     })
     .filter((trace) => trace.x.length);
-  // The widest interval would flatten all others; the table below has it in full.
-  const widest = 4 * Math.max(1, ...found.map((pair) => Math.abs(pair.mean)));
-  const ends = [0, ...found.flatMap((pair) => pair.interval ?? [pair.mean])];
-  const [low, high] = [Math.max(-widest, Math.min(...ends)), Math.min(widest, Math.max(...ends))];
-  const room = Math.max(0.4, 0.06 * (high - low));
   draw(
     byId("forest"),
     traces,
@@ -67,6 +67,9 @@ function forest() {
       height: 120 + 34 * found.length,
       margin: { l: 56, r: 18, t: 10, b: 46 },
       legend: LEGEND_ABOVE,
+      annotations: cut.map(({ mean, entry }) =>
+        beyond(signed(mean), mean > 0 ? high + room : low - room, escaped(entry.label), mean > 0),
+      ),
       xaxis: axis(`${heading(state.metric)} minus that of ${escaped(state.reference)}, in points`, {
         range: [low - room, high + room],
         zeroline: true,
@@ -211,10 +214,12 @@ function pareto() {
     .map((entry) => ({ entry, x: value(entry, name).mean, y: value(entry, metric).mean }))
     .filter(({ x, y }) => known(x) && known(y));
   const logarithmic = byId("cost-log").checked && points.every(({ x }) => x > 0);
+  const most = logarithmic ? Infinity : 1.15 * reach(points.map(({ x }) => x));
+  const cut = points.filter(({ x }) => x > most);
   const best = front(points.filter(({ entry }) => !entry.joint));
   const traces = points.map(({ entry, x, y }) => ({
     ...point(entry),
-    x: [x],
+    x: [Math.min(x, most)],
     y: [y],
     ...whiskers([value(entry, metric)], "y", bounds),
     hovertemplate: `${escaped(entry.label)}: %{y:.2f} % at ${quantity(x)} ${escaped(data.costs[name])}<extra></extra>`,
@@ -232,7 +237,11 @@ function pareto() {
     traces,
     {
       ...withLegend(380, points.length),
-      xaxis: axis(data.costs[name], logarithmic ? { type: "log" } : { rangemode: "tozero" }),
+      annotations: cut.map(({ x, y }) => beyond(quantity(x), most, y)),
+      xaxis: axis(
+        data.costs[name],
+        logarithmic ? { type: "log" } : cut.length ? { range: [0, most] } : { rangemode: "tozero" },
+      ),
       yaxis: axis(`${heading(metric)} (%)`, {
         range: within(
           points.flatMap(({ entry }) => spread(value(entry, metric), bounds)),
@@ -340,6 +349,9 @@ function phases() {
   const entries = drawn()
     .filter((entry) => known(value(entry, "seconds").mean))
     .reverse();
+  const total = (entry) => value(entry, "seconds").mean;
+  const most = 1.15 * reach(entries.map(total));
+  const cut = entries.filter((entry) => total(entry) > most);
   const shades = isDark() ? ["#7d8794", "#5AB4F0", "#3CCB9B", "#F0B93F"] : ["#9aa3ad", "#0072B2", "#009E73", "#E69F00"];
   const traces = PHASES.map((phase, place) => ({
     type: "bar",
@@ -359,7 +371,11 @@ function phases() {
       bargap: 0.3,
       margin: { l: 56, r: 18, t: 34, b: 46 },
       legend: LEGEND_ABOVE,
-      xaxis: axis("seconds"),
+      annotations: cut.map((entry) => ({
+        ...beyond(`${quantity(total(entry))} s`, most, escaped(entry.label)),
+        bgcolor: paper("paper"),
+      })),
+      xaxis: axis("seconds", cut.length ? { range: [0, most] } : {}),
       yaxis: named(entries.map((entry) => entry.label)),
     },
     "Time by phase: seconds of a whole run",

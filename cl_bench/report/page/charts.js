@@ -129,6 +129,17 @@ function whiskers(statistics, axisName, bounds = [0, 100]) {
   return { [`error_${axisName}`]: { type: "data", symmetric: false, array, arrayminus, ...shown } };
 }
 
+/** Return the number of a mark that lies beyond the end of the axis, as a text beside that end. */
+const beyond = (text, x, y, rightwards = true) => ({
+  text: rightwards ? `${text} →` : `← ${text}`,
+  x,
+  y,
+  xanchor: rightwards ? "right" : "left",
+  xshift: rightwards ? -9 : 9,
+  showarrow: false,
+  font: { size: 10.5, color: paper("faint") },
+});
+
 /** Return mean minus and plus one standard deviation, cut where values are no longer possible. */
 const spread = ({ mean, std }, [low, high] = [0, 100]) => [
   Math.max(low, mean - (std ?? 0)),

@@ -56,6 +56,15 @@ function within(numbers, [low, high] = [0, 100]) {
   return [Math.max(low, from - room), Math.min(high, to + room)];
 }
 
+const FAR = 5; // a number so many times as far from zero as the next would squeeze the others
+
+/** Return how far from zero an axis goes for `numbers`: at least half of them are shown, and those without a gap. */
+function reach(numbers) {
+  const sizes = numbers.map(Math.abs).sort((one, other) => one - other);
+  const cut = sizes.findIndex((size, i) => i >= sizes.length / 2 && sizes[i - 1] > 0 && size > FAR * sizes[i - 1]);
+  return sizes.at(cut < 0 ? -1 : cut - 1) ?? 0;
+}
+
 function quantity(number) {
   if (!known(number)) return UNDEFINED;
   if (number >= 100 || Number.isInteger(number)) return Math.round(number).toLocaleString("en-US");

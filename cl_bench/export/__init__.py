@@ -1,0 +1,1 @@
+"""A kept model, as the strategy that it was and as files for other libraries."""

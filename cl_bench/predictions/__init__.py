@@ -1,0 +1,1 @@
+"""Numbers from kept predictions, without a model."""
