@@ -230,4 +230,4 @@ def test_what_is_declared_passes_and_is_shown(file: Path, strategy: str, claim: 
 
 def test_correct_pools_and_ridge_heads_keep_the_contract() -> None:
     for strategy in ("Pool", "Ridge", "RidgeOfLittle"):
-        assert failed(checked(f"{WRONG_DATA}:{strategy}")) == {}
+        assert failed(checked(f"{WRONG_DATA}:{strategy}", claims=(TASK, DATA, KEPT))) == {}

@@ -122,6 +122,20 @@ def timeless(value: Any) -> Any:
     return [timeless(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def test_a_cell_on_a_cluster_gives_the_result_of_its_own_command(nodes: Nodes, tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text("{strategies: [ncm], datasets: [toy], common: {trainer.accelerator: cpu}}")
+    status, output = grid(
+        path, "--engine", "ray", "--address", nodes.cluster.address, "--results", tmp_path / "ray"
+    )
+    assert (status, "1 of 1 cells done" in output) == (0, True), output
+    words = ["run", "ncm", "toy", "--trainer.accelerator=cpu", f"--results={tmp_path / 'local'}"]
+    assert main(words) == 0
+    (on_ray,), (local,) = (results(tmp_path / name).values() for name in ("ray", "local"))
+    assert timeless(asdict(on_ray)) == timeless(asdict(local))
+
+
+@pytest.mark.soak
 def test_the_cell_on_a_node_that_dies_resumes_from_its_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
     (tmp_path / "recorded_strategy.py").write_text(STRATEGY)
     (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategy.Recorded}")

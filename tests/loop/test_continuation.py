@@ -353,6 +353,7 @@ def test_diagnostics_cannot_be_added_to_a_run_that_started_without_them(
         attempt(tmp_path, LoDA(backbone(), rank=4), Diagnostics())
 
 
+@pytest.mark.soak
 def test_a_full_disk_leaves_result_and_checkpoints_from_which_the_run_resumes(tmp_path: Path) -> None:
     full = ["lora", "cut", ["full disk", 1, 3]]
     assert killed(tmp_path, [full])[0] == 1

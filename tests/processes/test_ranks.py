@@ -211,6 +211,7 @@ def test_fabric_run_is_one_run_of_the_same_cell(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(of_two, of_one, rtol=1e-4)
 
 
+@pytest.mark.soak
 def test_a_run_of_two_processes_ends_at_a_signal_and_resumes(tmp_path: Path) -> None:
     words = ["run", "janus_lora", "toy", "--seed", "1", "--trainer.max_epochs", "6", "--keep", "all"]
     words.append("--results")
