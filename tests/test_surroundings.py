@@ -50,9 +50,12 @@ def test_a_full_disk_fails_a_command_that_only_prints(
 @pytest.mark.parametrize(
     "variables",
     (
-        {"SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "alloc"},
+        pytest.param(
+            {"SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "alloc"},
+            marks=pytest.mark.soak,
+        ),
         {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2"},
-        {"RANK": "1", "LOCAL_RANK": "1"},
+        pytest.param({"RANK": "1", "LOCAL_RANK": "1"}, marks=pytest.mark.soak),
     ),
 )
 def test_ranks_in_the_variables_of_a_session_do_not_change_a_single_process(

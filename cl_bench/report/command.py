@@ -12,6 +12,7 @@ from cl_bench.report.comparison import comparisons
 from cl_bench.report.figures import DEFAULT, Style
 from cl_bench.report.page import page
 from cl_bench.report.pictures import PICTURES, pictures
+from cl_bench.report.ranking import Columns, described
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables
 from cl_bench.report.text import latex, markdown
@@ -68,6 +69,7 @@ def report(
     format: Format,  # noqa: A002
     metrics: Sequence[str] | None = None,
     style: Style = DEFAULT,
+    published: Columns | None = None,
 ) -> Report:
     """Read every result below ``results_folder`` and write tables and pictures into its folder ``report``.
 
@@ -82,10 +84,13 @@ def report(
         metrics: Names of the metrics shown, as in :data:`cl_bench.results.metrics.DEFINITIONS`; None for
             ``METRICS``.
         style: Width and font of the pictures.
+        published: Columns of a published table; the rank correlation of every comparison with them follows
+            the Markdown tables, and is a notice of the other formats.
 
     Raises:
         FileNotFoundError: If the folder does not exist, or has no result that can be read.
-        ValueError: If a metric has no definition, or the folder of the report is a link.
+        ValueError: If a metric has no definition, the published table is unknown or shares too few methods
+            with the results, or the folder of the report is a link.
     """
     shown = defined(METRICS if metrics is None else metrics)
     with without_collector():
@@ -93,6 +98,10 @@ def report(
         compared = comparisons(results)
         laid_out = tables(compared, shown)
         texts = _texts(laid_out, format, results_folder.resolve().name, unreadable)
+        ranked = [described(comparison, published) for comparison in compared] if published else []
+        if format == "md":
+            texts["table.md"] += "".join(f"\n{paragraph}\n" for paragraph in ranked)
+            ranked = []
     folder = results_folder / FOLDER
     if folder.is_symlink():
         raise ValueError(f"{folder} is a link to another folder: remove it, and the report makes its own.")
@@ -103,7 +112,7 @@ def report(
     files = [folder / name for name in texts]
     for path, text in zip(files, texts.values(), strict=True):
         path.write_text(text, encoding="utf-8")
-    notices = [f"Not read: {line}" for line in unreadable]
+    notices = [*(f"Not read: {line}" for line in unreadable), *ranked]
     if format in _ENDINGS:
         names = file_names(comparison.title for comparison in compared)
         for comparison in compared:

@@ -23,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metrics", nargs="+", metavar="NAME", help="metrics shown, such as acc/sample bwt/gem"
     )
     parser.add_argument(
+        "--published",
+        nargs=3,
+        metavar=("SOURCE", "DATASET", "T"),
+        help="also print the rank correlation with a published table, such as janus_lora imagenet_r 10",
+    )
+    parser.add_argument(
         "--figure-width",
         metavar="INCHES",
         help="width of the pictures of md and latex: column (3.25 inches), page (6.75), or inches "
@@ -52,7 +58,13 @@ def run(options: argparse.Namespace) -> int:
     from cl_bench.errors import visible
     from cl_bench.report.command import FOLDER, METRICS, report, results_below
 
-    written = report(options.results, options.format, options.metrics, _style(options))
+    published = None
+    if options.published is not None:
+        source, dataset, length = options.published
+        if not length.isdecimal():
+            raise ValueError(f"T of --published cannot be {length!r}: give a number of experiences.")
+        published = (source, dataset, int(length))
+    written = report(options.results, options.format, options.metrics, _style(options), published)
     Console(highlight=False, emoji=False, soft_wrap=True).print(written.text, markup=False)
     notices = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
     for line in (*written.notices, *(f"wrote {visible(str(path))}" for path in written.files)):

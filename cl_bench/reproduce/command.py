@@ -22,10 +22,10 @@ from cl_bench.report.comparison import Comparison, Entry, comparisons, contrast
 from cl_bench.report.statistics import NO_VALUES, TOO_SMALL, Statistic
 from cl_bench.report.tables import backbone, counted
 from cl_bench.report.text import aligned, difference_interval
-from cl_bench.reproduce import numbers as published
 from cl_bench.reproduce.cost import duration, seconds, speed
-from cl_bench.reproduce.numbers import Published, Source
 from cl_bench.reproduce.verdicts import TOLERANCE, Claim, Level, standing
+from cl_bench.results import published
+from cl_bench.results.published import Published, Source
 from cl_bench.results.result import Result, read
 from cl_bench.run.configs import CONFIGS, config_file, load
 

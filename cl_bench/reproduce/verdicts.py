@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cl_bench.report.statistics import INTERVAL_BLOCKS, TOO_SMALL, Contrast, Statistic
-from cl_bench.reproduce.numbers import Published
+from cl_bench.results.published import Published
 
 TOLERANCE = 1.5
 """Points of percent within which a level is met, or within the printed spread if that is wider."""

@@ -184,6 +184,7 @@ def test_two_grids_with_one_results_folder_run_no_cell_twice(tmp_path: Path) -> 
     assert {outcome.error for outcome in outcomes if not outcome.held} == {None}
 
 
+@pytest.mark.soak
 def test_a_grid_terminated_while_its_first_cell_starts_does_not_wait_for_it(tmp_path: Path) -> None:
     (tmp_path / "recorded_strategies.py").write_text(STRATEGIES)
     (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategies.Recorded}")
@@ -198,6 +199,7 @@ def test_a_grid_terminated_while_its_first_cell_starts_does_not_wait_for_it(tmp_
     assert not (tmp_path / "begun").exists()
 
 
+@pytest.mark.soak
 def test_a_cell_killed_while_it_starts_fails_and_the_next_one_runs(tmp_path: Path) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text("{strategies: [ncm], datasets: [toy], seeds: [1, 2], common: {trainer.accelerator: cpu}}")

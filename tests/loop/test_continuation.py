@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,18 @@ def killed(folder: Path, runs: list[list[Any]]) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def attempts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+def attempts(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, list[int]]]:
     """The folder of all runs, and the exit statuses of every attempt at a cut one, by strategy."""
     folder = tmp_path_factory.mktemp("runs")
+    chosen = {
+        item.callspec.params.get("strategy") for item in request.session.items if hasattr(item, "callspec")
+    }
     runs = [
         [strategy, f"{strategy}-{name}", place]
         for strategy, kills in STRATEGIES.items()
+        if strategy in chosen
         for name, places in (("whole", [None]), ("cut", [*kills, None]))
         for place in places
     ]
@@ -101,7 +107,10 @@ def differing(one: Any, other: Any, name: str = "") -> list[str]:
     return [] if one == other else [name]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy",
+    ["janus_lora", "inflora", *(pytest.param(name, marks=pytest.mark.soak) for name in ("keeplora", "loda"))],
+)
 def test_a_run_killed_inside_every_phase_ends_with_the_same_bits(
     attempts: tuple[Path, dict[str, list[int]]], strategy: str
 ) -> None:
@@ -172,8 +181,12 @@ METHODS: dict[str, Callable[[Backbone], Strategy]] = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "NCM"])
+@pytest.mark.parametrize(
+    ("method", "number"),
+    list(
+        zip([name for name in METHODS if name != "NCM"], cycle([signal.SIGTERM, signal.SIGINT]), strict=False)
+    ),
+)
 def test_a_signal_saves_between_two_steps_and_the_run_resumes_inside_the_epoch(
     method: str, number: int, backbone: Making, tmp_path: Path
 ) -> None:
@@ -340,6 +353,7 @@ def test_diagnostics_cannot_be_added_to_a_run_that_started_without_them(
         attempt(tmp_path, LoDA(backbone(), rank=4), Diagnostics())
 
 
+@pytest.mark.soak
 def test_a_full_disk_leaves_result_and_checkpoints_from_which_the_run_resumes(tmp_path: Path) -> None:
     full = ["lora", "cut", ["full disk", 1, 3]]
     assert killed(tmp_path, [full])[0] == 1

@@ -403,7 +403,7 @@ def killed_and_finished(process: Callable[[Path], list[str]], folder: Path, kill
 def test_a_killed_preparation_is_completed_to_the_same_manifest(
     tmp_path: Path, process: Callable[[Path], list[str]]
 ) -> None:
-    killed_and_finished(process, tmp_path, kills=2)
+    killed_and_finished(process, tmp_path, kills=1)
 
 
 @pytest.mark.soak

@@ -68,6 +68,8 @@ STRATEGIES: dict[str, Callable[[Backbone], Strategy]] = {
     "SLCA++": lambda backbone: SLCA(backbone, rank=2, alignment_samples=8),
     WATCHED: lambda backbone: LoRA(backbone, rank=2, optimizer=sgd),
 }
+OFTEN = {WATCHED, "JANUS-LoRA", "KeepLoRA", "LoDA", "EWC-LoRA", "RanPAC", "SLCA++"}
+"""One of each kind of what processes exchange; the long version of the tests runs all."""
 
 
 def outcome(name: str, **arguments: Any) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
@@ -106,9 +108,9 @@ def agreed(folder: Path) -> None:
     torch.save(model.state_dict(), folder / f"agreed-{rank}.pt")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *names: str) -> None:
     torch.set_num_threads(1)
-    for name in STRATEGIES:
+    for name in names:
         found = outcome(name, devices=2, strategy="ddp", check_agreement=True)
         if is_first():
             torch.save(found, folder / f"{name}.pt")
@@ -116,16 +118,25 @@ def main(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what two processes found: with the strategies of the tests that were chosen."""
     folder = tmp_path_factory.mktemp("two")
+    chosen = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
+    names = [name for name in STRATEGIES if name in chosen]
     done = subprocess.run(
-        [sys.executable, __file__, str(folder)], capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, __file__, str(folder), *names],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.soak) for name in STRATEGIES]
+)
 def test_two_processes_learn_and_count_what_one_does(of_two: Path, name: str) -> None:
     state, rows, diagnostics = torch.load(of_two / f"{name}.pt", weights_only=False)
     expected, expected_rows, expected_diagnostics = outcome(name)
@@ -181,6 +192,7 @@ def losses(result: Path) -> list[float]:
         return [float(line["train/loss_epoch"]) for line in csv.DictReader(lines) if line["train/loss_epoch"]]
 
 
+@pytest.mark.soak
 def test_fabric_run_is_one_run_of_the_same_cell(tmp_path: Path) -> None:
     words = ["run", "janus_lora", "toy", "--batch_size", "23", "--test_batch_size", "5", "--seed", "1"]
     words += ["--keep", "predictions", "--results"]
@@ -199,6 +211,7 @@ def test_fabric_run_is_one_run_of_the_same_cell(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(of_two, of_one, rtol=1e-4)
 
 
+@pytest.mark.soak
 def test_a_run_of_two_processes_ends_at_a_signal_and_resumes(tmp_path: Path) -> None:
     words = ["run", "janus_lora", "toy", "--seed", "1", "--trainer.max_epochs", "6", "--keep", "all"]
     words.append("--results")
@@ -322,4 +335,4 @@ def test_shares_of_a_sum_are_passed_on_to_more_or_fewer_processes(kind: str, bef
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from cl_bench.report.statistics import NO_VALUES, Contrast, statistic
-from cl_bench.reproduce.numbers import Published, rows
 from cl_bench.reproduce.verdicts import Claim, Level, standing
+from cl_bench.results.published import Published, rows
 
 
 def _published(mean: float, std: float = 0.5) -> Published:

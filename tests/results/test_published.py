@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from cl_bench.reproduce.numbers import by_source, published, reconstructed, rows, sizes, sources
 from cl_bench.results.metrics import DEFINITIONS
+from cl_bench.results.published import by_source, published, reconstructed, rows, sizes, sources
 from cl_bench.run.configs import stems_of
 
 

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from cl_bench.data.published.imagenet_r import Split
 from cl_bench.errors import suggestion
 
 
@@ -40,7 +39,7 @@ class Source:
     backbone: str | None
     own: tuple[str, ...]
     remarks: tuple[str, ...]
-    imagenet_r_split: Split = "coda"
+    imagenet_r_split: Literal["coda", "inflora", "sorted80"] = "coda"
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def sources() -> dict[str, Source]:
 @cache
 def published() -> tuple[Published, ...]:
     """Return every number, in the order of ``published.csv``."""
-    text = (files("cl_bench.reproduce") / "published.csv").read_text(encoding="utf-8")
+    text = (files("cl_bench.results") / "published.csv").read_text(encoding="utf-8")
     return tuple(
         Published(
             source=sources()[line["source"]],
@@ -171,5 +170,5 @@ def _of_methods() -> list[Published]:
 
 @cache
 def _yaml(name: str) -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((files("cl_bench.reproduce") / name).read_text(encoding="utf-8"))
+    loaded: dict[str, Any] = yaml.safe_load((files("cl_bench.results") / name).read_text(encoding="utf-8"))
     return loaded
