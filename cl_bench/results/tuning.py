@@ -69,7 +69,7 @@ class Tuning:
     metric: Name
     val_fraction: Number
     seed: Seed
-    order: Any
+    order: Name | list[Whole]
     fixed: Annotated[list[str], Field(max_length=1_000)]
     settings: Annotated[
         dict[Name, Annotated[list[Any], Field(max_length=_MOST_TRIALS)]], Field(max_length=100)

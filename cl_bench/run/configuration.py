@@ -38,7 +38,6 @@ _FIRST_PATHS = {"cl_bench.maths.schedules.QuarterCosine": "cl_bench.schedules.Qu
 _PATHS = {first: path for path, first in _FIRST_PATHS.items()}
 
 _LONGEST_PART = 200  # bytes; file systems take 255
-
 _KEPT = {"diagnostics", "keep", "keep_logits", "resume", "tensorboard", "wandb", "wandb_tags"}
 _NAMES_AND_PATHS = {"code", "results", "setting", "tuned", *(f"wandb_{name}" for name in WANDB)}
 _RUN_KEYS_OUTSIDE_THE_CELL = {"checkpoint_every", *_KEPT, *_NAMES_AND_PATHS}

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from cl_bench.run.configs import stems_of, words
+from cl_bench.run.configs import CONFIGS, load, stems_of, words
 from cl_bench.run.configuration import Configuration, layers, resolve
-from cl_bench.tune.space import read_space
+from cl_bench.tune.space import read_space, space_of
 from cl_bench.tune.study import configured
 
 METHODS = stems_of("strategies")
@@ -36,3 +38,31 @@ def test_every_space_contains_the_published_value(bases: dict[str, Configuration
                 configured(base, "optimizer.lr") if value is None else value
             )  # a head without its own rate
             assert setting.holds(value), (name, setting.key, value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    (
+        ({"rank": 4}, r"rank cannot be 4: write \{low: 1e-4, high: 1e-2, log: true\}"),
+        ({"rank": {"low": 1, "hihg": 4}}, r"rank cannot contain 'hihg'. Did you mean high\?"),
+        ({"rank": {"low": 4, "high": 1}}, "rank cannot be"),
+        ({"rank": {"low": 4}}, "rank cannot be"),
+        ({"rank": {"choices": [[1, 2]]}}, "choices are a list of words, numbers, true or false"),
+        ({"rank": {"low": 1, "high": 4, "when": {"scale": 1}}}, "write scale above it"),
+        (
+            {"a": {"choices": [1, 2]}, "b": {"low": 1, "high": 4, "when": {"a": 3}}},
+            "b depends on a = 3, which a cannot be",
+        ),
+    ),
+)
+def test_a_wrong_space_is_refused_with_its_remedy(content: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        space_of(content)
+
+
+def test_the_sweep_varies_what_the_space_varies() -> None:
+    sweep = load(CONFIGS / "sweeps" / "lora.yaml")
+    ranges = {key: (one["min"], one["max"]) for key, one in sweep["parameters"].items()}
+    assert ranges == {one.key: tuple(one.ends) for one in read_space("lora").settings}
+    words_of_a_run = [word for word in sweep["command"] if word.startswith("--")]
+    assert resolve(layers("lora", "characters"), words_of_a_run).datamodule.first_experiences == 3

@@ -2,75 +2,153 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cl_bench.tune.space import Space, space_of
+from cl_bench.run.configuration import Configuration
+from cl_bench.tune.space import space_of
 from cl_bench.tune.study import Plan, Study
 from cl_bench.tune.trials import Score, Trial
 
 RATES = {"optimizer.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
 
 
-def planned(space: Space, tmp_path: Path, **changed: object) -> Plan:
-    given = {"unit": "trials", "budget": 12, "on": "first:3"} | changed
-    return Plan("lora", "toy", space, results=tmp_path, **given)  # type: ignore[arg-type]
+def planned(folder: Path, space: dict[str, Any] = RATES, **changed: Any) -> Plan:
+    given: dict[str, Any] = {"unit": "trials", "budget": 12, "on": "first:3"} | changed
+    return Plan("lora", "toy", space_of(space), results=folder, **given)
 
 
-def finished(plan: Plan, scored: Callable[[Trial], Score], monkeypatch: pytest.MonkeyPatch) -> Study:
-    """A study whose trials end as ``scored`` has it, without being run."""
-    study = Study(plan, plan.cell({}).configuration())
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Configuration:
+    return planned(tmp_path_factory.mktemp("base")).cell({}).configuration()
+
+
+def ended(study: Study, scored: Callable[[Trial], Score], monkeypatch: pytest.MonkeyPatch) -> Study:
+    """Let the trials of a study end as ``scored`` has it, without running them."""
     monkeypatch.setattr(Trial, "score", scored)
     while study.ask():
         study.tell()
     return study
 
 
-def of(value: float | None, by_experience: tuple[float, ...] = (), pruned: bool = False) -> Score:
-    return Score(value, len(by_experience) or 3, pruned, by_experience or (0.0,), epochs=3, seconds=1.0)
+def at(value: float | None, *by_experience: float, pruned: bool = False) -> Score:
+    return Score(
+        value, 2 if pruned else 3, pruned, by_experience or (value or 0.0,) * 3, epochs=3, seconds=1.5
+    )
 
 
 def near(trial: Trial) -> Score:
     """Highest at a rate of 0.003."""
-    rate = float(trial.settings["optimizer.lr"])
-    return of(100 - abs(rate - 0.003) * 1e4)
+    return at(100 - abs(float(trial.settings["optimizer.lr"]) - 0.003) * 1e4)
 
 
 def test_the_same_study_twice_proposes_the_same_trials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = (
-        finished(planned(space_of(RATES), tmp_path), near, monkeypatch).tuning() for _ in range(2)
-    )
+    first, second = (ended(Study(planned(tmp_path), base), near, monkeypatch).tuning() for _ in range(2))
     assert first == second
-    other = finished(planned(space_of(RATES), tmp_path, seed=1), near, monkeypatch).tuning()
+    other = ended(Study(planned(tmp_path, seed=1), base), near, monkeypatch).tuning()
     assert first.settings != other.settings
 
 
-def test_the_first_trial_has_the_settings_of_the_configs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_larger_budget_continues_a_smaller_one(
+    base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = finished(planned(space_of(RATES), tmp_path), near, monkeypatch)
-    assert study.tuning().settings["optimizer.lr"][0] == 0.001  # configs/datamodules/toy.yaml
-    plain = study.base.hash
-    assert study.base.overridden(["--optimizer.lr=0.001"]).hash == plain
-
-
-def test_the_best_is_the_earliest_of_the_highest_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    scores = iter([50.0, 70.0, None, 70.0, 90.0, 60.0])
-    study = finished(
-        planned(space_of(RATES), tmp_path, budget=6),
-        lambda trial: cached(trial, lambda: of(next(scores), pruned=False)),
-        monkeypatch,
+    small, large = (
+        ended(Study(planned(tmp_path, budget=budget), base), near, monkeypatch).tuning() for budget in (8, 11)
     )
-    assert study.tuning().scores == [50.0, 70.0, None, 70.0, 90.0, 60.0]
-    assert (study.tuning().best, study.tuning().runner_up) == (4, 1)
+    assert large.settings["optimizer.lr"][:8] == small.settings["optimizer.lr"]
+    assert len(large.scores) == 11
 
 
-SEEN: dict[int, Score] = {}
+def test_the_first_trial_has_the_settings_of_the_configs(base: Configuration, tmp_path: Path) -> None:
+    first = Study(planned(tmp_path), base).ask()[0]
+    assert first.settings == {"optimizer.lr": 0.001}  # configs/datamodules/toy.yaml
+    assert first.configuration.hash == base.hash
 
 
-def cached(trial: Trial, made: Callable[[], Score]) -> Score:
-    return SEEN.setdefault(id(trial), made())
+def test_the_best_is_the_earliest_of_the_highest_scores_that_were_completed(
+    base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([at(50.0), at(70.0), at(None), at(70.0), at(90.0, 80.0, 90.0, pruned=True), at(60.0)])
+    study = Study(planned(tmp_path, budget=6), base)
+    record = ended(study, lambda _: next(scores), monkeypatch).tuning()
+    assert record.scores == [50.0, 70.0, None, 70.0, 90.0, 60.0]
+    assert (record.best, record.runner_up) == (1, 3)
+    assert record.experiences == [3, 3, 3, 3, 2, 3]
+
+
+def test_a_trial_is_pruned_below_the_lower_quartile_of_earlier_generations(
+    base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([10.0, 20.0, 30.0, 40.0] * 2)
+    study = Study(planned(tmp_path, budget=8), base)
+    assert all(trial.bound is None for trial in study.ask())
+    monkeypatch.setattr(Trial, "score", lambda _: at(99.0, 99.0, next(values), 99.0))
+    study.tell()
+    bounds = [trial.bound for trial in study.ask()]
+    assert {(bound.after, bound.worst) for bound in bounds if bound} == {(2, 17.5)}  # by hand
+    assert None not in bounds
+
+
+@pytest.mark.parametrize(
+    ("unit", "budget", "trials"), (("trials", 5, 5), ("epochs", 10, 4), ("seconds", 9.0, 6))
+)
+def test_no_trial_counts_once_the_budget_is_spent(
+    base: Configuration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unit: str,
+    budget: float,
+    trials: int,
+) -> None:
+    study = ended(Study(planned(tmp_path, unit=unit, budget=budget), base), near, monkeypatch)
+    record = study.tuning()
+    assert len(record.scores) == trials
+    assert record.budget == {unit: budget}
+    assert record.spent == {"trials": trials, "epochs": 3 * trials, "seconds": 1.5 * trials}
+
+
+def test_sensitivity_is_the_score_at_a_third_and_three_times_the_best_rate(
+    base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(planned(tmp_path, sensitivity=True, budget=4), base)
+    record = ended(study, near, monkeypatch).tuning()
+    best = record.chosen["optimizer.lr"]
+    assert record.sensitivity is not None
+    assert record.sensitivity.factors == [0.3, 1.0, 3.0]
+    assert record.sensitivity.scores == pytest.approx(
+        [100 - abs(factor * best - 0.003) * 1e4 for factor in (0.3, 1, 3)], abs=0.1
+    )  # rates have three digits
+    assert len(record.scores) == 4  # not part of the budget
+
+
+def test_a_setting_is_left_alone_unless_its_condition_holds(
+    base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = {
+        "head_start": {"choices": ["random", "means"]},
+        "head_lr": {"low": 1e-3, "high": 1e-1, "log": True, "when": {"head_start": "random"}},
+    }
+    study = Study(planned(tmp_path, space), base)
+    record = ended(study, lambda trial: at(float(len(trial.settings))), monkeypatch).tuning()
+    rates = record.settings["head_lr"]
+    pairs = {(start, rate is None) for start, rate in zip(record.settings["head_start"], rates, strict=True)}
+    assert pairs == {("random", False), ("means", True)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    (
+        ({"metric": "maa/sampel"}, r"unknown. Did you mean maa/sample\?"),
+        ({"on": "last:3"}, "write first:3 for the first three experiences, or all"),
+        ({"budget": 0}, "A budget cannot be 0 trials: give a number above 0."),
+        ({"val_fraction": 0.0}, "val_fraction cannot be 0"),
+    ),
+)
+def test_a_plan_that_no_study_can_do_is_refused(
+    changed: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        planned(tmp_path, **changed)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_bench.results.result import digest
+from cl_bench.run.choice import choice
+from cl_bench.run.configuration import Configuration, layers, resolve
+
+RECORD = {
+    "strategy": "lora",
+    "dataset": "imagenet_r",
+    "space": {"rank": {"low": 2, "high": 16}, "head_lr": {"low": 1e-3, "high": 1e-1}},
+    "budget": {"trials": 2},
+    "on": "first:3",
+    "metric": "maa/sample",
+    "val_fraction": 0.2,
+    "seed": 0,
+    "order": "identity",
+    "fixed": [],
+    "settings": {"rank": [4, 8], "head_lr": [0.01, 0.03]},
+    "scores": [50.0, 60.0],
+    "experiences": [3, 3],
+    "spent": {"trials": 2},
+    "best": 1,
+}
+
+
+def cell(dataset: str, *words: str) -> Configuration:
+    root = ["--root=/data"] if dataset == "imagenet_r" else []
+    return resolve(layers("lora", dataset), [*root, *words])
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> str:
+    (tmp_path / "record.json").write_text(json.dumps(RECORD))
+    return f"--tuned={tmp_path}/record.json"
+
+
+def test_only_settings_of_config_recipe_and_class_are_published() -> None:
+    def settings(dataset: str, *words: str) -> Any:
+        return choice(cell(dataset, *words))["settings"]
+
+    assert settings("imagenet_r") == "published"
+    assert settings("imagenet_r", "--seed=3", "--num_experiences=20", "--batch_size=16") == "published"
+    assert settings("imagenet_r", "--rank=4") == "by hand"
+    assert settings("characters") == "by hand"  # its config sets the rates of every method
+
+
+def test_a_run_starts_from_the_best_trial_and_names_its_study(tuned: str) -> None:
+    run = cell("imagenet_r", tuned)
+    assert (run.namespace.model.rank, run.namespace.model.head_lr) == (8, 0.03)
+    assert choice(run)["settings"] == "tuned"
+    assert choice(run)["tuning"]["scores"] == [50.0, 60.0]
+    assert run.cell["tuning"] == {
+        "budget": {"trials": 2.0},
+        "on": "first:3",
+        "metric": "maa/sample",
+        "space": digest(RECORD["space"]),
+    }
+    by_hand = cell("imagenet_r", "--rank=8", "--head_lr=0.03")
+    assert {**run.cell, "tuning": None} == {**by_hand.cell, "tuning": None}
+    assert run.hash != by_hand.hash
+
+
+def test_options_after_a_record_replace_it_and_those_before_give_way(tuned: str) -> None:
+    before, after = cell("imagenet_r", "--rank=2", tuned), cell("imagenet_r", tuned, "--rank=2")
+    assert (before.namespace.model.rank, after.namespace.model.rank) == (8, 2)
+    assert choice(before)["settings"] == "tuned"
+    assert choice(after)["settings"] == "by hand"
+    assert before.varied("5", "identity").cell["tuning"] == before.cell["tuning"]

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cl_bench.grid.work import in_this_process
+from cl_bench.results.result import read
+from cl_bench.tune.space import space_of
+from cl_bench.tune.study import Plan
+from cl_bench.tune.trials import Bound, Trial, score
+
+
+def trial(folder: Path, bound: Bound | None) -> Trial:
+    plan = Plan("linear_probe", "toy", space_of({}), "trials", 1, on="first:3", results=folder)
+    cell = plan.cell({})
+    return Trial(cell, cell.configuration(), settings={}, metric="maa/sample", bound=bound)
+
+
+def test_a_trial_below_its_bound_stops_and_counts_up_to_there(tmp_path: Path) -> None:
+    behind = trial(tmp_path / "cut", Bound("maa/sample", after=2, worst=101.0))
+    outcome = in_this_process(behind.job(waits=False))
+    assert outcome.error is not None
+    assert "Pruned: maa/sample is " in outcome.error
+    assert behind.error(outcome) is None
+    whole = trial(tmp_path / "whole", None)
+    assert in_this_process(whole.job(waits=False)).error is None
+
+    cut, full = behind.score(), whole.score()
+    assert cut is not None
+    assert full is not None
+    assert (cut.pruned, cut.experiences, full.pruned, full.experiences) == (True, 2, False, 3)
+    assert cut.value == full.by_experience[1]
+    # The study of another machine may have let it finish: it counts as pruned all the same.
+    again = trial(tmp_path / "whole", behind.bound).score()
+    assert again is not None
+    assert (again.value, again.experiences, again.epochs) == (cut.value, 2, cut.epochs)
+
+
+def test_a_metric_that_is_not_defined_yet_is_refused(tmp_path: Path) -> None:
+    one = trial(tmp_path, None)
+    assert in_this_process(one.job(waits=False)).error is None
+    result = read(next(tmp_path.rglob("result.json")))
+    assert score(result, "acc/sample", 1) == result.metrics_after(0)["acc/sample"]
+    with pytest.raises(ValueError, match="bwt/gem is not defined after 1 experiences of linear probe"):
+        score(result, "bwt/gem", 1)
