@@ -23,6 +23,7 @@ from cl_bench.grid.ray import RayEngine
 from cl_bench.grid.work import Job
 from cl_bench.loop.continuation import resumption
 from cl_bench.results.result import FILE_NAME, Result, read
+from cl_bench.results.tuning import read as read_record
 
 # The second cell on the node whose raylet the file `doomed` names hangs in its second experience.
 STRATEGY = """
@@ -58,6 +59,15 @@ seeds: [1, 2, 3, 4, 5]
 common: {{trainer.accelerator: cpu}}
 """
 
+TUNED = """
+strategies: [{folder}/recorded.yaml]
+datasets: [toy]
+common: {{trainer.accelerator: cpu}}
+tune: {{trials: 6, experiences: first:2, space: {folder}/space.yaml}}
+"""
+
+NODE: dict[str, Any] = {"node_ip_address": "127.0.0.1", "num_cpus": 1, "object_store_memory": 80 * 2**20}
+
 TIMES = ("seconds", "provenance", "peak_memory_bytes")
 
 
@@ -67,6 +77,7 @@ class Nodes:
 
     cluster: Cluster
     second: Any
+    killed: bool = False
 
     @property
     def second_raylet(self) -> int:
@@ -75,6 +86,7 @@ class Nodes:
 
     def kill_second(self) -> None:
         """Kill all processes of the second node, as a power cut does."""
+        self.killed = True
         for pid in [self.second_raylet, *descendants(self.second_raylet)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -92,14 +104,9 @@ def descendants(pid: int) -> list[int]:
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
     cluster = Cluster()
-    settings: dict[str, Any] = {
-        "node_ip_address": "127.0.0.1",
-        "num_cpus": 1,
-        "object_store_memory": 80 * 2**20,
-    }
     try:
-        cluster.add_node(**settings, include_dashboard=False)
-        yield Nodes(cluster, cluster.add_node(**settings))
+        cluster.add_node(**NODE, include_dashboard=False)
+        yield Nodes(cluster, cluster.add_node(**NODE))
     finally:
         cluster.shutdown()
 
@@ -135,24 +142,31 @@ def test_a_cell_on_a_cluster_gives_the_result_of_its_own_command(nodes: Nodes, t
     assert timeless(asdict(on_ray)) == timeless(asdict(local))
 
 
-@pytest.mark.soak
-def test_the_cell_on_a_node_that_dies_resumes_from_its_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
-    (tmp_path / "recorded_strategy.py").write_text(STRATEGY)
-    (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategy.Recorded}")
-    path = tmp_path / "grid.yaml"
-    path.write_text(GRID.format(folder=tmp_path))
-    begun = tmp_path / "begun"
-    (tmp_path / "doomed").write_text(doomed := str(nodes.second_raylet))
-    killed = []
+def kill_mid_way(nodes: Nodes, folder: Path) -> tuple[str, list[list[str]]]:
+    """Write the strategy of the grids, and kill the second node when its second cell hangs.
 
-    def kill_mid_way() -> None:
-        while not (tmp_path / "hangs").exists():
+    Return the node, and a list that will hold the cells that had begun by then.
+    """
+    (folder / "recorded_strategy.py").write_text(STRATEGY)
+    (folder / "recorded.yaml").write_text("model: {class_path: recorded_strategy.Recorded}")
+    (folder / "doomed").write_text(doomed := str(nodes.second_raylet))
+    killed: list[list[str]] = []
+
+    def kill() -> None:
+        while not (folder / "hangs").exists():
             time.sleep(0.1)
-        killed.append(begun.read_text().splitlines())
+        killed.append((folder / "begun").read_text().splitlines())
         nodes.kill_second()
 
-    killer = threading.Thread(target=kill_mid_way, daemon=True)
-    killer.start()
+    threading.Thread(target=kill, daemon=True).start()
+    return doomed, killed
+
+
+@pytest.mark.soak
+def test_the_cell_on_a_node_that_dies_resumes_from_its_checkpoint(nodes: Nodes, tmp_path: Path) -> None:
+    path, begun = tmp_path / "grid.yaml", tmp_path / "begun"
+    path.write_text(GRID.format(folder=tmp_path))
+    doomed, killed = kill_mid_way(nodes, tmp_path)
     status, output = grid(
         path, "--engine", "ray", "--address", nodes.cluster.address, "--results", tmp_path / "ray"
     )
@@ -200,3 +214,26 @@ def test_a_gpu_that_no_machine_has_is_refused_at_once(nodes: Nodes, tmp_path: Pa
         ),
     ):
         engine.run([job], lambda job: None, lambda job, outcome: None)
+
+
+@pytest.mark.soak
+def test_a_study_on_two_nodes_one_of_which_dies_has_the_trials_of_one(nodes: Nodes, tmp_path: Path) -> None:
+    if nodes.killed:
+        nodes.cluster.remove_node(nodes.second, allow_graceful=False)
+        nodes.second = nodes.cluster.add_node(**NODE)
+    path = tmp_path / "grid.yaml"
+    path.write_text(TUNED.format(folder=tmp_path))
+    (tmp_path / "space.yaml").write_text("head_lr: {low: 1.0e-4, high: 1.0, log: true}")
+    _, killed = kill_mid_way(nodes, tmp_path)
+    status, output = grid(
+        path, "--engine", "ray", "--address", nodes.cluster.address, "--results", tmp_path / "ray"
+    )
+    assert status == 0, output
+    assert len(killed) == 1
+    status, output = grid(path, "--results", tmp_path / "local", "--workers", "1")
+    assert status == 0, output
+    on_ray, local = (
+        read_record(tmp_path / name / "tuning" / "recorded-toy.json") for name in ("ray", "local")
+    )
+    assert vars(on_ray) | {"spent": None} == vars(local) | {"spent": None}
+    assert len(local.scores) == 6

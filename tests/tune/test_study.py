@@ -138,6 +138,14 @@ def test_a_setting_is_left_alone_unless_its_condition_holds(
     assert pairs == {("random", False), ("means", True)}
 
 
+def test_trials_log_to_one_group_of_wandb_and_stay_the_same_cells(
+    base: Configuration, tmp_path: Path
+) -> None:
+    trial = planned(tmp_path, wandb=True).cell({}).configuration()
+    assert (trial.namespace.wandb, trial.namespace.wandb_group) == (True, "tuning lora-toy")
+    assert trial.hash == base.hash
+
+
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     (

@@ -11,8 +11,8 @@ from cl_bench.tune.study import Plan
 from cl_bench.tune.trials import Bound, Trial, score
 
 
-def trial(folder: Path, bound: Bound | None) -> Trial:
-    plan = Plan("linear_probe", "toy", space_of({}), "trials", 1, on="first:3", results=folder)
+def trial(folder: Path, bound: Bound | None, on: str = "first:3") -> Trial:
+    plan = Plan("linear_probe", "toy", space_of({}), "trials", 1, on=on, results=folder)
     cell = plan.cell({})
     return Trial(cell, cell.configuration(), settings={}, metric="maa/sample", bound=bound)
 
@@ -35,6 +35,22 @@ def test_a_trial_below_its_bound_stops_and_counts_up_to_there(tmp_path: Path) ->
     again = trial(tmp_path / "whole", behind.bound).score()
     assert again is not None
     assert (again.value, again.experiences, again.epochs) == (cut.value, 2, cut.epochs)
+
+
+def test_the_first_experiences_are_those_of_the_whole_stream(tmp_path: Path) -> None:
+    results = {}
+    for on in ("first:2", "all"):
+        one = trial(tmp_path, None, on)
+        assert in_this_process(one.job(waits=False)).error is None
+        results[on] = read(one.configuration.folder / "result.json")
+    first, whole = results.values()
+    assert first.num_experiences == 2
+    assert whole.num_experiences == 3
+    assert first.rows == whole.rows[:2]
+    assert first.class_names == whole.class_names[:4]
+    assert first.protocol.fingerprint != whole.protocol.fingerprint
+    with pytest.raises(ValueError, match="first_experiences is 4 of 3 experiences: choose 1 to 3"):
+        trial(tmp_path, None, "first:4").configuration.datamodule.setup()
 
 
 def test_a_metric_that_is_not_defined_yet_is_refused(tmp_path: Path) -> None:
