@@ -26,9 +26,7 @@ from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Regime
-from cl_bench.run.configs import Config, require_tree
-
-GROUPS = ("model", "data", "backbone", "trainer")
+from cl_bench.run.configs import GROUPS, Config, require_tree
 
 _MOST_THREADS = 256  # with more than the machine can start, OpenMP kills the process without a message
 

@@ -73,6 +73,15 @@ def test_a_wrong_seed_is_refused_among_cells_that_share_a_setting(tmp_path: Path
             "{strategies: [lora], datasets: [toy], settings: {ncm: {a: {}}}}",
             "settings for ncm, which is not among",
         ),
+        (
+            "{strategies: [lora], datasets: [toy], common: {rank: 2, model.rank: 4}}",
+            "rank and model.rank are one key in common in .*: keep one of them",
+        ),
+        (
+            "{strategies: [lora], datasets: [toy], settings: {lora: {a: {optimizer.lr: 1, "
+            "model.optimizer.init_args.lr: 2}}}}",
+            "are one key in the setting a of lora",
+        ),
         ("a: [", "is not valid YAML"),
         ("{strategies: lora, datasets: [toy]}", "strategies must be a list"),
     ],
