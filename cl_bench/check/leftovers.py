@@ -32,8 +32,8 @@ from cl_bench.contracts.strategy import Strategy, state_bytes
 _FEW_IMAGES = 3  # of each class: a memory for more than that many is seen to grow
 _IMAGE_SIZE = 16  # so that the pixels of an image take more bytes than its feature
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_SIZED = (*_CONTAINERS, Tensor, torch.UntypedStorage, np.ndarray, Image.Image, io.BytesIO, mmap.mmap)
-_SIZED = (*_SIZED, ctypes.Array, int, str, bytes, bytearray, array)
+_BUFFERS = (Tensor, torch.UntypedStorage, np.ndarray, Image.Image, io.BytesIO, mmap.mmap, ctypes.Array)
+_SIZED = (*_CONTAINERS, *_BUFFERS, array, bytearray, bytes, str, int)
 _LIBRARIES = {"builtins", "typing", "lightning", "torch"}
 _INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 

@@ -168,7 +168,7 @@ def _require_names(content: dict[str, Any], path: Path) -> None:
 
 def _require_one_spelling(overrides: dict[str, Any], where: str) -> None:
     """Require that no key stands both with and without its group."""
-    plain = {}
+    plain: dict[str, str] = {}
     for key in overrides:
         group, _, rest = str(key).replace(".init_args.", ".").partition(".")
         name = rest if group in GROUPS and rest else f"{group}.{rest}".rstrip(".")
