@@ -12,7 +12,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,8 @@ class Schema:
             ValueError: If a key or a value is not valid.
         """
         words = self._with_full_keys(overrides)
-        values = _parsed(lambda: self.parser.parse_args(words, namespace=values), "--{}".format)
+        parse = partial(self.parser.parse_args, words, namespace=values, defaults=False)  # values has them
+        values = _parsed(parse, "--{}".format)
         for group in GROUPS:
             if group not in values:  # its class takes no arguments
                 values[group] = Namespace()
