@@ -393,7 +393,7 @@ def _require_rows(result: Result) -> None:
 def _require_counts(counts: Sequence[int], images: Sequence[int], row: int) -> None:
     if len(counts) != len(images):
         raise ValueError(f"row {row} does not have a count for each of its {len(images)} classes")
-    if min(counts) < 0 or any(map(operator.gt, counts, images)):
+    if min(counts) < 0 or not all(map(operator.le, counts, images)):
         raise ValueError(f"row {row} counts fewer right images of a class than 0, or more than there are")
 
 
