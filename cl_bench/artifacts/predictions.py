@@ -4,7 +4,7 @@ The table has a row for each image and evaluation, with these columns:
 
 ========================  =======================================================================
 ``after``                 index of the experience after which the image was evaluated
-``sample``                index of the image among the test images, in the order of the dataset
+``sample``                index of the image among those evaluated on, in the order of the dataset
 ``label``                 its class, as every class here a position in the class order
 ``experience``            index of the experience that brought this class
 ``prediction``            predicted class, among all classes seen

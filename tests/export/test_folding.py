@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from cl_bench.contracts.strategy import Strategy
@@ -34,10 +35,8 @@ def logits_in_timm(strategy: Strategy, images: Tensor) -> Tensor:
     found = plain(strategy)
     model: Any = timm.create_model(found.architecture, num_classes=found.num_classes, **found.options)
     model.load_state_dict(found.state)
-    mean, std = (
-        torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    logits: Tensor = model.eval()((images - mean) / std)
+    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
+    logits: Tensor = model.eval()((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))
     return logits
 
 
@@ -73,6 +72,18 @@ def test_the_folded_bias_keeps_logits_exact(backbone: Backbone) -> None:
     with torch.no_grad():
         strategy = grown(LinearProbe(backbone))
         torch.testing.assert_close(logits_in_timm(strategy, IMAGES), strategy(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "options"),
+    (("embedded", "pretrained", {}), ("vit_tiny_patch16_224", "random", {"img_size": 32, "depth": 1})),
+)
+@torch.no_grad()
+def test_models_by_name_are_made_again_by_timm(model: str, weights: str, options: dict[str, Any]) -> None:
+    strategy = grown(LinearProbe(Backbone(model, weights, options, normalisation="imagenet")))
+    size = strategy.backbone.image_size
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(logits_in_timm(strategy, images), strategy(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_gated_adapter_is_refused(backbone: Backbone) -> None:
