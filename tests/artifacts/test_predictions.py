@@ -77,6 +77,31 @@ def test_predictions_that_do_not_add_up_to_the_counts_are_refused(tmp_path: Path
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("column", "values"),
+    (
+        ("prediction", [0, 10**9, 2]),
+        ("prediction", [0, -1, 2]),
+        ("prediction", [0, None, 2]),
+        ("predicted_experience", [0, 0, 1]),
+        ("sample", [0, 1, 1]),
+        ("after", [1, 1, 0]),
+    ),
+)
+def test_an_entry_that_the_stream_cannot_have_is_refused(
+    tmp_path: Path, column: str, values: list[int | None]
+) -> None:
+    """The second image is classified wrong, so that its forged prediction changes no count."""
+    result([1, 0, 1, 0]).write(tmp_path)
+    path = file_of(tmp_path, 1)
+    write(path, COLUMNS)
+    table = pq.read_table(path)
+    place, kind = table.schema.get_field_index(column), table.schema.field(column).type
+    pq.write_table(table.set_column(place, column, pa.array(values, type=kind)), path)
+    with pytest.raises(ValueError, match="run its cell again with --keep predictions"):
+        read(tmp_path)
+
+
 def test_a_cell_without_predictions_names_the_option_that_keeps_them(tmp_path: Path) -> None:
     result([1, 0, 1, 0]).write(tmp_path)
     with pytest.raises(FileNotFoundError, match="run its cell again with --keep predictions"):
