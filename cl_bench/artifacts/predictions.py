@@ -16,8 +16,8 @@ The table has a row for each image and evaluation, with these columns:
 ``logits``                logits of all classes seen; missing unless they were asked for
 ========================  =======================================================================
 
-Indices count from 0. A head of cosines or distances gives logits that are no log-probabilities, and the
-softmax of these says little. Each function below depends on a table alone. Nothing here needs torch.
+Indices count from 0. A head of cosines or distances gives logits that are not log-probabilities, so their
+softmax means little. Each function below depends only on a table. Nothing here needs torch.
 """
 
 from __future__ import annotations

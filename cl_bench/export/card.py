@@ -80,7 +80,7 @@ def card(loaded: Loaded, plain: Plain, absence: str | None) -> str:
         "## Origin",
         _table(
             [
-                ("strategy", in_markdown(result.strategy)),
+                ("strategy", f"{in_markdown(result.strategy)}, regime {result.regime}"),
                 ("cell", f"`{result.cell}`, seed {result.seed}, class order {in_markdown(result.order)}"),
                 ("commit", f"`{result.provenance.get('commit') or 'not recorded'}`"),
                 ("dataset", f"{in_markdown(result.dataset)}, {len(result.class_names)} classes"),
@@ -91,8 +91,8 @@ def card(loaded: Loaded, plain: Plain, absence: str | None) -> str:
         f"Numbers are comparable with others of the protocol `{result.protocol.fingerprint}`:",
         _table(_protocol(loaded)),
         "## Numbers",
-        "Of this run, at this experience, in percent. `R[i, j]` is the accuracy on experience j after "
-        "training on experience i, and T the number of experiences so far.",
+        "Values of this run after this experience, in percent. `R[i, j]` is the accuracy on experience j "
+        "after training on experience i, and T the number of experiences so far.",
         _table(
             [(f"`{name}`", f"{value:.2f}", DEFINITIONS[name]) for name, value in _numbers(loaded).items()],
             header=("metric", "value", "definition"),

@@ -183,6 +183,6 @@ def test_keeping_changes_neither_the_cell_nor_its_counts(tmp_path: Path, whole: 
         assert run(plain).rows == read_result(whole.folder / FILE_NAME).rows
 
 
-def test_logits_alone_are_refused_before_training(tmp_path: Path) -> None:
+def test_logits_without_predictions_are_refused_before_training(tmp_path: Path) -> None:
     with quiet(), pytest.raises(ValueError, match="add --keep predictions, or --keep all"):
         run(toy(tmp_path, "--keep_logits"))

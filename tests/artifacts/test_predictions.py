@@ -117,7 +117,7 @@ def test_a_cell_without_predictions_names_the_option_that_keeps_them(tmp_path: P
     ),
     ids=("no parquet", "fewer columns", "more columns"),
 )
-def test_a_file_that_is_no_table_of_predictions_is_refused(
+def test_a_file_that_is_not_a_table_of_predictions_is_refused(
     tmp_path: Path, spoilt: Callable[[Path], object]
 ) -> None:
     result([1, 0, 1, 0]).write(tmp_path)
@@ -128,7 +128,7 @@ def test_a_file_that_is_no_table_of_predictions_is_refused(
         read(tmp_path)
 
 
-def test_accuracy_of_a_class_over_time_counts_its_images_alone() -> None:
+def test_accuracy_of_a_class_over_time_counts_only_its_images() -> None:
     table = pd.DataFrame(
         {
             "after": [0, 0, 1, 1, 1, 1],
@@ -163,7 +163,7 @@ def test_mcnemar_of_many_images_is_the_corrected_chi_squared_test() -> None:
     assert mcnemar(*hits(10, 30)).p == pytest.approx(expected)
 
 
-def test_two_models_that_are_never_right_alone_do_not_differ() -> None:
+def test_two_models_that_are_right_on_the_same_images_do_not_differ() -> None:
     assert mcnemar(*hits(0, 0)) == Paired(0, 0, p=1.0)
 
 

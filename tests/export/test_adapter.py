@@ -76,7 +76,7 @@ def test_the_head_goes_along_as_a_module_to_save() -> None:
     ),
     ids=("nothing", "bias", "full rank"),
 )
-def test_what_lora_cannot_represent_is_said(additions: dict[str, Tensor], reason: str) -> None:
+def test_what_lora_cannot_represent_is_returned_in_words(additions: dict[str, Tensor], reason: str) -> None:
     found = adapter(pretrained(), changed(**additions), "base")
     assert isinstance(found, str)
     assert re.search(reason, found)
