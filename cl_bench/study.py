@@ -36,7 +36,7 @@ from cl_bench.run.run import RunFailed, finished, quiet, run
 Kind = Literal["curves", "matrix", "cost"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Study:
     """The results of a comparison; printed, it is a table of means.
 
@@ -108,8 +108,7 @@ class Study:
             for table in tables(self.comparisons, METRICS)
         )
 
-    def _repr_markdown_(self) -> str:
-        return str(self)
+    __repr__ = _repr_markdown_ = __str__
 
     def _row(self, strategy: str) -> Row:
         rows = {row.label: row for row in self.comparison.entries}
