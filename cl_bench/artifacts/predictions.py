@@ -31,12 +31,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cl_bench.artifacts import PREDICTIONS
 from cl_bench.results.files import replaced
 from cl_bench.results.result import FILE_NAME, Result, Row
 from cl_bench.results.result import read as read_result
 
-FOLDER_NAME = "predictions"
-"""Name of the folder of predictions in the folder of a cell."""
+FOLDER_NAME = PREDICTIONS
 
 _COLUMNS = {
     "after": pa.int16(),

@@ -72,7 +72,8 @@ def pictures(
     failed: list[str] = []
     for kind, draw in PICTURES.items() if comparison.finished else ():
         try:
-            paths += draw(comparison, style).written(folder / f"{kind}_{name}", endings)
+            picture = draw(comparison, style)
+            paths += picture.written(folder / f"{kind}_{name}", endings) if picture else []
         except Exception as error:  # of any class: matplotlib draws names that nobody foresaw
             failed.append(f"Not drawn: {kind} of {visible(comparison.title)}: {sentence(error)}")
     return paths, failed
@@ -114,14 +115,37 @@ def matrices(comparison: Comparison, style: Style = DEFAULT) -> Picture:
     return heat_maps(comparison, drawn, means, _scale(means), names, style)
 
 
-def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture:
+def confusions(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:
+    """Draw where the images of each experience are placed at the end, in percent; None if no cell knows.
+
+    Row i is the experience of the images, column j that of the class they are taken for.
+    """
+    drawn = [entry for entry in comparison.finished if entry.confusions][:MOST_DRAWN]
+    if not drawn:
+        return None
+    tables = [placed(entry) for entry in drawn]
+    names = ("experience of the images", "experience of the prediction", "share of the images (%)")
+    return heat_maps(comparison, drawn, tables, Normalize(0, 100), names, style)
+
+
+def placed(entry: Entry) -> Array:
+    """Return the share of the images of each experience (rows) that is placed in each (columns), in percent.
+
+    It is the mean over the runs of ``entry`` that have kept predictions, (T, T).
+    """
+    shares = [100 * one.experiences / one.experiences.sum(axis=1, keepdims=True) for one in entry.confusions]
+    return np.asarray(np.mean(shares, axis=0))
+
+
+def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:
     """Draw final accuracy against the seconds of a run; whiskers are one sample standard deviation.
 
-    An entry that takes far longer than all others stands at the end of the axis, with its seconds.
+    An entry that takes far longer than all others stands at the end of the axis, with its seconds. None if no
+    run has measured its seconds.
     """
     drawn = [entry for entry in comparison.finished if entry.statistic("seconds").n][:MOST_DRAWN]
     if not drawn:
-        raise ValueError("No run has measured its seconds.")
+        return None
     with style.drawing():
         figure = Picture(style, 0.6 * style.width, min(0.62 * style.width, 2.9))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -163,12 +187,13 @@ def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture:
         return figure
 
 
-PICTURES: dict[str, Callable[[Comparison, Style], Picture]] = {
+PICTURES: dict[str, Callable[[Comparison, Style], Picture | None]] = {
     "curves": curves,
     "matrix": matrices,
     "cost": costs,
+    "confusion": confusions,
 }
-"""The pictures of a comparison, by the first part of their file names."""
+"""The pictures of a comparison, by the first part of their file names; None if their data are missing."""
 
 
 def reach(sizes: Sequence[float]) -> float:
