@@ -6,7 +6,7 @@ in :mod:`cl_bench.artifacts.predictions`. Nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,20 @@ class Confusion:
     def matrices(self) -> tuple[Counts, ...]:
         """The matrices that there are, that of experiences first."""
         return (self.experiences,) if self.classes is None else (self.experiences, self.classes)
+
+
+def placed(counts: Sequence[Counts]) -> npt.NDArray[np.float64]:
+    """Return which share of each row of ``counts`` is in each column, in percent, as a mean over runs (n, n).
+
+    A row without images is NaN.
+
+    >>> placed([np.array([[1, 1], [0, 4]]), np.array([[3, 1], [1, 3]])])
+    array([[62.5, 37.5],
+           [12.5, 87.5]])
+    """
+    with np.errstate(invalid="ignore"):
+        shares = [100 * one / one.sum(axis=1, keepdims=True) for one in counts]
+    return np.asarray(np.mean(shares, axis=0))
 
 
 def confusion_of(folder: Path) -> Confusion | None:

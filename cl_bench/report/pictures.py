@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
+from cl_bench.artifacts.confusion import placed
 from cl_bench.errors import sentence, visible
 from cl_bench.report.comparison import RANKING, Comparison, Entry
 from cl_bench.report.figures import (
@@ -123,18 +124,9 @@ def confusions(comparison: Comparison, style: Style = DEFAULT) -> Picture | None
     drawn = [entry for entry in comparison.finished if entry.confusions][:MOST_DRAWN]
     if not drawn:
         return None
-    tables = [placed(entry) for entry in drawn]
+    tables = [placed([one.experiences for one in entry.confusions]) for entry in drawn]
     names = ("experience of the images", "experience of the prediction", "share of the images (%)")
     return heat_maps(comparison, drawn, tables, Normalize(0, 100), names, style)
-
-
-def placed(entry: Entry) -> Array:
-    """Return the share of the images of each experience (rows) that is placed in each (columns), in percent.
-
-    It is the mean over the runs of ``entry`` that have kept predictions, (T, T).
-    """
-    shares = [100 * one.experiences / one.experiences.sum(axis=1, keepdims=True) for one in entry.confusions]
-    return np.asarray(np.mean(shares, axis=0))
 
 
 def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:

@@ -98,7 +98,9 @@ def test_a_band_ends_at_0_and_100_and_moves_no_end_of_the_axis(made: Made) -> No
 def test_a_cost_of_a_hundred_times_stands_at_the_end_with_its_number(made: Made) -> None:
     results = [made(f"method {i}") for i in range(4)]
     results[3].costs = [Cost({"training": 500.0}, 1, 1, 1) for _ in results[3].rows]
-    axes = costs(comparisons(results)[0]).axes[0]
+    picture = costs(comparisons(results)[0])
+    assert picture is not None
+    axes = picture.axes[0]
     assert axes.get_xlim() == pytest.approx((0, 1.15 * 5.0))  # the others take two times 2.5 s
     assert "1,000 s →" in [text.get_text() for text in axes.texts]
 
