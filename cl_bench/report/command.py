@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from cl_bench.artifacts.confusion import confusions_below
 from cl_bench.errors import suggestion, visible
-from cl_bench.report.comparison import Comparison, comparisons
+from cl_bench.report.comparison import Comparison, Entry, comparisons
 from cl_bench.report.figures import DEFAULT, Style
 from cl_bench.report.page import page
 from cl_bench.report.pictures import PICTURES, pictures
@@ -141,22 +141,28 @@ def with_confusions(compared: Sequence[Comparison], folder: Path) -> list[str]:
 
     Return a sentence for each cell whose predictions cannot be read.
     """
-    entries = {
-        (comparison.benchmark, comparison.fingerprint, run.cell): entry
-        for comparison in compared
-        for entry in comparison.entries
-        for run in entry.runs
-    }
-    unreadable = []
+    unreadable: list[str] = []
+    entries: dict[tuple[str, str, str], Entry] = {}
     for found in confusions_below(folder):
         if isinstance(found, str):
             unreadable.append(found)
             continue
+        entries = entries or _by_cell(compared)
         result = found.result
         entry = entries.pop((result.benchmark, result.protocol.fingerprint, result.cell), None)
         if entry is not None:  # a copy of a cell is not a second sample
             entry.confusions.append(found)
     return unreadable
+
+
+def _by_cell(compared: Sequence[Comparison]) -> dict[tuple[str, str, str], Entry]:
+    """Return the entry of every finished run by its benchmark, protocol and cell."""
+    return {
+        (comparison.benchmark, comparison.fingerprint, run.cell): entry
+        for comparison in compared
+        for entry in comparison.entries
+        for run in entry.runs
+    }
 
 
 def defined(metrics: Sequence[str]) -> list[str]:

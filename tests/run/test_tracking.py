@@ -27,6 +27,7 @@ OPTIONS = [
     "--wandb_project=rates",
     "--wandb_entity=team",
     "--tensorboard",
+    "--keep=predictions",
     "--trainer.log_every_n_steps=1",
     "--trainer.max_epochs=2",
     "--scheduler=StepLR",
@@ -92,6 +93,19 @@ def test_learning_rates_follow_the_schedule_and_gradients_have_a_norm(records: l
     assert all(norm > 0 for norm in norms)
     steps = {metric.glob_name: metric.step_metric for metric in _of_kind(records, "metric")}
     assert steps["lr-*"] == steps["train/*"] == "trainer/global_step"
+
+
+def test_matrix_and_confusions_are_tables_and_pictures(printed: tuple[Path, str]) -> None:
+    media = next(printed[0].glob("wandb/offline-run-*")) / "files" / "media"
+    for name in ("accuracy_matrix", "confusion_experiences", "confusion_classes"):
+        assert len([*media.glob(f"images/{name}_picture_*.png")]) == 1
+    (path,) = media.glob("table/confusion_experiences_*.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["truth", "prediction", "images"]
+    result = read(printed[0] / FILE_NAME)
+    assert sum(images for _, _, images in table["data"]) == sum(result.test_images)
+    placed = sum(images for truth, prediction, images in table["data"] if truth == prediction)
+    assert 100 * placed / sum(result.test_images) == pytest.approx(result.metrics()["task_id/sample"])
 
 
 def test_tensorboard_has_the_curves_of_the_csv_file(printed: tuple[Path, str]) -> None:
