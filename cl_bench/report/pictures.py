@@ -1,4 +1,4 @@
-"""Comparisons as pictures: accuracy over the experiences, accuracy matrices, and accuracy against seconds."""
+"""Comparisons as pictures: accuracy over the experiences, matrices, accuracy against seconds, confusion."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def curves(comparison: Comparison, style: Style = DEFAULT) -> Picture:
         ends = [float(mean[-1]) for mean in means]
         _label_ends(axes, drawn, names, pens, ends, lines * style.line / figure.get_figheight())
         band = "; band: one sample standard deviation" if any(len(entry.runs) > 1 for entry in drawn) else ""
-        headline(axes, comparison, style, above=1.0, remark=band)
+        headline(axes, comparison, style, _numbers(drawn), remark=band)
         figure.fit()
         return figure
 
@@ -113,7 +113,7 @@ def matrices(comparison: Comparison, style: Style = DEFAULT) -> Picture:
     drawn = comparison.finished[:MOST_DRAWN]
     means = [_mean_matrix(entry) for entry in drawn]
     names = ("after experience", "evaluated on experience", "accuracy (%)")
-    return heat_maps(comparison, drawn, means, _scale(means), names, style)
+    return heat_maps(comparison, drawn, means, _scale(means), names, _numbers(drawn), style)
 
 
 def confusions(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:
@@ -126,7 +126,8 @@ def confusions(comparison: Comparison, style: Style = DEFAULT) -> Picture | None
         return None
     tables = [placed([one.experiences for one in entry.confusions]) for entry in drawn]
     names = ("experience of the images", "experience of the prediction", "share of the images (%)")
-    return heat_maps(comparison, drawn, tables, Normalize(0, 100), names, style)
+    numbers = [len(entry.confusions) for entry in drawn]
+    return heat_maps(comparison, drawn, tables, Normalize(0, 100), names, numbers, style)
 
 
 def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:
@@ -174,7 +175,7 @@ def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:
         axes.set_xlabel("seconds of a run")
         axes.set_ylabel("final accuracy (%)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.02), frameon=False, handletextpad=0.3)
-        headline(axes, comparison, style, above=1.0)
+        headline(axes, comparison, style, _numbers(drawn))
         figure.fit()
         return figure
 
@@ -226,6 +227,10 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     for place, (index, value) in enumerate(zip(order, shifted, strict=True)):
         moved[index] = min(max(value, low), room) + place * gap
     return moved
+
+
+def _numbers(drawn: Sequence[Entry]) -> list[int]:
+    return [len(entry.runs) for entry in drawn]
 
 
 def _pens(drawn: Sequence[Entry]) -> list[_Pen]:
