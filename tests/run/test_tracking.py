@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from cl_bench.__main__ import main
 from cl_bench.results.result import FILE_NAME, read
 from cl_bench.run.configuration import layers, resolve
-from cl_bench.run.tracking import GradientNorm
+from cl_bench.run.tracking import GradientNorm, how_to_read
 
 OPTIONS = [
     "--wandb",
@@ -73,6 +73,20 @@ def test_the_run_prints_the_line_that_sends_it(printed: tuple[Path, str]) -> Non
     assert list(Path(kept).parent.iterdir()) != []
     assert len([*Path(kept).glob("run-*.wandb")]) == 1
     assert f"tensorboard --logdir {folder / 'tensorboard'}" in text
+
+
+def test_many_runs_are_sent_by_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "my results"
+    words = ["--wandb", f"--results={folder}"]
+    cells = [resolve(layers("ncm", "toy"), [*words, f"--seed={seed}"]) for seed in (1, 2)]
+    assert how_to_read(cells) == []  # online, or not yet run
+    for cell in cells:
+        (cell.folder / "wandb" / "offline-run-1-a").mkdir(parents=True)
+    (text,) = how_to_read(cells)
+    assert text.startswith("W&B is offline, and 2 runs are below")
+    (line,) = (line for line in text.splitlines() if line.startswith("  wandb sync "))
+    (pattern,) = shlex.split(line)[2:]
+    assert len([*folder.parent.glob(str(Path(pattern).relative_to(folder.parent)))]) == 2
 
 
 def test_options_set_project_team_group_name_and_tags(records: list[Any]) -> None:
