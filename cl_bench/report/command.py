@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from cl_bench.artifacts.confusion import confusions_below
 from cl_bench.errors import suggestion, visible
-from cl_bench.report.comparison import comparisons
+from cl_bench.report.comparison import Comparison, Entry, comparisons
 from cl_bench.report.figures import DEFAULT, Style
 from cl_bench.report.page import page
 from cl_bench.report.pictures import PICTURES, pictures
@@ -94,6 +95,7 @@ def report(
     with without_collector():
         results, unreadable = results_below(results_folder)
         compared = comparisons(results)
+        unreadable += with_confusions(compared, results_folder)
         laid_out = tables(compared, shown)
         texts = _texts(laid_out, format, results_folder.resolve().name, unreadable)
         ranked = [described(comparison, published) for comparison in compared] if published else []
@@ -141,6 +143,35 @@ def results_below(folder: Path) -> tuple[list[Result], list[str]]:
             f"No {FILE_NAME} below {folder} can be read: run a cell first, or name another folder.{reasons}"
         )
     return results, unreadable
+
+
+def with_confusions(compared: Sequence[Comparison], folder: Path) -> list[str]:
+    """Add to ``compared`` the confusions of the cells below ``folder`` that have kept predictions.
+
+    Return a sentence for each cell whose predictions cannot be read.
+    """
+    unreadable: list[str] = []
+    entries: dict[tuple[str, str, str], Entry] = {}
+    for found in confusions_below(folder):
+        if isinstance(found, str):
+            unreadable.append(found)
+            continue
+        entries = entries or _by_cell(compared)
+        result = found.result
+        entry = entries.pop((result.benchmark, result.protocol.fingerprint, result.cell), None)
+        if entry is not None:  # a copy of a cell is not a second sample
+            entry.confusions.append(found)
+    return unreadable
+
+
+def _by_cell(compared: Sequence[Comparison]) -> dict[tuple[str, str, str], Entry]:
+    """Return the entry of every finished run by its benchmark, protocol and cell."""
+    return {
+        (comparison.benchmark, comparison.fingerprint, run.cell): entry
+        for comparison in compared
+        for entry in comparison.entries
+        for run in entry.runs
+    }
 
 
 def defined(metrics: Sequence[str]) -> list[str]:

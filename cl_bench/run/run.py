@@ -118,7 +118,7 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback], require: C
             message = trainer.result.error or sentence(error)
             require()
             raise RunFailed(_reported(error, message, folder)) from error
-        record(result, opened)
+        record(result, opened, folder)
         return result
 
 
