@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -14,4 +15,6 @@ def __getattr__(name: str) -> Any:
     """Import what is used when it is used: the command line starts without torch."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    with warnings.catch_warnings():  # libraries warn on import, for instance of what a notebook lacks
+        warnings.simplefilter("ignore")
+        return getattr(import_module(_MODULES[name]), name)

@@ -21,7 +21,7 @@ from cl_bench.errors import suggestion
 from cl_bench.grid.cells import Grid
 from cl_bench.grid.command import Entry, known, run_waiting
 from cl_bench.grid.engine import Engine
-from cl_bench.report.command import METRICS
+from cl_bench.report.command import METRICS, with_confusions
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.comparison import Entry as Row
 from cl_bench.report.figures import DEFAULT, Picture, Style
@@ -33,23 +33,27 @@ from cl_bench.results.result import Result, read
 from cl_bench.run.console import RunConsole
 from cl_bench.run.run import RunFailed, finished, quiet, run
 
-Kind = Literal["curves", "matrix", "cost"]
+Kind = Literal["curves", "matrix", "cost", "confusion"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Study:
     """The results of a comparison; printed, it is a table of means.
 
     Attributes:
         results: One for each cell, in the order of the cells.
+        folder: Folder of all results.
     """
 
     results: Sequence[Result]
+    folder: Path
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """The results, gathered by protocol; usually there is one."""
-        return comparisons(self.results)
+        compared = comparisons(self.results)
+        with_confusions(compared, self.folder)
+        return compared
 
     @property
     def comparison(self) -> Comparison:
@@ -86,12 +90,11 @@ class Study:
         )
 
     def plot(self, kind: Kind = "curves", style: Style = DEFAULT) -> Picture:
-        """Return a picture: accuracy over the experiences, accuracy matrices, or accuracy against seconds.
-
-        A notebook shows it, and its ``savefig`` writes PDF, SVG or PNG.
+        """Return a picture, which a notebook shows, and whose ``savefig`` writes PDF, SVG or PNG.
 
         Args:
-            kind: ``curves``, ``matrix`` or ``cost``.
+            kind: ``curves`` of accuracy, accuracy ``matrix``, accuracy against ``cost``, or ``confusion`` of
+                experiences, of cells that were run with ``keep="predictions"``.
             style: Width and font.
 
         Raises:
@@ -99,7 +102,11 @@ class Study:
         """
         if kind not in PICTURES:
             raise ValueError(f"There is no picture {kind!r}. {suggestion(kind, PICTURES)}")
-        return PICTURES[kind](self.comparison, style)
+        picture = PICTURES[kind](self.comparison, style)
+        if picture is None:
+            needed = 'keep="predictions"' if kind == "confusion" else "cells that have measured their seconds"
+            raise ValueError(f"These results have no {kind} to draw: it needs {needed}.")
+        return picture
 
     def __str__(self) -> str:
         """Return the means of the report, in Markdown, below what was compared."""
@@ -108,8 +115,7 @@ class Study:
             for table in tables(self.comparisons, METRICS)
         )
 
-    def _repr_markdown_(self) -> str:
-        return str(self)
+    __repr__ = _repr_markdown_ = __str__
 
     def _row(self, strategy: str) -> Row:
         rows = {row.label: row for row in self.comparison.entries}
@@ -164,7 +170,8 @@ def compare(
         failed = _run_here(entries, progress) if engine is None else _run_there(entries, engine)
         if failed:
             raise RunFailed(f"{failed}\nRepeat the call once that is mended: what is done is kept.")
-        return Study([read(path) for entry in entries if (path := finished(entry.configuration)) is not None])
+        paths = [finished(entry.configuration) for entry in entries]
+        return Study([read(path) for path in paths if path is not None], Path(results))
 
 
 def _run_here(entries: Sequence[Entry], progress: bool) -> str:

@@ -104,6 +104,15 @@ class DirectedLinear(AdaptedLinear):
         newest = self.owner.new_full((rank,), len(self.magnitudes) - 1)
         self.owner = torch.cat([self.owner, newest])
 
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add all directions to the weight and drop them: the function stays the same."""
+        super().merge()
+        for name in self.rows:
+            self._buffers[f"down_{name}"] = self.get_buffer(f"down_{name}")[:0]
+            self._buffers[f"up_{name}"] = self.get_buffer(f"up_{name}")[:, :0]
+        self.owner = self.owner[:0]
+
     def addend(self, name: str) -> tuple[Tensor, Tensor, float]:
         """Return all rows and columns of a projection, with the magnitudes in the columns, and 1."""
         down, up = self.factors(name)

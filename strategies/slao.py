@@ -71,6 +71,17 @@ class PairedLinear(AdaptedLinear):
             down.copy_(adapter.A)
             up.add_((adapter.B - up) / number**0.5)
 
+    def merge(self) -> None:
+        """Refuse to merge: one weight cannot hold the trained pair and the merged one.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            "A layer of SLAO computes one function in training and another at test time, and a weight holds "
+            "one of the two: take effective_weight() in the mode whose function you want."
+        )
+
     def addend(self, name: str) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return the factors and the scale of the trained pair in training, of the merged one otherwise."""
         if self.training:

@@ -109,7 +109,9 @@ def test_held_out_classes_leave_as_many_as_the_table_gives() -> None:
     assert len(data.class_names) == 8
 
 
-@pytest.mark.parametrize("verb", ("grid", "tune", "report", "reproduce", "prepare", "bench"))
+@pytest.mark.parametrize(
+    "verb", ("grid", "tune", "report", "predictions", "export", "reproduce", "prepare", "bench")
+)
 def test_quoted_options_of_other_verbs_exist(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([verb, "--help"])

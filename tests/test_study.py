@@ -130,7 +130,7 @@ def test_settings_are_rows_of_their_own(tmp_path: Path) -> None:
 def test_unequal_protocols_share_no_picture(study: Study, tmp_path: Path) -> None:
     other = compare(["ncm"], "toy", results=tmp_path, noise=0.5)
     with pytest.raises(ValueError, match="2 protocols, which share no table"):
-        Study([*study.results, *other.results]).plot()
+        Study([*study.results, *other.results], tmp_path).plot()
 
 
 def test_a_cell_that_fails_costs_no_other_and_ends_in_an_error(

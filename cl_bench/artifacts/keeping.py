@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from cl_bench.artifacts import models
+from cl_bench.artifacts import MODELS, PREDICTIONS, models
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.loading import StreamLoader
 from cl_bench.loop.callbacks import experience_of_class, strategy_of, within_experience
@@ -66,9 +66,7 @@ def keepers(
 
 def clear(folder: Path) -> None:
     """Remove what earlier attempts have kept in the folder of a cell."""
-    from cl_bench.artifacts import predictions  # imports pandas, which few runs need
-
-    for name in (models.FOLDER_NAME, predictions.FOLDER_NAME):
+    for name in (MODELS, PREDICTIONS):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -83,7 +81,7 @@ def lacking(folder: Path, result: Result, keep: Keep | None, *, logits: bool) ->
     """
     if keep is None:
         return None
-    from cl_bench.artifacts import predictions
+    from cl_bench.artifacts import predictions  # imports pandas, which most runs do without
 
     after = [index for index, row in enumerate(result.rows) if row is not None]
     absent = []

@@ -16,11 +16,9 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from cl_bench.artifacts import MODELS
 from cl_bench.loop.snapshot import Snapshot
 from cl_bench.results.files import replaced
-
-FOLDER_NAME = "models"
-"""Name of the folder of kept models in the folder of a cell."""
 
 SCHEMA = 1
 
@@ -47,7 +45,7 @@ class Origin:
 
 def file_of(folder: Path, after: int) -> Path:
     """Return the file of the model after experience ``after``, counted from 0, in a cell's folder."""
-    return folder / FOLDER_NAME / f"experience{after + 1}.safetensors"
+    return folder / MODELS / f"experience{after + 1}.safetensors"
 
 
 def write(path: Path, origin: Origin, model: Snapshot, require: Callable[[], None] = lambda: None) -> None:

@@ -4,7 +4,7 @@ The table has a row for each image and evaluation, with these columns:
 
 ========================  =======================================================================
 ``after``                 index of the experience after which the image was evaluated
-``sample``                index of the image among the test images, in the order of the dataset
+``sample``                index of the image among those evaluated on, in the order of the dataset
 ``label``                 its class, as every class here a position in the class order
 ``experience``            index of the experience that brought this class
 ``prediction``            predicted class, among all classes seen
@@ -16,8 +16,8 @@ The table has a row for each image and evaluation, with these columns:
 ``logits``                logits of all classes seen; missing unless they were asked for
 ========================  =======================================================================
 
-Indices count from 0. A head of cosines or distances gives logits that are no log-probabilities, and the
-softmax of these says little. Each function below depends on a table alone. Nothing here needs torch.
+Indices count from 0. A head of cosines or distances gives logits that are not log-probabilities, so their
+softmax means little. Each function below depends only on a table. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cl_bench.artifacts import PREDICTIONS
 from cl_bench.results.files import replaced
 from cl_bench.results.result import FILE_NAME, Result, Row
 from cl_bench.results.result import read as read_result
-
-FOLDER_NAME = "predictions"
-"""Name of the folder of predictions in the folder of a cell."""
 
 _COLUMNS = {
     "after": pa.int16(),
@@ -49,12 +47,13 @@ _COLUMNS = {
     "top5": pa.list_(pa.int32()),
     "probability": pa.float32(),
 }
+_CLASSES = ("label", "prediction", "within")
 _OPTIONAL = {"domain": pa.int16(), "logits": pa.list_(pa.float32())}
 
 
 def file_of(folder: Path, after: int) -> Path:
     """Return the file of the predictions after experience ``after``, counted from 0, in a cell's folder."""
-    return folder / FOLDER_NAME / f"experience{after + 1}.parquet"
+    return folder / PREDICTIONS / f"experience{after + 1}.parquet"
 
 
 def write(path: Path, columns: Mapping[str, Any], require: Callable[[], None] = lambda: None) -> None:
@@ -95,7 +94,6 @@ def read(folder: Path) -> pd.DataFrame:
     Raises:
         FileNotFoundError: If the cell has kept no predictions.
         ValueError: If they are not those of its result: other columns, missing experiences, other counts.
-        OSError: If a file cannot be opened.
     """
     result = read_result(folder / FILE_NAME)
     evaluated = [after for after, row in enumerate(result.rows) if row is not None]
@@ -110,8 +108,9 @@ def read(folder: Path) -> pd.DataFrame:
             f"{folder} has no predictions after experience {', '.join(missing)}: remove the folder and run "
             "its cell again with --keep predictions."
         )
-    table = pd.concat([_read(file) for file in files], ignore_index=True)
-    if rows(table, result) != result.rows:
+    table = pd.concat([_read(file, after) for after, file in zip(evaluated, files, strict=True)])
+    table = table.reset_index(drop=True)
+    if not _fits(table, result) or rows(table, result) != result.rows:
         raise ValueError(
             f"The predictions in {folder} do not add up to the counts of its result, so they are of another "
             "run: remove the folder and run its cell again with --keep predictions."
@@ -119,10 +118,11 @@ def read(folder: Path) -> pd.DataFrame:
     return table
 
 
-def _read(file: Path) -> pd.DataFrame:
+def _read(file: Path, after: int) -> pd.DataFrame:
+    """Return the content of a file, if it is the evaluation after experience ``after``."""
     try:
         table = pq.read_table(file, partitioning=None)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a Parquet file: run its cell again. ({error})") from error
     found = dict(zip(table.schema.names, table.schema.types, strict=True))
     expected = {name: kind for name, kind in (_COLUMNS | _OPTIONAL).items() if name in found}
@@ -130,7 +130,25 @@ def _read(file: Path) -> pd.DataFrame:
         raise ValueError(
             f"{file} has other columns than this version writes: run its cell again with --keep predictions."
         )
-    return table.replace_schema_metadata().to_pandas()
+    frame = table.replace_schema_metadata().to_pandas()
+    if (frame["after"] != after).any():
+        raise ValueError(f"{file} is of another experience: run its cell again with --keep predictions.")
+    return frame
+
+
+def _fits(table: pd.DataFrame, result: Result) -> bool:
+    """Whether every entry is one that the stream of ``result`` can have, so that all functions take it."""
+    owner = np.repeat(np.arange(result.num_experiences), [stop - start for start, stop in result.experiences])
+    bounds = {name: np.array([stop for _, stop in result.experiences])[table["after"]] for name in _CLASSES}
+    bounds |= {"domain": len(result.domains)} if result.domains else {}
+    return bool(
+        not table.isna().any(axis=None)
+        and bounds.keys() <= {*table}
+        and all(table[name].ge(0).all() and table[name].lt(bound).all() for name, bound in bounds.items())
+        and (owner[table["label"]] == table["experience"]).all()
+        and (owner[table["prediction"]] == table["predicted_experience"]).all()
+        and not table.duplicated(["after", "sample"]).any()
+    )
 
 
 def rows(table: pd.DataFrame, result: Result) -> list[Row | None]:
@@ -139,14 +157,9 @@ def rows(table: pd.DataFrame, result: Result) -> list[Row | None]:
     Args:
         table: Predictions.
         result: Gives classes, experiences and domains of the stream; its own counts are not read.
-
-    Raises:
-        ValueError: If the table names a class, experience or domain that the stream does not have.
     """
     found: list[Row | None] = []
     for after, own in table.groupby("after"):
-        if not 0 <= after < result.num_experiences:
-            raise ValueError(f"The table has an experience {after}, and the stream {result.num_experiences}.")
         found += [None] * (after - len(found))
         found.append(_row(own, result.experiences[after][1], len(result.domains)))
     return found
@@ -154,8 +167,6 @@ def rows(table: pd.DataFrame, result: Result) -> list[Row | None]:
 
 def _row(own: pd.DataFrame, seen: int, domains: int) -> Row:
     """Return the counts of one evaluation over ``seen`` classes."""
-    if not own["label"].between(0, seen - 1).all():
-        raise ValueError(f"The table has labels outside the {seen} classes seen.")
 
     def counts(hit: pd.Series) -> list[int]:
         listed: list[int] = np.bincount(own["label"][hit], minlength=seen).tolist()

@@ -13,6 +13,7 @@ from types import ModuleType
 from rich.console import Console
 
 from cl_bench.check import cost, data, learning, reproduction, training
+from cl_bench.check.leftovers import kept
 from cl_bench.check.subject import Broken, Subject, Verdict
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.errors import sentence, suggestion
@@ -55,7 +56,7 @@ CLAIMS: dict[str, Callable[[Evidence], str]] = {
     "the optimizer's parameters are the strategy's own": lambda e: training.optimizer(*e.observed),
     "no task id at test time": lambda e: data.prediction(e.plain.run),
     "no data of other experiences is seen": lambda e: data.training(e.plain.seen),
-    "training data are kept only as declared": lambda e: data.keeping(data.kept(e.subject), e.plain.seen),
+    "training data are kept only as declared": lambda e: data.keeping(kept(e.subject), e.plain.seen),
     "the same seed gives the same bits": lambda e: reproduction.seed(e.plain, reproduction.plain(e.subject)),
     "a resumed run ends in the same bits": lambda e: reproduction.resume(e.subject),
     "stored state grows only as declared": lambda e: cost.state(*e.measured),

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import inspect
-import io
-import mmap
-import os
-import sys
-from array import array
-from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from functools import cache
-from io import StringIO
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
+from cl_bench.check.leftovers import Kept
 from cl_bench.check.stream import CLASSES_PER_EXPERIENCE
-from cl_bench.check.subject import Broken, Run, Subject, copied_state, differing, some
-from cl_bench.contracts.low_rank import memory_of
-from cl_bench.contracts.strategy import Strategy, state_bytes
+from cl_bench.check.subject import Broken, Run, copied_state, differing, some
 from cl_bench.data.experience import Experience
 
 _ROUNDING = 1e-5  # of a logit or a pixel: products over another batch size round in another order
 _TEST = -1  # in place of the index of a training image
-_FEW_IMAGES = 3  # of each class: a memory for more than that many is seen to grow
 _FEW_BYTES = 16  # two numbers
-_SIZE = 8  # pixels
-_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_LIBRARIES = {"builtins", "typing", "lightning", "torch"}
 
 
 class ImagesSeen:
@@ -167,43 +148,6 @@ def _require_equal(otherwise: str, one: Tensor, other: Tensor, tolerance: float)
         )
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What a strategy keeps of training images after their experience.
-
-    Attributes:
-        strategy: The strategy, after two experiences.
-        in_memory: Bytes in memory for each image, wherever they are.
-        in_files: Bytes written to files for each image.
-        files: Files that were opened for writing.
-        feature: Bytes of a feature in double precision.
-    """
-
-    strategy: Strategy
-    in_memory: float
-    in_files: float
-    files: list[str]
-    feature: int
-
-
-def kept(subject: Subject) -> Kept:
-    """Train ``subject`` on few images and on twice as many, and compare what is left of them.
-
-    The two trainings differ only in the number of images of each class. Directions that a memory protects may
-    differ too: other claims bound them.
-    """
-    few, many = (_left(subject, number) for number in (_FEW_IMAGES, 2 * _FEW_IMAGES))
-    strategy = many.strategy
-    further = _FEW_IMAGES * strategy.head.num_classes
-    return Kept(
-        strategy,
-        (many.in_memory - few.in_memory) / further,
-        (many.in_files - few.in_files) / further,
-        many.files,
-        8 * strategy.backbone.feature_dim,
-    )
-
-
 def keeping(found: Kept, seen: ImagesSeen) -> str:
     """Claim: what is kept of training images does not grow with their number, but as declared.
 
@@ -231,142 +175,6 @@ def keeping(found: Kept, seen: ImagesSeen) -> str:
             "would show that the method keeps training data"
         )
     return f"{measured}, and {'nothing is' if declared == 'none' else f'{declared} are'} declared"
-
-
-@dataclass(frozen=True)
-class _Left:
-    """What one training left: bytes in memory and in files, and the names of these."""
-
-    strategy: Strategy
-    in_memory: int
-    in_files: int
-    files: list[str]
-
-
-def _left(subject: Subject, images_per_class: int) -> _Left:
-    settings = {
-        "data.num_experiences": 2,
-        "data.classes_per_experience": 10,
-        "data.images_per_class": images_per_class,
-        "data.image_size": 2 * _SIZE,  # so that the pixels of an image take more bytes than its feature
-        "backbone.options": subject.backbone_options(img_size=2 * _SIZE),
-        "trainer.max_epochs": 1,
-    }
-    gc.freeze()  # what exists already is not counted
-    try:
-        run = subject.run(settings)
-        before = _alive(run)
-        with _writing() as written:
-            for experience in run.experiences:
-                run.learn(experience)
-        in_memory = _alive(run) - before
-    finally:
-        gc.unfreeze()
-    memory = memory_of(run.strategy)
-    in_memory -= 0 if memory is None else state_bytes(memory)
-    return _Left(run.strategy, in_memory, written.bytes, sorted(written.files))
-
-
-def _alive(run: Run) -> int:
-    """Return the bytes of tensors, arrays, text and containers that are alive, but for what is frozen in gc.
-
-    Whatever a new object refers to is found, wherever that is: attributes, closures, the trainer, the data.
-    So are the attributes of the classes of the strategy, and the globals of their modules.
-    """
-    run.stream.train.read.clear()
-    run.stream.test.read.clear()
-    gc.collect()
-    reached: list[Any] = gc.get_objects()
-    found = {id(one): one for one in reached}
-    for class_ in type(run.strategy).__mro__:
-        if class_.__module__.partition(".")[0] not in _LIBRARIES:
-            for attributes in (vars(class_), vars(sys.modules[class_.__module__])):
-                found |= {id(value): value for value in attributes.values()}
-                reached += [value for value in attributes.values() if isinstance(value, _CONTAINERS)]
-    while reached:
-        referents = {id(one): one for one in gc.get_referents(*reached) if id(one) not in found}
-        found |= referents
-        # The collector does not track containers of nothing but numbers and text.
-        reached = [one for one in referents.values() if type(one) in _CONTAINERS and not gc.is_tracked(one)]
-    return sum(dict(map(_size, found.values())).values())
-
-
-def _size(one: Any) -> tuple[int, int]:
-    """Return where the memory of an object is, and its bytes; 8 for each entry of a container."""
-    kind = type(one)
-    if issubclass(kind, Tensor) and one.layout == torch.strided and one.device.type == "cpu":
-        one = one.untyped_storage()
-        return one.data_ptr(), one.nbytes()
-    if issubclass(kind, torch.UntypedStorage):
-        return one.data_ptr(), one.nbytes()
-    if issubclass(kind, io.BytesIO):
-        return id(one), one.getbuffer().nbytes
-    if issubclass(kind, mmap.mmap | ctypes.Array):
-        return id(one), len(memoryview(one).cast("B"))
-    if issubclass(kind, np.ndarray):
-        while isinstance(one.base, np.ndarray):
-            one = one.base
-        return one.ctypes.data, one.nbytes
-    if issubclass(kind, Image.Image):
-        return id(one), one.width * one.height * len(one.getbands())
-    if issubclass(kind, int):
-        return id(one), one.bit_length() // 8
-    if issubclass(kind, str | bytes | bytearray):
-        return id(one), len(one)
-    return id(one), 8 * len(one) if issubclass(kind, (*_CONTAINERS, array)) else 0
-
-
-class _Written:
-    """What this process wrote to files.
-
-    Attributes:
-        files: Names of the files that Python opened for writing.
-        bytes: Bytes that were written; on Linux also by libraries.
-    """
-
-    def __init__(self) -> None:
-        self.files: set[str] = set()
-        self.bytes = 0
-
-
-_watching: list[_Written] = []
-
-
-@cache
-def _install_audit() -> None:
-    """Let Python report the files that it opens; an audit hook stays as long as the process."""
-
-    def audit(event: str, arguments: tuple[Any, ...]) -> None:
-        if _watching and event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            if not isinstance(arguments[0], int):
-                _watching[-1].files.add(os.fsdecode(arguments[0]))
-
-    sys.addaudithook(audit)
-
-
-@contextmanager
-def _writing() -> Iterator[_Written]:
-    """Watch what is written to files while the context is open; what is printed does not count."""
-    _install_audit()
-    written = _Written()
-    _watching.append(written)
-    before = _bytes_written()
-    try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            yield written
-    finally:
-        _watching.pop()
-    sizes = [os.path.getsize(file) for file in written.files if os.path.isfile(file)]
-    written.bytes = max(sum(sizes), _bytes_written() - before)
-
-
-def _bytes_written() -> int:
-    """Return the bytes that this process has written so far, by Linux's count; 0 on other systems."""
-    try:
-        counts = Path("/proc/self/io").read_text()
-    except OSError:
-        return 0
-    return int(counts.partition("wchar:")[2].split()[0])
 
 
 def _key(image: Tensor) -> bytes:

@@ -10,6 +10,7 @@ from timm.models import get_pretrained_cfg
 from cl_bench.export.folding import Plain
 from cl_bench.export.loading import Loaded
 from cl_bench.network.backbones import Backbone
+from cl_bench.results.escapes import in_markdown
 from cl_bench.results.metrics import DEFINITIONS
 
 
@@ -59,7 +60,7 @@ def card(loaded: Loaded, plain: Plain, absence: str | None) -> str:
     parts = [
         f"---\nlibrary_name: timm\nlicense: {granted.name}\n"
         "tags: [image-classification, timm, continual-learning, cl-bench]\n---",
-        f"# {result.strategy} on {result.benchmark}",
+        f"# {in_markdown(result.strategy)} on {in_markdown(result.benchmark)}",
         f"A vision transformer that has learnt {plain.num_classes} classes in "
         f"{loaded.experience + 1} of {result.num_experiences} experiences, exported by cl-bench.",
         "## Use",
@@ -70,7 +71,7 @@ def card(loaded: Loaded, plain: Plain, absence: str | None) -> str:
         "and mean and deviation by which images in [0, 1] are normalised.",
         _table(
             [
-                ("test transform", f"`{_one_line(str(loaded.transform))}`, before the normalisation"),
+                ("before the normalisation", in_markdown(_one_line(str(loaded.transform)))),
                 ("logits", _logits(plain)),
                 ("precision", _precision(loaded)),
                 ("PEFT", _peft(absence)),
@@ -79,10 +80,10 @@ def card(loaded: Loaded, plain: Plain, absence: str | None) -> str:
         "## Origin",
         _table(
             [
-                ("strategy", result.strategy),
-                ("cell", f"`{result.cell}`, seed {result.seed}, class order {result.order}"),
+                ("strategy", f"{in_markdown(result.strategy)}, regime {result.regime}"),
+                ("cell", f"`{result.cell}`, seed {result.seed}, class order {in_markdown(result.order)}"),
                 ("commit", f"`{result.provenance.get('commit') or 'not recorded'}`"),
-                ("dataset", f"{result.dataset}, {len(result.class_names)} classes"),
+                ("dataset", f"{in_markdown(result.dataset)}, {len(result.class_names)} classes"),
                 ("kept of old training data", result.training_data or "not recorded"),
             ]
         ),
@@ -90,8 +91,8 @@ def card(loaded: Loaded, plain: Plain, absence: str | None) -> str:
         f"Numbers are comparable with others of the protocol `{result.protocol.fingerprint}`:",
         _table(_protocol(loaded)),
         "## Numbers",
-        "Of this run, at this experience, in percent. `R[i, j]` is the accuracy on experience j after "
-        "training on experience i, and T the number of experiences so far.",
+        "Values of this run after this experience, in percent. `R[i, j]` is the accuracy on experience j "
+        "after training on experience i, and T the number of experiences so far.",
         _table(
             [(f"`{name}`", f"{value:.2f}", DEFINITIONS[name]) for name, value in _numbers(loaded).items()],
             header=("metric", "value", "definition"),
@@ -110,13 +111,9 @@ def _numbers(loaded: Loaded) -> dict[str, float]:
 def _protocol(loaded: Loaded) -> list[tuple[str, str]]:
     identity = loaded.result.protocol.identity
     names = ("evaluated_on", "decoding", "image_size", "train_transform", "test_transform", "precision")
-    pairs = [(name.replace("_", " "), _one_line(str(identity.get(name)))) for name in names]
     backbone = identity.get("backbone")
-    return pairs + (
-        [(name.replace("_", " "), _one_line(str(value))) for name, value in backbone.items()]
-        if isinstance(backbone, dict)
-        else []
-    )
+    shown = {name: identity.get(name) for name in names} | (backbone if isinstance(backbone, dict) else {})
+    return [(name.replace("_", " "), in_markdown(_one_line(str(value)))) for name, value in shown.items()]
 
 
 def _logits(plain: Plain) -> str:
@@ -142,8 +139,7 @@ def _peft(absence: str | None) -> str:
 
 def _table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ("", "")) -> str:
     lines = [header, ("---",) * len(header), *rows]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _one_line(text: str) -> str:

@@ -18,6 +18,7 @@ from cl_bench.artifacts import models
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.data.stream import Transform
+from cl_bench.errors import refusing
 from cl_bench.loop.snapshot import restore
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.results.result import FILE_NAME, Result
@@ -85,7 +86,7 @@ def load(
     after = _after(folder, result, experience)
     configuration = _configuration(folder, result, device, weights)
     origin, snapshot = models.read(models.file_of(folder, after))
-    with quiet(), torch.random.fork_rng(devices=[]):  # what is drawn is replaced
+    with quiet(), refusing(), torch.random.fork_rng(devices=[]):  # what is drawn is replaced
         strategy, trainer = configuration.build([], [])
         trainer.precision_plugin.convert_module(strategy)
         for seen in _experiences(result, after):
@@ -97,7 +98,8 @@ def load(
             f"The model {models.file_of(folder, after)} is of {origin}, and this cell has {expected}: "
             "give the weights that it was trained from, or run the cell again with --keep model."
         )
-    restore(strategy, snapshot)
+    with refusing():
+        restore(strategy, snapshot)
     trainer.set_precision(strategy)
     strategy.to(trainer.strategy.root_device).eval()
     names = result.class_names[: result.experiences[after][1]]

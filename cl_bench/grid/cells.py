@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cl_bench.errors import suggestion
-from cl_bench.run.configs import config_file, load, words
+from cl_bench.run.configs import GROUPS, config_file, load, words
 
 if TYPE_CHECKING:
     from cl_bench.run.configuration import Configuration
@@ -151,6 +151,9 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
                 f"In {path}, the settings of {strategy} must be names with their overrides, such as "
                 "{small: {rank: 4}}."
             )
+        for name, overrides in settings.items():
+            _require_one_spelling(overrides, f"the setting {name} of {strategy} in {path}")
+    _require_one_spelling(content.get("common", {}), f"common in {path}")
     if results is not None:
         content["results"] = str(results)
     return Grid(**content)
@@ -161,3 +164,14 @@ def _require_names(content: dict[str, Any], path: Path) -> None:
         for name in content[key]:
             if not isinstance(name, str):
                 raise ValueError(f"In {path}, {key} cannot hold {name!r}: write names of configs.")
+
+
+def _require_one_spelling(overrides: dict[str, Any], where: str) -> None:
+    """Require that no key stands both with and without its group."""
+    plain: dict[str, str] = {}
+    for key in overrides:
+        group, _, rest = str(key).replace(".init_args.", ".").partition(".")
+        name = rest if group in GROUPS and rest else f"{group}.{rest}".rstrip(".")
+        if name in plain:
+            raise ValueError(f"{plain[name]} and {key} are one key in {where}: keep one of them.")
+        plain[name] = key

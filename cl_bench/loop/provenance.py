@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -19,6 +20,8 @@ from cl_bench.data.sources import FileSource, for_validation, of_classes
 from cl_bench.results.result import Result
 
 _PACKAGES = ("torchvision", "lightning", "timm", "avalanche-lib", "numpy")
+_OF_FILES = ("images_sha256", "sizes_sha256", "ends_sha256")
+_END = 64 * 1024  # bytes
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -44,17 +47,33 @@ def circumstances(made: Mapping[str, Any]) -> dict[str, Any]:
     return {**made["versions"], **named, "processor": torch.backends.cpu.get_cpu_capability()}
 
 
-def sizes_sha256(data: StreamDataModule) -> str | None:
-    """Return the sha256 of the paths of all image files, each with its size; the files are not opened.
+def file_hashes(data: StreamDataModule) -> dict[str, str]:
+    """Return two hashes of all image files by their names in a result: of their sizes, and of their ends.
 
-    None if the images are not files, or if a hash of their bytes is known.
+    The second, ``ends_sha256``, is also over the first and the last 64 KiB of each file, so all of most: a
+    file may be replaced by one of its size, as uncompressed images are. Results from before it was recorded
+    are compared by ``sizes_sha256``. Nothing is returned if the images are not files, or if a hash of all
+    their bytes is known.
     """
     sources = [source for source in (data.found.train, data.found.test) if isinstance(source, FileSource)]
     if data.images_sha256 is not None or not sources:
-        return None
-    return fingerprint(
-        f"{path}\t{os.path.getsize(source.root / path)}" for source in sources for path in source.files
-    )
+        return {}
+    files = [(path, *_ends(source.root / path)) for source in sources for path in source.files]
+    return {
+        "sizes_sha256": fingerprint(f"{path}\t{size}" for path, size, _ in files),
+        "ends_sha256": fingerprint(f"{path}\t{size}\t{ends}" for path, size, ends in files),
+    }
+
+
+def _ends(path: Path) -> tuple[int, str]:
+    """Return the size of a file, and the sha256 of its first and its last bytes."""
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        found = hashlib.sha256(file.read(_END))
+        if size > _END:
+            file.seek(max(_END, size - _END))
+            found.update(file.read(_END))
+    return size, found.hexdigest()
 
 
 def data_hashes(data: StreamDataModule) -> dict[str, str]:
@@ -69,13 +88,13 @@ def data_hashes(data: StreamDataModule) -> dict[str, str]:
         sources = of_classes(sources, range(len(sources.class_names) - data.held_out_classes))
     sources = for_validation(sources, data.val_fraction, data.val_seed)
     hashes = {"train_images": sources.train.fingerprint, "test_images": sources.test.fingerprint}
-    return hashes | _known(images_sha256=data.images_sha256, sizes_sha256=sizes_sha256(data))
+    return hashes | _known(images_sha256=data.images_sha256) | file_hashes(data)
 
 
 def recorded_hashes(result: Result) -> dict[str, str]:
     """Return those hashes of the images of a result that were recorded."""
     lists = {name: result.protocol.identity.get(name) for name in ("train_images", "test_images")}
-    of_files = {name: result.provenance.get(name) for name in ("images_sha256", "sizes_sha256")}
+    of_files = {name: result.provenance.get(name) for name in _OF_FILES}
     return _known(**lists, **of_files)
 
 
@@ -90,6 +109,7 @@ def differing_images(one: Mapping[str, str], other: Mapping[str, str]) -> str | 
         "test_images": "other images to evaluate",
         "images_sha256": "images with other bytes",
         "sizes_sha256": "images with other sizes in bytes",
+        "ends_sha256": "images with other bytes",
     }
     shared = one.keys() & other.keys()
     return next((words[name] for name in words if name in shared and one[name] != other[name]), None)

@@ -30,7 +30,7 @@ from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, Once, StreamMetr
 from cl_bench.loop.checkpoint import Checkpoints
 from cl_bench.loop.continuation import Continuation
 from cl_bench.loop.course import Course, Diverged, Interrupted
-from cl_bench.loop.provenance import provenance, sizes_sha256
+from cl_bench.loop.provenance import file_hashes, provenance
 from cl_bench.network.heads import TrainableHead
 from cl_bench.processes.distributed import Agreement, distribution, launch, require_one_command
 from cl_bench.processes.launcher import is_single
@@ -393,11 +393,8 @@ class StreamTrainer(Trainer):
             config=config,
             setting=setting,
             provenance=provenance(self.strategy.root_device)
-            | {
-                "images_sha256": datamodule.images_sha256,
-                "sizes_sha256": sizes_sha256(datamodule),
-                "processes": self.world_size,
-            },
+            | {"images_sha256": datamodule.images_sha256, "processes": self.world_size}
+            | file_hashes(datamodule),
             domains=datamodule.domains,
             domain_images=datamodule.domain_images,
             training_data=strategy.promises.training_data,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from cl_bench.artifacts.confusion import confusions_below
 from cl_bench.errors import suggestion, visible
-from cl_bench.report.comparison import comparisons
+from cl_bench.report.comparison import Comparison, Entry, comparisons
 from cl_bench.report.figures import DEFAULT, Style
 from cl_bench.report.page import page
 from cl_bench.report.pictures import PICTURES, pictures
@@ -16,7 +17,6 @@ from cl_bench.report.ranking import Columns, described
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables
 from cl_bench.report.text import latex, markdown
-from cl_bench.report.tuning import studies
 from cl_bench.report.tuning.pictures import TUNING
 from cl_bench.results.files import file_names
 from cl_bench.results.metrics import DEFINITIONS
@@ -96,6 +96,7 @@ def report(
     with without_collector():
         results, unreadable = results_below(results_folder)
         compared = comparisons(results)
+        unreadable += with_confusions(compared, results_folder)
         laid_out = tables(compared, shown)
         texts = _texts(laid_out, format, results_folder.resolve().name, unreadable)
         ranked = [described(comparison, published) for comparison in compared] if published else []
@@ -116,8 +117,7 @@ def report(
     if format in _ENDINGS:
         names = file_names(comparison.title for comparison in compared)
         for comparison in compared:
-            kinds = PICTURES | (TUNING if studies(comparison) else {})
-            name = names[comparison.title]
+            name, kinds = names[comparison.title], PICTURES | TUNING
             drawn, failed = pictures(comparison, folder, name, style, _ENDINGS[format], kinds)
             files += drawn
             notices += failed
@@ -145,6 +145,35 @@ def results_below(folder: Path) -> tuple[list[Result], list[str]]:
             f"No {FILE_NAME} below {folder} can be read: run a cell first, or name another folder.{reasons}"
         )
     return results, unreadable
+
+
+def with_confusions(compared: Sequence[Comparison], folder: Path) -> list[str]:
+    """Add to ``compared`` the confusions of the cells below ``folder`` that have kept predictions.
+
+    Return a sentence for each cell whose predictions cannot be read.
+    """
+    unreadable: list[str] = []
+    entries: dict[tuple[str, str, str], Entry] = {}
+    for found in confusions_below(folder):
+        if isinstance(found, str):
+            unreadable.append(found)
+            continue
+        entries = entries or _by_cell(compared)
+        result = found.result
+        entry = entries.pop((result.benchmark, result.protocol.fingerprint, result.cell), None)
+        if entry is not None:  # a copy of a cell is not a second sample
+            entry.confusions.append(found)
+    return unreadable
+
+
+def _by_cell(compared: Sequence[Comparison]) -> dict[tuple[str, str, str], Entry]:
+    """Return the entry of every finished run by its benchmark, protocol and cell."""
+    return {
+        (comparison.benchmark, comparison.fingerprint, run.cell): entry
+        for comparison in compared
+        for entry in comparison.entries
+        for run in entry.runs
+    }
 
 
 def defined(metrics: Sequence[str]) -> list[str]:

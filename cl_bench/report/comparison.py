@@ -7,10 +7,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from cl_bench.artifacts.confusion import Confusion
 from cl_bench.errors import visible
 from cl_bench.report.statistics import Contrast, Statistic, statistic, tested
 from cl_bench.results.metrics import BOUNDS
@@ -64,6 +65,7 @@ class Entry:
         unfinished: Runs that are running, failed or diverged, in blocks without a finished run.
         disagreeing: Blocks whose finished result files have unequal counts; means exclude them.
         measured: Every metric and cost of the finished runs, by block.
+        confusions: Those of the runs that have kept predictions.
     """
 
     label: str
@@ -74,6 +76,7 @@ class Entry:
     unfinished: list[Result]
     disagreeing: list[Block]
     measured: dict[Block, dict[str, float]]
+    confusions: list[Confusion] = field(default_factory=list)
 
     @property
     def is_joint(self) -> bool:

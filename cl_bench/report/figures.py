@@ -30,6 +30,8 @@ from cl_bench.errors import visible
 from cl_bench.report.comparison import RANKING, Comparison, Entry, shortened
 from cl_bench.report.tables import backbone, counted
 
+Array = npt.NDArray[np.float64]
+
 MOST_DRAWN = 16
 """Entries in one picture: readers cannot distinguish more."""
 
@@ -44,12 +46,10 @@ _SMALL = 0.9  # of the font size, for remarks and titles of panels
 _LONGEST = 80  # characters of a name
 _MOST_NUMBERED = 12  # rows up to which a number fits into each cell of a heat map
 _LEAST_POINTS = 4.0  # of a number in a cell
-_WIDEST_PANEL = 2.4  # inches
+_WIDEST_PANEL = 2.75  # inches
 _GAP = 0.3  # inches between panels
 _PAD = 0.03  # inches around what is drawn
 _NARROWEST = 0.6  # inches of axes in which a curve can still be read
-Array = npt.NDArray[np.float64]
-
 _EM = 0.58  # mean width of a letter of DejaVu Sans, in font sizes
 
 # What would differ between two files of the same picture.
@@ -111,6 +111,13 @@ class Style:
             "svg.hashsalt": "cl-bench",  # equal pictures are equal files
         }
 
+    def without_room(self) -> ValueError:
+        """Return the error of a picture whose labels fill its width."""
+        return ValueError(
+            f"Its labels leave no room in {self.width:g} inches: give a larger --figure-width or a smaller "
+            "--font-size."
+        )
+
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Draw in this style; a character that the font lacks is drawn as a box, without a warning."""
@@ -135,7 +142,6 @@ class Picture(Figure):
     def __init__(self, style: Style, width: float, height: float) -> None:
         super().__init__(figsize=(width, height))
         self.style = style
-        FigureCanvasAgg(self)
 
     def fit(self) -> None:
         """Change the width of the axes, which span the figure: with labels, they fill that of the style.
@@ -146,10 +152,7 @@ class Picture(Figure):
         for _ in range(3):  # what is placed in shares of the axes moves with them
             width = self.get_figwidth() + self.style.width - self.extent.width
             if width < _NARROWEST:
-                raise ValueError(
-                    f"Its labels leave no room in {self.style.width:g} inches: give a larger --figure-width "
-                    "or a smaller --font-size."
-                )
+                raise self.style.without_room()
             self.set_figwidth(width)
 
     @property
@@ -189,6 +192,7 @@ def heat_maps(
     tables: Sequence[Array],
     scale: Normalize,
     names: tuple[str, str, str],
+    numbers: Sequence[int],
     style: Style,
 ) -> Picture:
     """Draw a square table of numbers for each entry, side by side, on one colour scale.
@@ -199,6 +203,7 @@ def heat_maps(
         tables: Their tables, (n, n) each; NaN stays white.
         scale: The colour scale.
         names: What stands at rows, at columns and at the colour scale.
+        numbers: How many runs each table is a mean over.
         style: Width and font.
     """
     with style.drawing():
@@ -212,14 +217,15 @@ def heat_maps(
             columns = math.ceil(len(drawn) / rows)
             size = min((room + _GAP) / columns - _GAP, _WIDEST_PANEL)
             if size < 0.4:
-                raise ValueError(f"Its labels leave no room in {style.width:g} inches.")
-            figure = _heat_maps(comparison, drawn, tables, scale, names, style, columns, size)
+                raise style.without_room()
+            figure = _heat_maps(drawn, tables, scale, names, style, columns, size)
+            lines = max(panel.get_title(loc="left").count("\n") for panel in figure.axes) + 1
+            headline(figure.axes[0], comparison, style, numbers, above=1.2 + 1.25 * lines)
             around = figure.extent.width - columns * (size + _GAP) + _GAP
         return figure
 
 
 def _heat_maps(
-    comparison: Comparison,
     drawn: Sequence[Entry],
     tables: Sequence[Array],
     scale: Normalize,
@@ -228,7 +234,7 @@ def _heat_maps(
     columns: int,
     size: float,
 ) -> Picture:
-    """Draw as :func:`heat_maps` does, in ``columns`` of panels of ``size`` inches."""
+    """Draw as :func:`heat_maps` does, without a headline, in ``columns`` of panels of ``size`` inches."""
     titles = labels(drawn, style.letters(size, _SMALL))
     lines = 1 + max(title.count("\n") for title in titles)
     across, down = size + _GAP, size + _GAP + style.line * lines
@@ -255,7 +261,6 @@ def _heat_maps(
     colours = figure.colorbar(ScalarMappable(scale, _SCALE), cax=axes_at(0, columns, 0.09))
     colours.set_label(names[2])
     colours.outline.set_visible(False)
-    headline(panels[0], comparison, style, above=1.2 + 1.25 * lines)
     return figure
 
 
@@ -285,11 +290,20 @@ def _heat_map(panel: Axes, table: Array, scale: Normalize, style: Style, size: f
         )
 
 
-def headline(axes: Axes, comparison: Comparison, style: Style, above: float, remark: str = "") -> None:
-    """Write what the picture shows, ``above`` font sizes over the top left corner of ``axes``."""
+def headline(
+    axes: Axes,
+    comparison: Comparison,
+    style: Style,
+    numbers: Sequence[int],
+    above: float = 1.0,
+    remark: str = "",
+) -> None:
+    """Write what the picture shows, ``above`` font sizes over the top left corner of ``axes``.
+
+    ``numbers`` has the number of runs of every entry that is drawn.
+    """
     run = comparison.results[0]
     protocol = "" if comparison.only_protocol else f", protocol {comparison.fingerprint}"
-    numbers = [len(entry.runs) for entry in comparison.finished[:MOST_DRAWN]]
     fewest = "" if min(numbers) == max(numbers) else f"{min(numbers)} to "
     left_out = len(comparison.finished) - len(numbers)
     remarks = [

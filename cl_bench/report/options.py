@@ -75,8 +75,8 @@ def run(options: argparse.Namespace) -> int:
         results, _ = results_below(options.results)
         shown = options.metrics or METRICS
         page = report(options.results, "html", options.metrics)
-        files = dict.fromkeys((*written.files, *page.files))
-        sent = upload(results, options.wandb, options.results / FOLDER, shown, [*files])
+        files = [*dict.fromkeys((*written.files, *page.files))]
+        sent = upload(results, options.wandb, options.results / FOLDER, shown, files)
         notices.print(sent.text, markup=False)
     return 0
 

@@ -1,4 +1,4 @@
-"""Comparisons as pictures: accuracy over the experiences, accuracy matrices, and accuracy against seconds."""
+"""Comparisons as pictures: accuracy over the experiences, matrices, accuracy against seconds, confusion."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 
+from cl_bench.artifacts.confusion import placed
 from cl_bench.errors import sentence, visible
 from cl_bench.report.comparison import RANKING, Comparison, Entry
 from cl_bench.report.figures import (
@@ -37,8 +38,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("solid", (0, (1, 1.2)), (0, (5, 1, 1, 1)))
 
 
-Kind = Callable[[Comparison, Style], Picture]
-"""Draws one picture of a comparison."""
+Kind = Callable[[Comparison, Style], Picture | None]
+"""Draws one picture of a comparison; None if the runs have nothing to draw."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def pictures(
     failed: list[str] = []
     for kind, draw in (PICTURES if kinds is None else kinds).items() if comparison.finished else ():
         try:
-            paths += draw(comparison, style).written(folder / f"{kind}_{name}", endings)
+            picture = draw(comparison, style)
+            paths += picture.written(folder / f"{kind}_{name}", endings) if picture else []
         except Exception as error:  # of any class: matplotlib draws names that nobody foresaw
             failed.append(f"Not drawn: {kind} of {visible(comparison.title)}: {sentence(error)}")
     return paths, failed
@@ -104,7 +106,7 @@ def curves(comparison: Comparison, style: Style = DEFAULT) -> Picture:
         ends = [float(mean[-1]) for mean in means]
         _label_ends(axes, drawn, names, chosen, ends, lines * style.line / figure.get_figheight())
         band = "; band: one sample standard deviation" if any(len(entry.runs) > 1 for entry in drawn) else ""
-        headline(axes, comparison, style, above=1.0, remark=band)
+        headline(axes, comparison, style, _numbers(drawn), remark=band)
         figure.fit()
         return figure
 
@@ -117,17 +119,32 @@ def matrices(comparison: Comparison, style: Style = DEFAULT) -> Picture:
     drawn = comparison.finished[:MOST_DRAWN]
     means = [_mean_matrix(entry) for entry in drawn]
     names = ("after experience", "evaluated on experience", "accuracy (%)")
-    return heat_maps(comparison, drawn, means, _scale(means), names, style)
+    return heat_maps(comparison, drawn, means, _scale(means), names, _numbers(drawn), style)
 
 
-def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture:
+def confusions(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:
+    """Draw where the images of each experience are placed at the end, in percent; None if no cell knows.
+
+    Row i is the experience of the images, column j that of the class they are taken for.
+    """
+    drawn = [entry for entry in comparison.finished if entry.confusions][:MOST_DRAWN]
+    if not drawn:
+        return None
+    tables = [placed([one.experiences for one in entry.confusions]) for entry in drawn]
+    names = ("experience of the images", "experience of the prediction", "share of the images (%)")
+    numbers = [len(entry.confusions) for entry in drawn]
+    return heat_maps(comparison, drawn, tables, Normalize(0, 100), names, numbers, style)
+
+
+def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:
     """Draw final accuracy against the seconds of a run; whiskers are one sample standard deviation.
 
-    An entry that takes far longer than all others stands at the end of the axis, with its seconds.
+    An entry that takes far longer than all others stands at the end of the axis, with its seconds. None if no
+    run has measured its seconds.
     """
     drawn = [entry for entry in comparison.finished if entry.statistic("seconds").n][:MOST_DRAWN]
     if not drawn:
-        raise ValueError("No run has measured its seconds.")
+        return None
     with style.drawing():
         figure = Picture(style, 0.6 * style.width, min(0.62 * style.width, 2.9))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -164,7 +181,7 @@ def costs(comparison: Comparison, style: Style = DEFAULT) -> Picture:
         axes.set_xlabel("seconds of a run")
         axes.set_ylabel("final accuracy (%)")
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.02), frameon=False, handletextpad=0.3)
-        headline(axes, comparison, style, above=1.0)
+        headline(axes, comparison, style, _numbers(drawn))
         figure.fit()
         return figure
 
@@ -173,8 +190,9 @@ PICTURES: dict[str, Kind] = {
     "curves": curves,
     "matrix": matrices,
     "cost": costs,
+    "confusion": confusions,
 }
-"""The pictures of a comparison, by the first part of their file names."""
+"""The pictures of a comparison, by the first part of their file names; None if their data are missing."""
 
 
 def reach(sizes: Sequence[float]) -> float:
@@ -215,6 +233,10 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     for place, (index, value) in enumerate(zip(order, shifted, strict=True)):
         moved[index] = min(max(value, low), room) + place * gap
     return moved
+
+
+def _numbers(drawn: Sequence[Entry]) -> list[int]:
+    return [len(entry.runs) for entry in drawn]
 
 
 def pens(drawn: Sequence[Entry]) -> list[Pen]:

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import wandb
 
+from cl_bench.artifacts.confusion import Confusion
 from cl_bench.errors import visible
+from cl_bench.report.command import with_confusions
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.tables import counted
 from cl_bench.results import dashboard
@@ -78,6 +80,7 @@ def upload(
     """
     entity, name = _project(project)
     compared = comparisons(results)
+    with_confusions(compared, folder.parent)
     views = [_view(comparison, entity, name, metrics) for comparison in compared]
     if len(compared) > 1:
         views.append(_view_of_all(entity, name, metrics))
@@ -91,7 +94,8 @@ def upload(
             for result in (*entry.runs, *entry.unfinished):
                 # A cell under two protocols, for instance after the data changed, is two runs.
                 suffix = f"-{comparison.fingerprint}" if ids[_id(result)] > 1 else ""
-                offline |= _sent(result, _id(result) + suffix, entry.label, project, home)
+                found = next((one for one in entry.confusions if one.result.cell == result.cell), None)
+                offline |= _sent(result, _id(result) + suffix, entry.label, project, home, found)
     if files:
         _send_files(files, project, home)
     specifications = [view._spec for view in views]
@@ -118,7 +122,14 @@ def _id(result: Result) -> str:
     return dashboard.run_id(result.benchmark, dashboard.cell_folder(result), result.protocol.identity)
 
 
-def _sent(result: Result, id: str, label: str, project: str, folder: Path) -> bool:  # noqa: A002
+def _sent(
+    result: Result,
+    id: str,  # noqa: A002
+    label: str,
+    project: str,
+    folder: Path,
+    confusion: Confusion | None,
+) -> bool:
     """Rebuild the W&B run of ``result`` and return whether it is offline."""
     entity, name = _project(project)
     with dashboard.opened(
@@ -135,7 +146,7 @@ def _sent(result: Result, id: str, label: str, project: str, folder: Path) -> bo
         if not run.resumed:
             for values in dashboard.curves(result):
                 run.log(values)
-        dashboard.record(run, result, label)
+        dashboard.record(run, result, label, confusion.matrices if confusion else ())
         return run.offline
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
+import numpy.typing as npt
 import wandb
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,6 +32,8 @@ from cl_bench.errors import visible
 from cl_bench.results.files import file_name
 from cl_bench.results.metrics import Matrix, accuracy_matrix
 from cl_bench.results.result import Result, digest
+
+Counts = npt.NDArray[np.int64]
 
 PROJECT = "cl-bench"
 """Project of runs for which no project is given."""
@@ -118,7 +121,7 @@ def _shown(name: str) -> str:
 
 
 def record(
-    run: wandb.Run, result: Result, label: str | None = None, confusions: Mapping[str, Matrix] | None = None
+    run: wandb.Run, result: Result, label: str | None = None, confusions: Sequence[Counts] = ()
 ) -> None:
     """Write to ``run`` the config entries to filter by, the final metrics and costs, and the accuracy matrix.
 
@@ -126,14 +129,15 @@ def record(
         run: An open run.
         result: The result of the run.
         label: Its name in tables; None for the name of its strategy.
-        confusions: Further matrices by name: numbers of images, truth in rows, prediction in columns.
+        confusions: Numbers of images, truth in rows and prediction in columns: between experiences, and
+            between classes if they are few; none if the run has kept no predictions.
     """
     run.config.update(identification(result, label), allow_val_change=True)
     run.summary.update(summary(result))
     R = accuracy_matrix(result.counts("correct"), result.totals)
     _log_matrix(run, MATRIX, R, ("after", "on", "accuracy"))
-    for name, counts in (confusions or {}).items():
-        _log_matrix(run, name, counts, ("truth", "prediction", "images"))
+    for name, counts in zip(CONFUSIONS, confusions, strict=False):
+        _log_matrix(run, name, counts.astype(float), ("truth", "prediction", "images"))
 
 
 def _log_matrix(run: wandb.Run, name: str, matrix: Matrix, columns: tuple[str, str, str]) -> None:

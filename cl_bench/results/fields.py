@@ -104,20 +104,21 @@ def _free(value: dict[str, Any]) -> dict[str, Any]:
     for _ in range(DEEPEST):
         inside: list[Any] = []
         for item in level:
-            if isinstance(item, dict):
+            if type(item) is dict:
                 keys += len(item)
                 if max(map(len, item), default=0) > LONGEST_NAME:
                     raise ValueError(f"a key is longer than {LONGEST_NAME} characters")
                 inside += item.values()
             else:
                 inside += item
-        level = [item for item in inside if isinstance(item, dict | list)]
-        if any(isinstance(item, int) and abs(item) > MOST_WHOLE for item in inside):
-            raise ValueError(f"a whole number is beyond {MOST_WHOLE}")
         if keys > MOST_KEYS:
             raise ValueError(f"it has more than {MOST_KEYS} keys")
-        if not level:
+        kinds = set(map(type, inside))  # most levels hold nothing but text
+        if int in kinds and any(type(item) is int and abs(item) > MOST_WHOLE for item in inside):
+            raise ValueError(f"a whole number is beyond {MOST_WHOLE}")
+        if kinds.isdisjoint((dict, list)):
             return value
+        level = [item for item in inside if type(item) in (dict, list)]
     raise ValueError(f"mappings and lists are nested more than {DEEPEST} deep")
 
 
@@ -126,10 +127,14 @@ def _finite(value: dict[str, Any]) -> dict[str, Any]:
     level: list[Any] = [value]
     while level:
         item = level.pop()
-        if isinstance(item, float) and not math.isfinite(item):
-            raise ValueError(f"the number {item} is not finite")
-        if isinstance(item, dict | list):
-            level += item.values() if isinstance(item, dict) else item
+        values = item.values() if type(item) is dict else item
+        kinds = set(map(type, values))
+        if float in kinds:
+            for number in values:
+                if type(number) is float and not math.isfinite(number):
+                    raise ValueError(f"the number {number} is not finite")
+        if not kinds.isdisjoint((dict, list)):
+            level += [one for one in values if type(one) in (dict, list)]
     return value
 
 
@@ -176,7 +181,7 @@ def parsed(data: bytes) -> dict[str, Any]:
     text = data.decode("utf-8")
     try:
         payload = json.loads(text, object_pairs_hook=_without_duplicates)
-        if _SURROGATE.search(text):
+        if "\\u" in text and _SURROGATE.search(text):
             json.dumps(payload, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON ({error})") from error

@@ -393,7 +393,7 @@ def _require_rows(result: Result) -> None:
 def _require_counts(counts: Sequence[int], images: Sequence[int], row: int) -> None:
     if len(counts) != len(images):
         raise ValueError(f"row {row} does not have a count for each of its {len(images)} classes")
-    if min(counts) < 0 or any(map(operator.gt, counts, images)):
+    if min(counts) < 0 or not all(map(operator.le, counts, images)):
         raise ValueError(f"row {row} counts fewer right images of a class than 0, or more than there are")
 
 
@@ -412,7 +412,7 @@ def read_all(folder: Path) -> tuple[list[Result], list[str]]:
     results: list[Result] = []
     unreadable: list[str] = []
     with without_collector():
-        for path in sorted(_result_files(folder, unreadable)):
+        for path in sorted(result_files(folder, unreadable)):
             try:
                 results.append(read(path))
             except ValueError as error:
@@ -434,7 +434,7 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _result_files(folder: Path, unreadable: list[str]) -> Iterator[Path]:
+def result_files(folder: Path, unreadable: list[str]) -> Iterator[Path]:
     """Yield every result file below ``folder``, and add a sentence to ``unreadable`` for a closed folder."""
     waiting = [str(folder)]  # not Path.rglob, whose recursion ends before that of folders does
     while waiting:

@@ -15,6 +15,9 @@ from cl_bench.errors import suggestion
 
 Config = dict[str, Any]
 
+GROUPS = ("model", "data", "backbone", "trainer")
+"""The groups of keys, each of which has the arguments of one class."""
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 """Folder of the shipped configs."""
 

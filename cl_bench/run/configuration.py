@@ -29,8 +29,8 @@ from cl_bench.processes.launcher import is_single
 from cl_bench.results.files import file_name
 from cl_bench.results.result import digest
 from cl_bench.results.tuning import Tuning, read
-from cl_bench.run.configs import CONFIGS, Config, config_file, dumped, load, words
-from cl_bench.run.schema import GROUPS, WANDB, Schema, factors, keys_of, nearest_class
+from cl_bench.run.configs import CONFIGS, GROUPS, Config, config_file, dumped, load, words
+from cl_bench.run.schema import WANDB, Schema, factors, keys_of, nearest_class
 
 # The hash of a cell contains class paths. If a class moves to another file, cells keep its first path, and
 # configs may contain either.

@@ -118,7 +118,7 @@ def _run(configuration: Configuration, callbacks: Sequence[Callback], require: C
             message = trainer.result.error or sentence(error)
             require()
             raise RunFailed(_reported(error, message, folder)) from error
-        record(result, opened)
+        record(result, opened, folder)
         return result
 
 
@@ -169,13 +169,9 @@ def _is_of(result: Result, configuration: Configuration) -> bool:
 def images_now(configuration: Configuration) -> dict[str, str]:
     """Return the hashes of the images that a cell would be run on; none if they are not at hand.
 
-    They are not read for a dataset without a root: its arguments, which the cell holds, determine it.
-
     Raises:
         ValueError: If the data cannot be used.
     """
-    if not configuration.namespace.data.get("root"):
-        return {}
     try:
         return data_hashes(configuration.datamodule)
     except FileNotFoundError:  # a result is of use where its data are not

@@ -12,7 +12,7 @@ import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,7 @@ from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Regime
-from cl_bench.run.configs import Config, require_tree
-
-GROUPS = ("model", "data", "backbone", "trainer")
+from cl_bench.run.configs import GROUPS, Config, require_tree
 
 WANDB = {
     "project": "W&B project (default: WANDB_PROJECT, then cl-bench).",
@@ -160,7 +158,8 @@ class Schema:
             ValueError: If a key or a value is not valid.
         """
         words = self._with_full_keys(overrides)
-        values = _parsed(lambda: self.parser.parse_args(words, namespace=values), "--{}".format)
+        parse = partial(self.parser.parse_args, words, namespace=values, defaults=False)  # values has them
+        values = _parsed(parse, "--{}".format)
         for group in GROUPS:
             if group not in values:  # its class takes no arguments
                 values[group] = Namespace()

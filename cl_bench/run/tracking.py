@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from torch.optim import Optimizer
 
+from cl_bench.artifacts.confusion import confusion_of
 from cl_bench.processes.ranks import is_first
 from cl_bench.results import dashboard
 from cl_bench.results.files import replaced
@@ -184,11 +185,12 @@ def wandb_id(configuration: Configuration) -> str:
     return dashboard.run_id(configuration.benchmark, folder.name, identity)
 
 
-def record(result: Result, loggers: Iterable[Logger]) -> None:
-    """Write the result of a finished run to the summary of its W&B run, where comparisons read it."""
+def record(result: Result, loggers: Iterable[Logger], folder: Path) -> None:
+    """Write the result of a finished run in ``folder`` to its W&B run, where comparisons read it."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            dashboard.record(logger.experiment, result)
+            found = confusion_of(folder)
+            dashboard.record(logger.experiment, result, confusions=found.matrices if found else ())
 
 
 def how_to_read(configurations: Sequence[Configuration]) -> list[str]:

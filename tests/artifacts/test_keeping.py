@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,30 @@ import pytest
 
 from cl_bench import __main__ as cli
 from cl_bench.artifacts import predictions
+from cl_bench.artifacts.keeping import KeptPredictions
+from cl_bench.data.sources import Sources
 from cl_bench.loop.checkpoint import Checkpoints
+from cl_bench.loop.trainer import StreamTrainer
+from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import FILE_NAME
 from cl_bench.results.result import read as read_result
 from cl_bench.run.configuration import Configuration, layers, resolve
 from cl_bench.run.run import RunFailed, finished, quiet, run
+from datamodules.toy import Toy
+from strategies.ncm import NearestClassMean
 
 
 def toy(folder: Path, *words: str, method: str = "lora") -> Configuration:
     return resolve(layers(method, "toy"), [f"--results={folder}", "--trainer.accelerator=cpu", *words])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Configuration:
+    """A cell that has run without a break and kept everything."""
+    configuration = toy(tmp_path_factory.mktemp("whole"), "--keep=all", "--keep_logits")
+    with quiet():
+        run(configuration)
+    return configuration
 
 
 def kept_files(folder: Path) -> dict[str, bytes]:
@@ -67,11 +83,8 @@ def test_a_sample_is_the_place_of_its_image_in_the_dataset(tmp_path: Path) -> No
     assert table.groupby("after").size().tolist() == [12, 24, 36]
 
 
-def test_the_five_largest_logits_and_the_probability_are_those_of_the_logits(tmp_path: Path) -> None:
-    configuration = toy(tmp_path, "--keep=predictions", "--keep_logits")
-    with quiet():
-        run(configuration)
-    table = predictions.read(configuration.folder)
+def test_the_five_largest_logits_and_the_probability_are_those_of_the_logits(whole: Configuration) -> None:
+    table = predictions.read(whole.folder)
     last = table[table["after"] == 2]
     logits = np.stack(last["logits"]).astype(np.float64)
     assert (np.stack(last["top5"]) == np.argsort(-logits, axis=1, kind="stable")[:, :5]).all()
@@ -80,15 +93,33 @@ def test_the_five_largest_logits_and_the_probability_are_those_of_the_logits(tmp
     assert [len(one) for one in table[table["after"] == 0]["top5"]] == [2] * 12
 
 
-@pytest.mark.parametrize("number", (5, 8, 10), ids=("after an evaluation", "after a merge", "before a step"))
+class InDomains(Toy):
+    """Toy whose test images come from two domains in turn."""
+
+    def sources(self) -> Sources:
+        found = super().sources()
+        train, test = ([place % 2 for place in range(len(part))] for part in (found.train, found.test))
+        return replace(found, domains=("photo", "sketch"), train_domains=train, test_domains=test)
+
+
+def test_the_domain_of_every_image_is_kept(tmp_path: Path, tiny_backbone: Callable[..., Backbone]) -> None:
+    trainer = StreamTrainer(max_epochs=1, accelerator="cpu", callbacks=[KeptPredictions(tmp_path)])
+    stream = InDomains(num_experiences=3, image_size=8, test_batch_size=5)
+    with quiet():
+        trainer.run(NearestClassMean(tiny_backbone()), stream, folder=tmp_path)
+    table = predictions.read(tmp_path)
+    assert (table["domain"] == table["sample"] % 2).all()
+    assert predictions.accuracies(table, "domain").shape == (3, 2)
+
+
+@pytest.mark.parametrize("number", (5, 8), ids=("after an evaluation", "after a merge"))
 def test_a_resumed_run_ends_with_the_files_of_an_uninterrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Configuration, number: int
 ) -> None:
-    cut, whole = (toy(tmp_path / name, "--keep=all", "--keep_logits") for name in ("cut", "whole"))
+    cut = toy(tmp_path, "--keep=all", "--keep_logits")
     interrupt(monkeypatch, cut, number)
     with quiet():
         assert run(cut).provenance["resumed"]
-        run(whole)
     files = kept_files(cut.folder)
     assert len(files) == 6
     assert files == kept_files(whole.folder)
@@ -145,16 +176,13 @@ def test_a_grid_that_keeps_is_refused_before_a_cell_runs(
     assert len([*(tmp_path / "results").rglob(FILE_NAME)]) == 1
 
 
-def test_keeping_changes_neither_the_cell_nor_its_counts(tmp_path: Path) -> None:
-    kept = toy(tmp_path / "kept", "--keep=all", "--keep_logits")
-    plain = toy(tmp_path / "plain")
-    assert kept.hash == plain.hash
+def test_keeping_changes_neither_the_cell_nor_its_counts(tmp_path: Path, whole: Configuration) -> None:
+    plain = toy(tmp_path)
+    assert plain.hash == whole.hash
     with quiet():
-        run(kept)
-        run(plain)
-    assert read_result(kept.folder / FILE_NAME).rows == read_result(plain.folder / FILE_NAME).rows
+        assert run(plain).rows == read_result(whole.folder / FILE_NAME).rows
 
 
-def test_logits_alone_are_refused_before_training(tmp_path: Path) -> None:
+def test_logits_without_predictions_are_refused_before_training(tmp_path: Path) -> None:
     with quiet(), pytest.raises(ValueError, match="add --keep predictions, or --keep all"):
         run(toy(tmp_path, "--keep_logits"))

@@ -77,6 +77,31 @@ def test_predictions_that_do_not_add_up_to_the_counts_are_refused(tmp_path: Path
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("column", "values"),
+    (
+        ("prediction", [0, 10**9, 2]),
+        ("prediction", [0, -1, 2]),
+        ("prediction", [0, None, 2]),
+        ("predicted_experience", [0, 0, 1]),
+        ("sample", [0, 1, 1]),
+        ("after", [1, 1, 0]),
+    ),
+)
+def test_an_entry_that_the_stream_cannot_have_is_refused(
+    tmp_path: Path, column: str, values: list[int | None]
+) -> None:
+    """The second image is classified wrong, so that its forged prediction changes no count."""
+    result([1, 0, 1, 0]).write(tmp_path)
+    path = file_of(tmp_path, 1)
+    write(path, COLUMNS)
+    table = pq.read_table(path)
+    place, kind = table.schema.get_field_index(column), table.schema.field(column).type
+    pq.write_table(table.set_column(place, column, pa.array(values, type=kind)), path)
+    with pytest.raises(ValueError, match="run its cell again with --keep predictions"):
+        read(tmp_path)
+
+
 def test_a_cell_without_predictions_names_the_option_that_keeps_them(tmp_path: Path) -> None:
     result([1, 0, 1, 0]).write(tmp_path)
     with pytest.raises(FileNotFoundError, match="run its cell again with --keep predictions"):
@@ -92,7 +117,7 @@ def test_a_cell_without_predictions_names_the_option_that_keeps_them(tmp_path: P
     ),
     ids=("no parquet", "fewer columns", "more columns"),
 )
-def test_a_file_that_is_no_table_of_predictions_is_refused(
+def test_a_file_that_is_not_a_table_of_predictions_is_refused(
     tmp_path: Path, spoilt: Callable[[Path], object]
 ) -> None:
     result([1, 0, 1, 0]).write(tmp_path)
@@ -103,7 +128,7 @@ def test_a_file_that_is_no_table_of_predictions_is_refused(
         read(tmp_path)
 
 
-def test_accuracy_of_a_class_over_time_counts_its_images_alone() -> None:
+def test_accuracy_of_a_class_over_time_counts_only_its_images() -> None:
     table = pd.DataFrame(
         {
             "after": [0, 0, 1, 1, 1, 1],
@@ -138,7 +163,7 @@ def test_mcnemar_of_many_images_is_the_corrected_chi_squared_test() -> None:
     assert mcnemar(*hits(10, 30)).p == pytest.approx(expected)
 
 
-def test_two_models_that_are_never_right_alone_do_not_differ() -> None:
+def test_two_models_that_are_right_on_the_same_images_do_not_differ() -> None:
     assert mcnemar(*hits(0, 0)) == Paired(0, 0, p=1.0)
 
 

@@ -1,11 +1,18 @@
+import ast
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 
+from cl_bench import check as checks
 from cl_bench.check.command import CLAIMS, layer, verdicts
-from cl_bench.check.subject import Subject, Verdict
+from cl_bench.check.subject import Moment, Subject, Verdict
+from cl_bench.check.training import Stages, _remedy_of_start
+from cl_bench.contracts.strategy import Promises
 from cl_bench.run.configs import CONFIGS
 from cl_bench.run.run import quiet
 
@@ -231,3 +238,54 @@ def test_what_is_declared_passes_and_is_shown(file: Path, strategy: str, claim: 
 def test_correct_pools_and_ridge_heads_keep_the_contract() -> None:
     for strategy in ("Pool", "Ridge", "RidgeOfLittle"):
         assert failed(checked(f"{WRONG_DATA}:{strategy}", claims=(TASK, DATA, KEPT))) == {}
+
+
+def hints() -> dict[str, str]:
+    """Return the text of every message of a broken claim, with what is filled in left out, by its place."""
+    found = {}
+    for file in sorted(Path(checks.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Raise) and getattr(node.exc, "func", None) is not None:
+                call = cast(ast.Call, node.exc)
+                if isinstance(call.func, ast.Name) and call.func.id == "Broken":
+                    texts = [one.value for one in ast.walk(call) if isinstance(one, ast.Constant)]
+                    found[f"{file.name}:{node.lineno}"] = "".join(map(str, texts))
+    return found
+
+
+DISCLOSED = {"training_data", "drawn_once"}
+"""Exceptions that a hint may name: results show the first, and the second is held from both sides."""
+
+
+def test_a_hint_names_an_exception_from_a_claim_only_to_remove_it() -> None:
+    assert len(hints()) > 30
+    exceptions = {field.name for field in fields(Promises)} - {"constant"} - DISCLOSED
+    for place, text in hints().items():
+        _, _, hint = text.partition(": ")
+        for name in exceptions:
+            assert name not in hint or "remove" in hint, f"{place} points to {name}: {text}"
+
+
+def test_hints_leave_no_place_where_state_is_not_counted() -> None:
+    for place, text in hints().items():
+        assert "B = 0" not in text, place
+        assert "get_extra_state" not in text or "counts as stored" in text, place
+
+
+@pytest.mark.parametrize(
+    ("written", "names_factors"),
+    (("vit.blocks.0.attn.qkv.adapters.q.A", True), ("prompts", False), ("bias.adapters", False)),
+)
+def test_an_up_projection_of_zeros_is_advised_only_for_adapters(written: str, names_factors: bool) -> None:
+    def moment(value: float) -> Moment:
+        nothing = torch.zeros(1, 0)
+        return Moment(
+            {written: torch.tensor([value])}, frozenset(), frozenset(), nothing, nothing, "", nothing
+        )
+
+    stages = Stages(moment(0.0), moment(1.0), moment(1.0), moment(1.0), [])
+    for index in (0, 1):
+        for drawn_once in (False, True):
+            remedy = _remedy_of_start(index, stages, drawn_once)
+            assert ("up-projection" in remedy) == names_factors
+            assert written in remedy

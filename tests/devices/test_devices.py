@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
 from twin import TWIN, SecondDevice, TwinAccelerator, TwinTensor
 
+from cl_bench.artifacts.keeping import keepers
 from cl_bench.check.subject import Run, State, Subject, differing
 from cl_bench.loop import progress
 from cl_bench.loop.checkpoint import Checkpoints
@@ -162,3 +163,17 @@ def test_tensors_of_the_second_device_hold_real_values() -> None:
         matrix = torch.tensor([[2.0, 1.0], [1.0, 2.0]]).to(TWIN)
         assert isinstance(matrix, TwinTensor)
         assert torch.linalg.eigvalsh(matrix).tolist() == pytest.approx([1.0, 3.0])
+
+
+def test_a_second_device_keeps_what_the_cpu_keeps(tmp_path: Path) -> None:
+    kept = []
+    for folder, options in ((tmp_path / "cpu", ()), (tmp_path / "twin", ON_TWIN)):
+        with SecondDevice(), quiet():
+            run = built(CONFIGS / "strategies" / "lora.yaml", options, [])
+            own = keepers("all", folder, run.strategy, "cell", logits=True, require=lambda: None)
+            run.trainer.callbacks += own
+            run.trainer.run(run.strategy, run.stream)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        kept.append({path.relative_to(folder): path.read_bytes() for path in files})
+    assert len(kept[0]) == 4
+    assert kept[0] == kept[1]

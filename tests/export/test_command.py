@@ -108,7 +108,7 @@ def test_the_adapter_has_the_rank_of_what_was_learnt(
     assert set(options["rank_pattern"].values()) == {3 * 2 * 2}
 
 
-def test_logits_are_those_of_the_strategy_or_the_export_says_so(
+def test_logits_are_those_of_the_strategy_or_a_notice_is_printed(
     exported: Callable[[str], tuple[Configuration, Path, Written]],
 ) -> None:
     notice = "The predictions are those of the strategy; the logits have another scale."

@@ -22,8 +22,8 @@ def images(configuration: Configuration) -> list[torch.Tensor]:
     return [source[index][0] for index in range(len(source))]
 
 
-@pytest.mark.parametrize("experience", (0, 1, 2))
-@pytest.mark.parametrize("words", (("lora", "--rank=2"), ("janus_lora",), ("l2p",), ("ncm",)))
+@pytest.mark.parametrize("experience", (0, 2))
+@pytest.mark.parametrize("words", (("lora", "--rank=2"), ("janus_lora", "--rank=2"), ("l2p",), ("ncm",)))
 def test_a_loaded_strategy_predicts_what_the_run_predicted_then(
     kept: Callable[..., Configuration], words: tuple[str, ...], experience: int
 ) -> None:
@@ -55,6 +55,13 @@ def test_bf16_is_computed_in_bf16_again(kept: Callable[..., Configuration]) -> N
     logits = loaded(pixels)
     assert logits.dtype == torch.bfloat16
     np.testing.assert_allclose(logits.float(), np.stack(last["logits"]), rtol=0.02, atol=0.02)
+
+
+def test_a_joint_run_is_loaded_with_all_its_classes(kept: Callable[..., Configuration]) -> None:
+    configuration = kept("lora", "--rank=2", "--regime=joint")
+    loaded = load(configuration.folder)
+    names = loaded.predict(images(configuration))
+    assert names == [f"spot {label}" for label in read(configuration.folder)["prediction"]]
 
 
 def test_loading_leaves_the_random_numbers_of_the_caller(checkout_of_a_cell: Path) -> None:

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +74,15 @@ def test_a_wrong_seed_is_refused_among_cells_that_share_a_setting(tmp_path: Path
             "{strategies: [lora], datasets: [toy], settings: {ncm: {a: {}}}}",
             "settings for ncm, which is not among",
         ),
+        (
+            "{strategies: [lora], datasets: [toy], common: {rank: 2, model.rank: 4}}",
+            "rank and model.rank are one key in common in .*: keep one of them",
+        ),
+        (
+            "{strategies: [lora], datasets: [toy], settings: {lora: {a: {optimizer.lr: 1, "
+            "model.optimizer.init_args.lr: 2}}}}",
+            "are one key in the setting a of lora",
+        ),
         ("a: [", "is not valid YAML"),
         ("{strategies: lora, datasets: [toy]}", "strategies must be a list"),
     ],
@@ -92,3 +102,20 @@ def test_the_cells_of_every_shipped_grid_differ(path: Path) -> None:
     cells = list(read_grid(path.stem).cells())
     assert cells
     assert len({cell.configuration().hash for cell in cells}) == len(cells)
+
+
+def test_a_setting_of_its_own_is_parsed_once_on_top_of_complete_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "{strategies: [ncm], datasets: [toy], seeds: [1, 2], settings: {ncm: {a: {batch_size: 2}, b: {}}}}"
+    cells = list(read_grid(grid_file(tmp_path, text)).cells())
+    parser = cells[0].configuration().schema.parser
+    whole, parsed = parser.parse_args, []
+
+    def counted(words: list[str], **options: Any) -> Any:
+        parsed.append(options.get("defaults"))
+        return whole(words, **options)
+
+    monkeypatch.setattr(parser, "parse_args", counted)
+    assert len({found.hash for found in configurations(cells)}) == 4
+    assert parsed == [False] * 3  # the pair, and two settings for both seeds

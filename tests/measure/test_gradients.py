@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cl_bench.measure.gradients import full_weight_gradients
+from cl_bench.measure.gradients import full_weight_gradients, squared_weight_gradients
 
 Making = Callable[..., Any]
 
@@ -94,6 +96,30 @@ def test_a_second_pass_in_one_autocast_context_sees_the_current_weights() -> Non
     assert not torch.equal(first, second)
 
 
-def test_a_gradient_without_a_batch_is_refused() -> None:
+@pytest.mark.parametrize("size", [1, 5])
+def test_squares_are_those_of_the_gradients_that_torch_func_takes_of_each_image(
+    size: int, adapted: Making, tiny_backbone: Making, batches: Making, loss_of: Making
+) -> None:
+    backbone, layers = adapted(("k", "v"))
+    plain = tiny_backbone().double()  # without adapters, but for what they add to the weights
+    state = {key: value for key, value in backbone.state_dict().items() if key in plain.state_dict()}
+    names = [f"vit.blocks.{index}.attn.qkv.weight" for index in range(len(layers))]
+    state |= {name: layer.effective_weight() for name, layer in zip(names, layers, strict=True)}
+
+    def loss(weights: list[Tensor], image: Tensor, label: Tensor) -> Tensor:
+        features = functional_call(plain, state | dict(zip(names, weights, strict=True)), (image[None],))
+        return nn.functional.cross_entropy(features[:, :3], label[None])
+
+    ((images, labels),) = batches(12)
+    with sdpa_kernel(SDPBackend.MATH):  # the others cannot be batched
+        of_images = vmap(grad(loss), (None, 0, 0))([state[name] for name in names], images, labels)
+    found = squared_weight_gradients(loss_of(backbone), layers, batches(size))
+    for squares, gradients in zip(found, of_images, strict=True):
+        of_batches = [len(part) * part.mean(dim=0).square() for part in gradients.split(size)]
+        torch.testing.assert_close(squares, sum(of_batches) / 12, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("gradients", [full_weight_gradients, squared_weight_gradients])
+def test_a_gradient_without_a_batch_is_refused(gradients: Making) -> None:
     with pytest.raises(ValueError, match="no batch to take a gradient of"):
-        full_weight_gradients(lambda images, _: images.sum(), [nn.Linear(2, 1)], [])
+        gradients(lambda images, _: images.sum(), [nn.Linear(2, 1)], [])

@@ -79,7 +79,7 @@ def test_two_cells_on_the_same_images_are_paired(tmp_path: Path, capsys: pytest.
     assert cli.main(["predictions", first, second, other]) == cli.DONE
     lines = capsys.readouterr().out.splitlines()
     found = [line.partition(": ")[2] for line in lines if " | " in line]
-    # Right alone: 5 of the first, 1 of the second; two-sided binomial, 2 (1 + 6) / 2⁶.
+    # Five images are right only in the first, one only in the second: two-sided binomial, 2 (1 + 6) / 2⁶.
     assert found[0] == "only the first is right on 5, only the second on 1, p = 0.22"
     assert found[1:] == ["not compared, since their test images differ"] * 2
 

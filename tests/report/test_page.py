@@ -17,10 +17,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from cl_bench.report.command import report
+from cl_bench.report.command import report, results_below
 from cl_bench.report.comparison import comparisons
 from cl_bench.report.page import page
 from cl_bench.report.tables import tables
+from cl_bench.report.text import markdown
 from cl_bench.results.result import Result
 
 Drawn = Callable[..., Result]
@@ -165,6 +166,43 @@ def test_every_chart_is_drawn(opened: Browser) -> None:
     assert panels == [5, 3, 3]
 
 
+def test_every_class_has_a_row_and_its_accuracy(opened: Browser, folder: Path) -> None:
+    script = (
+        "const [shown] = document.querySelector(`#classes-panels [data-label='InfLoRA'] .figure`).data;"
+        "return [shown.z, shown.text[3][9]]"
+    )
+    rows, text = opened.execute_script(script)
+    runs = [
+        one
+        for one in results_below(folder)[0]
+        if (one.strategy, one.benchmark) == ("InfLoRA", "imagenet_r-T10")
+    ]
+    right = [run.rows[9].correct[3] for run in runs if run.rows[9] is not None]
+    assert (len(rows), len(right)) == (20, 6)
+    assert rows[3][9] == round(sum(right) / len(right) / 48 * 100)
+    assert rows[3][0] is None  # class 3 comes with the second experience
+    assert text == "class 3 after 10"
+
+
+def test_confusion_is_shown_only_if_predictions_were_kept(opened: Browser) -> None:
+    assert not opened.find_element(By.ID, "confusion").is_displayed()
+    opened.execute_script(
+        "const { entries } = benchmark(), entry = entries.find((one) => one.label === 'InfLoRA');"
+        "entry.confusion = { runs: 2, experiences: { names: null, rows: [[90, 10], [20, 80]] },"
+        " classes: { names: ['cat', '<b>dog'], rows: [[70, 30], [0, 100]] } };"
+        "globalThis.confused = entry; charts()"
+    )
+    shown = (
+        "const [one] = document.querySelector(`#confusion-panels [data-label='InfLoRA'] .figure`).data;"
+        "return [one.z, one.text[0][1]]"
+    )
+    assert opened.execute_script(shown) == [[[90, 10], [20, 80]], "experience 1 as experience 2"]
+    Select(opened.find_element(By.ID, "confusion-kind")).select_by_value("classes")
+    assert opened.execute_script(shown) == [[[70, 30], [0, 100]], "cat as &lt;b>dog"]
+    opened.execute_script("confused.confusion = null; charts()")
+    assert not opened.find_element(By.ID, "confusion").is_displayed()
+
+
 def test_a_benchmark_with_domains_has_bars_for_them(opened: Browser) -> None:
     assert not opened.find_element(By.ID, "domains").is_displayed()
     Select(opened.find_element(By.ID, "benchmark")).select_by_visible_text("domainnet-T5")
@@ -172,9 +210,8 @@ def test_a_benchmark_with_domains_has_bars_for_them(opened: Browser) -> None:
     assert sorted(_lines(opened, "domain-bars")) == sorted(STRENGTHS)
 
 
-def test_a_cell_holds_the_number_of_the_table(opened: Browser, folder: Path, drawn: Drawn) -> None:
-    text = report(folder.parent / folder.name, "md", ["acc/sample"]).text
-    report(folder, "html")
+def test_a_cell_holds_the_number_of_the_table(opened: Browser, folder: Path) -> None:
+    text = markdown(tables(comparisons(results_below(folder)[0]), ["acc/sample"]))
     row = re.search(r"\| JANUS-LoRA .*?(\d+\.\d\d) ± (\d+\.\d\d) \(6\)", text)
     assert row is not None
     assert _rows(opened)["JANUS-LoRA"][0] == f"{row[1]} ± {row[2]}"

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from cl_bench.__main__ import main
 from cl_bench.results.result import FILE_NAME, read
 from cl_bench.run.configuration import layers, resolve
-from cl_bench.run.tracking import GradientNorm
+from cl_bench.run.tracking import GradientNorm, how_to_read
 
 OPTIONS = [
     "--wandb",
@@ -27,6 +27,7 @@ OPTIONS = [
     "--wandb_project=rates",
     "--wandb_entity=team",
     "--tensorboard",
+    "--keep=predictions",
     "--trainer.log_every_n_steps=1",
     "--trainer.max_epochs=2",
     "--scheduler=StepLR",
@@ -74,6 +75,20 @@ def test_the_run_prints_the_line_that_sends_it(printed: tuple[Path, str]) -> Non
     assert f"tensorboard --logdir {folder / 'tensorboard'}" in text
 
 
+def test_many_runs_are_sent_by_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "my results"
+    words = ["--wandb", f"--results={folder}"]
+    cells = [resolve(layers("ncm", "toy"), [*words, f"--seed={seed}"]) for seed in (1, 2)]
+    assert how_to_read(cells) == []  # online, or not yet run
+    for cell in cells:
+        (cell.folder / "wandb" / "offline-run-1-a").mkdir(parents=True)
+    (text,) = how_to_read(cells)
+    assert text.startswith("W&B is offline, and 2 runs are below")
+    (line,) = (line for line in text.splitlines() if line.startswith("  wandb sync "))
+    (pattern,) = shlex.split(line)[2:]
+    assert len([*folder.parent.glob(str(Path(pattern).relative_to(folder.parent)))]) == 2
+
+
 def test_options_set_project_team_group_name_and_tags(records: list[Any]) -> None:
     (start,) = _of_kind(records, "run")
     assert (start.entity, start.project, start.run_group, start.display_name) == (
@@ -92,6 +107,19 @@ def test_learning_rates_follow_the_schedule_and_gradients_have_a_norm(records: l
     assert all(norm > 0 for norm in norms)
     steps = {metric.glob_name: metric.step_metric for metric in _of_kind(records, "metric")}
     assert steps["lr-*"] == steps["train/*"] == "trainer/global_step"
+
+
+def test_matrix_and_confusions_are_tables_and_pictures(printed: tuple[Path, str]) -> None:
+    media = next(printed[0].glob("wandb/offline-run-*")) / "files" / "media"
+    for name in ("accuracy_matrix", "confusion_experiences", "confusion_classes"):
+        assert len([*media.glob(f"images/{name}_picture_*.png")]) == 1
+    (path,) = media.glob("table/confusion_experiences_*.json")
+    table = json.loads(path.read_text())
+    assert table["columns"] == ["truth", "prediction", "images"]
+    result = read(printed[0] / FILE_NAME)
+    assert sum(images for _, _, images in table["data"]) == sum(result.test_images)
+    placed = sum(images for truth, prediction, images in table["data"] if truth == prediction)
+    assert 100 * placed / sum(result.test_images) == pytest.approx(result.metrics()["task_id/sample"])
 
 
 def test_tensorboard_has_the_curves_of_the_csv_file(printed: tuple[Path, str]) -> None:

@@ -68,6 +68,17 @@ def test_a_layer_computes_the_sum_of_its_directions_times_their_magnitudes(backb
     torch.testing.assert_close(layer.effective_weight().double(), whole, atol=1e-5, rtol=1e-5)
 
 
+def test_merged_directions_are_added_once(backbone: Making) -> None:
+    strategy = sd_lora(backbone)
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        before = strategy.features(images)
+        for layer in strategy.layers:
+            layer.merge()
+        torch.testing.assert_close(strategy.features(images), before, atol=1e-4, rtol=1e-4)
+    assert all(not layer.owner.numel() for layer in strategy.layers)
+
+
 def test_the_gradient_of_a_magnitude_is_that_of_the_weight_along_its_direction(backbone: Making) -> None:
     strategy = sd_lora(backbone)
     layer = strategy.layers[0]

@@ -127,6 +127,17 @@ def test_the_start_changes_the_trained_product_unless_it_is_kept(
         assert min(changes[0]) > 0.1
 
 
+def test_a_layer_with_two_functions_is_not_merged(backbone: Making) -> None:
+    layer = SLAO(backbone(), rank=4).layers[0]
+    with torch.no_grad():
+        layer.adapter(next(iter(layer.rows))).B.fill_(1.0)
+    before = layer.weight.clone()
+    with pytest.raises(RuntimeError, match="one of the two"):
+        layer.merge()
+    assert torch.equal(layer.weight, before)
+    assert not torch.equal(layer.train().effective_weight(), layer.eval().effective_weight())
+
+
 def test_what_is_kept_does_not_grow(backbone: Making, walk: Walking) -> None:
     class Weighed(SLAO):
         def after_training(self, data: TrainingData) -> None:

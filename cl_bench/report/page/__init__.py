@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_bench import __version__
+from cl_bench.artifacts.confusion import placed
 from cl_bench.errors import visible
 from cl_bench.report.comparison import Entry, flat
 from cl_bench.report.records import finite, statistic_record
@@ -197,6 +198,8 @@ def _entry(entry: Entry, shown: Sequence[str]) -> Json:
         record |= {
             "curve": [] if entry.is_joint else _curve(entry),
             "matrix": _rounded(np.mean([_matrix(run) for run in entry.runs], axis=0)),
+            "classes": _classes(entry),
+            "confusion": _confusion(entry),
             "domains": _domains(entry),
             "inside": _inside(entry),
             "study": _study(entry),
@@ -236,6 +239,52 @@ def _curve(entry: Entry) -> list[Json]:
 
 def _matrix(run: Result) -> Array:
     return accuracy_matrix(run.counts("correct"), run.totals)
+
+
+def _classes(entry: Entry) -> Json:
+    """Return the accuracy of every class (rows) after each experience (columns), in whole percent.
+
+    It is the mean over the runs in the class order of the first run.
+    """
+    first = entry.runs[0]
+    tables = []
+    for run in (run for run in entry.runs if run.class_names == first.class_names):
+        table = np.full((len(first.class_names), first.num_experiences), np.nan)
+        for after, row in enumerate(run.rows):
+            if row is not None:
+                seen = len(row.correct)
+                table[:seen, after] = 100 * np.array(row.correct) / np.maximum(run.test_images[:seen], 1)
+        tables.append(table)
+    return {"names": _names(first), "runs": len(tables), "rows": _rounded(np.mean(tables, axis=0), None)}
+
+
+def _confusion(entry: Entry) -> Json | None:
+    """Return where images are placed at the end, in percent of a row, as means over runs; None if unknown.
+
+    Between classes, only runs in the class order of the first run count.
+    """
+    if not entry.confusions:
+        return None
+    found = {
+        "runs": len(entry.confusions),
+        "experiences": {
+            "names": None,
+            "rows": _rounded(placed([one.experiences for one in entry.confusions])),
+        },
+    }
+    first = entry.confusions[0].result
+    counts = [
+        one.classes
+        for one in entry.confusions
+        if one.classes is not None and one.result.class_names == first.class_names
+    ]
+    if counts:
+        found["classes"] = {"names": _names(first), "rows": _rounded(placed(counts))}
+    return found
+
+
+def _names(run: Result) -> list[str]:
+    return list(map(visible, run.class_names))
 
 
 def _domains(entry: Entry) -> Json:
@@ -344,5 +393,5 @@ def _difference(pair: Contrast, order: Mapping[str, int]) -> Json:
     }
 
 
-def _rounded(table: Array) -> list[list[float | None]]:
-    return [[None if np.isnan(value) else round(float(value), 2) for value in row] for row in table]
+def _rounded(table: Array, digits: int | None = 2) -> list[list[float | None]]:
+    return [[None if np.isnan(value) else round(float(value), digits) for value in row] for row in table]

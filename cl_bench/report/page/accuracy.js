@@ -172,11 +172,10 @@ function matrices() {
   const all = entries.flatMap((entry) => entry.matrix.flat().filter(known));
   const low = all.length ? Math.min(90, 10 * Math.floor(least(all) / 10)) : 0;
   const high = all.length ? Math.max(low + 10, 10 * Math.ceil(greatest(all) / 10)) : 100;
-  const gradient = HEAT.map(([at, colour]) => `${colour} ${100 * at}%`).join(",");
   fill(
     "matrix-scale",
     `${low} %`,
-    element("i", { "aria-hidden": "true", style: `background: linear-gradient(to right, ${gradient})` }),
+    element("i", { "aria-hidden": "true", style: `background: ${GRADIENT}` }),
     `${high} %`,
   );
   const how = { low, high, first: 1, down: true, hover: "after %{y}, on %{x}: %{z:.2f} %<extra></extra>" };
@@ -185,6 +184,46 @@ function matrices() {
     entries,
     (entry) => counted(entry.n, "run"),
     (entry, box) => heatmap(box, entry.matrix, how, `Accuracy matrix: ${entry.label}`),
+  );
+}
+
+/** Show a section of the page and its link only if some entry of the benchmark has what it draws. */
+function showSection(id, has) {
+  const found = benchmark().entries.some(has);
+  byId(id).hidden = !found;
+  document.querySelector(`nav a[href='#${id}']`).hidden = !found;
+  for (const scale of byId(id).querySelectorAll(".heat")) scale.style.background = GRADIENT;
+  return found;
+}
+
+function confusion() {
+  if (!showSection("confusion", (entry) => entry.confusion)) return;
+  const kind = byId("confusion-kind").value;
+  panels(
+    "confusion-panels",
+    drawn().filter((entry) => entry.confusion?.[kind]),
+    (entry) => counted(entry.confusion.runs, "run"),
+    (entry, box) => {
+      const { names, rows } = entry.confusion[kind];
+      const name = (i) => escaped(names ? names[i] : `experience ${i + 1}`);
+      const hover = (i, j) => `${name(i)} as ${name(j)}`;
+      heatmap(box, rows, { low: 0, high: 100, first: 1, down: true, hover }, `Confusion of ${kind}: ${entry.label}`);
+    },
+    kind === "classes" ? "Nothing to show: too many classes for a matrix, or no strategy is ticked." : NOTHING,
+  );
+}
+
+function classes() {
+  if (!showSection("classes", (entry) => entry.classes)) return;
+  panels(
+    "classes-panels",
+    drawn().filter((entry) => entry.classes),
+    (entry) => counted(entry.classes.runs, "run"),
+    (entry, box) => {
+      const { names, rows } = entry.classes;
+      const hover = (i, j) => `${escaped(names[i])} after ${j + 1}`;
+      heatmap(box, rows, { low: 0, high: 100, first: 1, down: true, hover }, `Accuracy by class: ${entry.label}`);
+    },
   );
 }
 

@@ -71,7 +71,7 @@ function draw(box, traces, more, label, without = NOTHING) {
 }
 
 /** Draw a small chart for each entry, side by side, under its name and a remark. */
-function panels(id, entries, remark, plot) {
+function panels(id, entries, remark, plot, without = NOTHING) {
   const kept = new Map([...byId(id).querySelectorAll("figure")].map((figure) => [figure.dataset.label, figure]));
   const figures = entries.map((entry) => {
     const figure =
@@ -82,7 +82,7 @@ function panels(id, entries, remark, plot) {
     return figure;
   });
   for (const figure of kept.values()) Plotly.purge(figure.lastChild);
-  fill(id, ...(figures.length ? figures : [element("p", { class: "empty" }, NOTHING)]));
+  fill(id, ...(figures.length ? figures : [element("p", { class: "empty" }, without)]));
   entries.forEach((entry, place) => plot(entry, figures[place].lastChild));
 }
 
@@ -146,7 +146,12 @@ const spread = ({ mean, std }, [low, high] = [0, 100]) => [
   Math.min(high, mean + (std ?? 0)),
 ];
 
-/** Draw a square heat map of `rows`, whose first is numbered `first`, on the colour scale from `low` to `high`. */
+const GRADIENT = `linear-gradient(to right, ${HEAT.map(([at, colour]) => `${colour} ${100 * at}%`).join(",")})`;
+
+/**
+ * Draw a square heat map of `rows`, whose first is numbered `first`, on the colour scale from `low` to `high`. The
+ * texts of `hover` are made from row and column if it is a function.
+ */
 function heatmap(box, rows, { low, high, first, down, hover }, label) {
   const across = Math.max(...rows.map((row) => row.length));
   const size = box.clientWidth || 230;
@@ -169,7 +174,9 @@ function heatmap(box, rows, { low, high, first, down, hover }, label) {
         hoverongaps: false,
         texttemplate: numbered ? "%{z:.0f}" : "",
         textfont: { size: Math.min(11, size / across / 2.7) },
-        hovertemplate: hover,
+        ...(typeof hover === "function"
+          ? { text: rows.map((row, i) => row.map((_, j) => hover(i, j))), hovertemplate: "%{text}: %{z} %<extra></extra>" }
+          : { hovertemplate: hover }),
       },
     ],
     {

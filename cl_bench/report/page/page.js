@@ -64,7 +64,7 @@ function enter() {
 
 /** Redraw every chart. */
 function charts() {
-  for (const chart of [forest, curves, matrices, pareto, tasks, domains, inside, tuning, phases]) chart();
+  for (const chart of [forest, curves, matrices, confusion, classes, pareto, tasks, domains, inside, tuning, phases]) chart();
 }
 
 /** Draw table and charts in the colours of the paper. */
@@ -98,6 +98,7 @@ function listen() {
     forest();
   });
   on("band", "change", curves);
+  on("confusion-kind", "change", confusion);
   on("cost-name", "change", pareto);
   on("cost-log", "change", pareto);
   on("violation-kind", "change", inside);

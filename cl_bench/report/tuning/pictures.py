@@ -17,9 +17,11 @@ _TALL = 0.9  # inches of a panel
 _MOST_ROWS = 12
 
 
-def progress(comparison: Comparison, style: Style = DEFAULT) -> Picture:
-    """Draw the best score after each number of trials, a line for each study."""
+def progress(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:
+    """Draw the best score after each number of trials, a line for each study; None without a study."""
     rows = studies(comparison)[:MOST_DRAWN]
+    if not rows:
+        return None
     with style.drawing():
         figure = Picture(style, 0.6 * style.width, min(0.62 * style.width, 2.9))
         axes = figure.add_axes((0, 0, 1, 1))
@@ -42,18 +44,20 @@ def progress(comparison: Comparison, style: Style = DEFAULT) -> Picture:
         axes.set_ylabel(f"best {rows[0][1].metric} so far (%)")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.02), frameon=False)
-        headline(axes, comparison, style, above=1.0, remark=_seen(rows))
+        headline(axes, comparison, style, [len(entry.runs) for entry in drawn], remark=_seen(rows))
         figure.fit()
         return figure
 
 
-def over_settings(comparison: Comparison, style: Style = DEFAULT) -> Picture:
+def over_settings(comparison: Comparison, style: Style = DEFAULT) -> Picture | None:
     """Draw the score of every trial over each of its settings, a row of panels for each study.
 
     The title of a panel is the setting, with its importance. The best trial is filled; a trial that was
-    pruned, whose score is that of fewer experiences, is a cross.
+    pruned, whose score is that of fewer experiences, is a cross. None without a study.
     """
     rows = studies(comparison)[:_MOST_ROWS]
+    if not rows:
+        return None
     columns = max(len(study.settings) for _, study in rows)
     with style.drawing():
         wide = max(0.6, 0.88 * style.width / columns - _GAP)
@@ -72,7 +76,8 @@ def over_settings(comparison: Comparison, style: Style = DEFAULT) -> Picture:
                     axes.set_ylabel(name)
         assert first is not None
         narrow = Style(0.9 * style.width, style.font)  # that of the panels, without their labels
-        headline(first, comparison, narrow, above=2.2, remark=_seen(rows))
+        numbers = [len(entry.runs) for entry, _ in rows]
+        headline(first, comparison, narrow, numbers, above=2.2, remark=_seen(rows))
         return figure
 
 

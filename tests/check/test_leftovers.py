@@ -1,11 +1,12 @@
 """What is kept of training images is found wherever it is."""
 
 import io
+import string
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from cl_bench.check.command import layer
-from cl_bench.check.data import Kept, kept
+from cl_bench.check.leftovers import Kept, kept
 from cl_bench.check.subject import Subject
 from cl_bench.run.run import quiet
 
@@ -93,6 +94,56 @@ def in_a_mapped_file(strategy: Any, images: Tensor) -> None:
     np.memmap(name, mode="w+", shape=tuple(images.shape), dtype=np.uint8)[:] = pixels(images)
 
 
+def older_an_object_of_the_module(strategy: Any, images: Tensor) -> None:
+    SHELF.text += pixels(images).tobytes()
+
+
+def older_a_default_argument(strategy: Any, images: Tensor, kept: list[Any] = []) -> None:  # noqa: B006
+    kept.append(pixels(images).tobytes())
+
+
+def older_an_empty_default_argument(strategy: Any, images: Tensor, kept: dict[int, Any] = {}) -> None:  # noqa: B006
+    kept[len(kept)] = pixels(images).copy()
+
+
+def older_a_dictionary_of_the_module(strategy: Any, images: Tensor) -> None:
+    DICTIONARY[len(DICTIONARY)] = pixels(images).copy()
+
+
+def older_an_imported_module(strategy: Any, images: Tensor) -> None:
+    string.kept.append(pixels(images).tobytes())  # type: ignore[attr-defined]
+
+
+def older_an_attribute_of_an_imported_module(strategy: Any, images: Tensor) -> None:
+    string.text += pixels(images).tobytes()  # type: ignore[attr-defined]
+
+
+def older_a_buffer_of_the_module(strategy: Any, images: Tensor) -> None:
+    BUFFER.extend(pixels(images).tobytes())
+
+
+def older_a_tensor_of_the_module(strategy: Any, images: Tensor) -> None:
+    TENSOR.data = torch.cat([TENSOR, (images * 255).to(torch.uint8).flatten()])
+
+
+def older_another_class(strategy: Any, images: Tensor) -> None:
+    Shelf.texts = (*Shelf.texts, pixels(images).tobytes())
+
+
+def older_an_attribute_of_a_function(strategy: Any, images: Tensor) -> None:
+    pixels.kept = getattr(pixels, "kept", b"") + pixels(images).tobytes()  # type: ignore[attr-defined]
+
+
+class Shelf:
+    """A place that exists before anything is trained."""
+
+    texts: ClassVar[tuple[bytes, ...]] = ()
+    text = b""
+
+
+SHELF, DICTIONARY, BUFFER, TENSOR = Shelf(), dict[int, Any](), bytearray(), torch.empty(0, dtype=torch.uint8)
+
+OLDER_PLACES = [place for name, place in list(globals().items()) if name.startswith("older_")]
 PLACES = [place for name, place in list(globals().items()) if name.startswith("in_")]
 
 
@@ -103,6 +154,8 @@ def pixels(images: Tensor) -> Any:
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(string, "kept", [], raising=False)
+    monkeypatch.setattr(string, "text", b"", raising=False)
     yield
     vars(torch).pop("kept", None)
 
@@ -120,6 +173,15 @@ def found(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> Kept:
 def test_images_are_found_in_every_place(keep: Keep, monkeypatch: pytest.MonkeyPatch) -> None:
     left = found(keep, monkeypatch)
     assert left.in_memory + left.in_files > PIXELS / 2  # the last experience has half of the images
+
+
+def test_images_in_every_place_that_existed_before_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def keep(strategy: Any, images: Tensor) -> None:
+        for place in OLDER_PLACES:
+            place(strategy, images)
+
+    left = found(keep, monkeypatch)
+    assert left.in_memory == pytest.approx(len(OLDER_PLACES) * PIXELS, rel=0.05)
 
 
 def test_statistics_of_a_class_leave_nothing_of_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
