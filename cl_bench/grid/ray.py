@@ -62,12 +62,20 @@ class RayEngine(Engine):
         ray.shutdown()
 
     def call(self, function: Callable[[], Value]) -> list[Value]:
-        """Return what ``function`` returns on each machine of the cluster."""
+        """Return what ``function`` returns on each machine of the cluster.
+
+        A machine that was lost seconds ago is still listed, and is left out.
+        """
         remote: Any = ray.remote(num_cpus=0)(_called)
         pinned = (NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in _nodes())
-        values: list[Value] = ray.get(
-            [remote.options(scheduling_strategy=where).remote(function) for where in pinned]
-        )
+        references = [remote.options(scheduling_strategy=where).remote(function) for where in pinned]
+        values: list[Value] = []
+        for reference in references:
+            try:
+                values.append(ray.get(reference))
+            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+                if reference == references[-1] and not values:
+                    raise
         return values
 
     def run(

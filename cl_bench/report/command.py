@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,8 @@ def report(
     notices = [*(f"Not read: {line}" for line in unreadable), *ranked]
     if format in _ENDINGS:
         names = file_names(comparison.title for comparison in compared)
-        for comparison in compared:
-            name, kinds = names[comparison.title], PICTURES | TUNING
+        for comparison, kinds in itertools.product(compared, (None, TUNING)):
+            name = names[comparison.title]
             drawn, failed = pictures(comparison, folder, name, style, _ENDINGS[format], kinds)
             files += drawn
             notices += failed
