@@ -132,6 +132,9 @@ def from_plain(value: object) -> Tuning:
     trials = len(found.scores)
     if not all(len(column) == trials for column in (found.experiences, *found.settings.values())):
         raise ValueError(f"a setting does not have a value for each of its {trials} trials")
+    measured = found.sensitivity
+    if measured is not None and len(measured.scores) != len(measured.factors):
+        raise ValueError("its sensitivity does not have a score for each factor")
     if not max(found.best, found.runner_up or 0) < trials or found.scores[found.best] is None:
         raise ValueError(f"its best is not one of its {trials} trials")
     return found

@@ -29,5 +29,8 @@ def _is_published(configuration: Configuration) -> bool:
         return False
     _, strategy, dataset, *recipe = files
     data = {key: value for key, value in load(dataset).items() if key == "data"}
-    model = resolve([strategy, data, *recipe]).cell["model"]
+    try:
+        model = resolve([strategy, data, *recipe]).cell["model"]
+    except ValueError:  # the method needs what else the dataset's config sets
+        return False
     return bool(model == configuration.cell["model"])

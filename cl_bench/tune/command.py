@@ -18,7 +18,8 @@ def tune(plans: Sequence[Plan], engine: Callable[[Path], Engine], console: Conso
     """Run the studies of ``plans`` until their budgets are spent, and return their records by name.
 
     Generations of all studies run together, and trials that have ended are read. A study ends without a
-    record if one of its trials fails; the others continue. Records are also written, and the best is printed.
+    record if one of its trials fails, or none has a finite loss; the others continue. Records are also
+    written, and the best is printed.
 
     Args:
         plans: What to tune; all with one folder of results.
@@ -37,15 +38,19 @@ def tune(plans: Sequence[Plan], engine: Callable[[Path], Engine], console: Conso
             if waiting := _unfinished(asked):
                 run_entries(waiting, worker, console)
             for study in running.copy():
-                if study not in asked:
-                    running.remove(study)
-                    records[study.plan.name] = _recorded(study, console)
-                elif any(trial.score() is None for trial in asked[study]):
-                    running.remove(study)
-                else:
+                if study in asked and all(trial.score() for trial in asked[study]):
                     study.tell()
-    if len(records) < len(plans):
-        console.print("Run the same command again to repeat the trials that failed.", markup=False)
+                    continue
+                running.remove(study)
+                if study in asked:
+                    remedy = "a trial failed. Run the same command again to repeat it."
+                elif (record := study.tuning()) is None:
+                    remedy = "no trial was completed with a finite loss. Narrow its space."
+                else:
+                    records[study.plan.name] = record
+                    record.write(study.plan.record)
+                    remedy = closing(record, study.plan.record)
+                console.print(f"{study.plan.strategy} on {study.plan.dataset}: {remedy}", markup=False)
     return records
 
 
@@ -60,17 +65,10 @@ def _unfinished(asked: dict[Study, list[Trial]]) -> list[Trial]:
     return list(cells.values())
 
 
-def _recorded(study: Study, console: Console) -> Tuning:
-    record, path = study.tuning(), study.plan.record
-    record.write(path)
-    console.print(closing(record, path), markup=False)
-    return record
-
-
 def closing(record: Tuning, path: Path) -> str:
     """Return what a study found, in a few lines."""
     chosen = ", ".join(f"{key} {value}" for key, value in record.chosen.items())
     second = "" if record.runner_up is None else f", runner-up {record.scores[record.runner_up]:.2f}"
     spent = ", ".join(f"{value:g} {unit}" for unit, value in record.spent.items())
     score = f"{record.metric} {record.scores[record.best]:.2f}"
-    return f"{record.strategy} on {record.dataset}: {score} with {chosen}{second}; {spent}\n  {path}"
+    return f"{score} with {chosen or 'its settings as they are'}{second}; {spent}\n  {path}"

@@ -51,7 +51,12 @@ def tuned(
     from cl_bench.tune.command import tune
 
     plans = {cell: plan(grid, cell) for cell in grid.cells()}
-    wanted = {one.name: one for one in plans.values() if one.space.settings}
+    wanted: dict[str, Plan] = {}
+    for one in plans.values():
+        if one.space.settings and wanted.setdefault(one.name, one) != one:
+            raise ValueError(
+                f"Two studies of the grid have the name {one.name}: rename a config of one of them."
+            )
     if dry_run:
         found = {name for name, one in wanted.items() if one.is_recorded}
         console.print(f"{len(wanted)} studies, {len(found)} done", markup=False)

@@ -186,14 +186,8 @@ class Study:
             self._handles, self._asked = [], []
             for _ in range(self._size):
                 self._propose()
-        elif self.plan.sensitivity and self._sensitivity is None and self.plan.space.rate:
-            best = self._told[self.best].settings
-            rate = self.plan.space.rate
-            self._asked = [
-                self._trial({**best, rate: rounded(float(best[rate]) * factor)}) for factor in FACTORS
-            ]
         else:
-            self._asked = []
+            self._asked = [self._trial(settings) for settings in self._at_other_rates]
         for trial in self._asked:
             if (path := finished(trial.configuration)) is not None:
                 require_same_images(path, trial.configuration, self._images)
@@ -227,29 +221,16 @@ class Study:
         epochs, seconds = sum(one.epochs for one in ended), sum(one.seconds for one in ended)
         return {"trials": len(ended), "epochs": epochs, "seconds": round(seconds, 1)}
 
-    @property
-    def best(self) -> int:
-        """Index of the best trial, the earliest of equals.
-
-        Raises:
-            ValueError: If no trial was completed with a finite loss.
-        """
-        ranking = self._ranking
-        if not ranking:
-            raise ValueError(
-                f"None of the {len(self._told)} trials of {self.plan.strategy} on {self.plan.dataset} has a "
-                "finite loss: narrow its space."
-            )
-        return ranking[0]
-
-    def tuning(self) -> Tuning:
-        """Return the record of a study that is over."""
+    def tuning(self) -> Tuning | None:
+        """Return the record of a study that is over; None if no trial was completed with a finite loss."""
         plan, ranking = self.plan, self._ranking
+        if not ranking:
+            return None
         ended = [told.score for told in self._told]
         sensitivity = None
         if self._sensitivity and plan.space.rate:
-            factors = [one.value for one in self._sensitivity]
-            sensitivity = Sensitivity(plan.space.rate, list(FACTORS), factors)
+            scores = [one.value for one in self._sensitivity]
+            sensitivity = Sensitivity(plan.space.rate, list(FACTORS), scores)
         return Tuning(
             **plan.question,
             settings={
@@ -259,11 +240,22 @@ class Study:
             scores=[one.value for one in ended],
             experiences=[one.experiences for one in ended],
             spent=self.spent,
-            best=self.best,
+            best=ranking[0],
             runner_up=ranking[1] if len(ranking) > 1 else None,
             sensitivity=sensitivity,
             importance=self._importance,
         )
+
+    @property
+    def _at_other_rates(self) -> list[dict[str, Value]]:
+        """The best settings at other learning rates, if they are asked for and there is such a rate."""
+        rate, ranking = self.plan.space.rate, self._ranking
+        if not self.plan.sensitivity or self._sensitivity is not None or rate is None or not ranking:
+            return []
+        best = self._told[ranking[0]].settings
+        if rate not in best:
+            return []
+        return [{**best, rate: rounded(float(best[rate]) * factor)} for factor in FACTORS]
 
     @property
     def _importance(self) -> dict[str, float]:
@@ -275,7 +267,7 @@ class Study:
 
     @property
     def _ranking(self) -> list[int]:
-        """Indices of the completed trials, best first."""
+        """Indices of the completed trials, best first, and the earliest first of equals."""
         completed = [
             (index, told.score.value)
             for index, told in enumerate(self._told)

@@ -46,6 +46,7 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"best": -1}, "best: Input should be greater than or equal to 0"),
         ({"scores": [50.0, float("nan"), 60.0]}, "scores"),
         ({"order": {"a": 1}}, "order"),
+        ({"sensitivity": {"key": "a", "factors": [1.0], "scores": []}}, "a score for each factor"),
     ),
 )
 def test_a_record_that_contradicts_itself_is_refused(changed: dict[str, Any], sentence: str) -> None:

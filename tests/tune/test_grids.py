@@ -79,6 +79,14 @@ def test_a_dry_run_takes_only_the_records_of_the_same_question(tmp_path: Path) -
     assert names(grid(tmp_path, trials=4)) == []
 
 
+def test_two_strategies_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "lora.yaml").write_text("model: {class_path: strategies.lora.LoRA}")
+    names = ["lora", f"{tmp_path}/lora.yaml"]
+    twice = Grid(names, ["toy"], results=str(tmp_path), tune={"trials": 3})
+    with pytest.raises(ValueError, match="Two studies of the grid have the name lora-toy"):
+        grids.tuned(twice, lambda _: None, Console(quiet=True))  # type: ignore[arg-type, return-value]
+
+
 @pytest.mark.parametrize(
     ("tune", "sentence"),
     (

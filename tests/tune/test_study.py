@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cl_bench.results.tuning import Tuning
 from cl_bench.run.configuration import Configuration
 from cl_bench.tune.space import space_of
 from cl_bench.tune.study import Plan, Study
@@ -24,12 +25,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Configuration:
     return planned(tmp_path_factory.mktemp("base")).cell({}).configuration()
 
 
-def ended(study: Study, scored: Callable[[Trial], Score], monkeypatch: pytest.MonkeyPatch) -> Study:
-    """Let the trials of a study end as ``scored`` has it, without running them."""
+def ended(study: Study, scored: Callable[[Trial], Score], monkeypatch: pytest.MonkeyPatch) -> Tuning:
+    """Return the record of a study whose trials end as ``scored`` has it, without being run."""
     monkeypatch.setattr(Trial, "score", scored)
     while study.ask():
         study.tell()
-    return study
+    record = study.tuning()
+    assert record is not None
+    return record
 
 
 def at(value: float | None, *by_experience: float, pruned: bool = False) -> Score:
@@ -46,9 +49,9 @@ def near(trial: Trial) -> Score:
 def test_the_same_study_twice_proposes_the_same_trials(
     base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = (ended(Study(planned(tmp_path), base), near, monkeypatch).tuning() for _ in range(2))
+    first, second = (ended(Study(planned(tmp_path), base), near, monkeypatch) for _ in range(2))
     assert first == second
-    other = ended(Study(planned(tmp_path, seed=1), base), near, monkeypatch).tuning()
+    other = ended(Study(planned(tmp_path, seed=1), base), near, monkeypatch)
     assert first.settings != other.settings
 
 
@@ -56,7 +59,7 @@ def test_a_larger_budget_continues_a_smaller_one(
     base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, large = (
-        ended(Study(planned(tmp_path, budget=budget), base), near, monkeypatch).tuning() for budget in (8, 11)
+        ended(Study(planned(tmp_path, budget=budget), base), near, monkeypatch) for budget in (8, 11)
     )
     assert large.settings["optimizer.lr"][:8] == small.settings["optimizer.lr"]
     assert len(large.scores) == 11
@@ -73,7 +76,7 @@ def test_the_best_is_the_earliest_of_the_highest_scores_that_were_completed(
 ) -> None:
     scores = iter([at(50.0), at(70.0), at(None), at(70.0), at(90.0, 80.0, 90.0, pruned=True), at(60.0)])
     study = Study(planned(tmp_path, budget=6), base)
-    record = ended(study, lambda _: next(scores), monkeypatch).tuning()
+    record = ended(study, lambda _: next(scores), monkeypatch)
     assert record.scores == [50.0, 70.0, None, 70.0, 90.0, 60.0]
     assert (record.best, record.runner_up) == (1, 3)
     assert record.experiences == [3, 3, 3, 3, 2, 3]
@@ -103,8 +106,7 @@ def test_no_trial_counts_once_the_budget_is_spent(
     budget: float,
     trials: int,
 ) -> None:
-    study = ended(Study(planned(tmp_path, unit=unit, budget=budget), base), near, monkeypatch)
-    record = study.tuning()
+    record = ended(Study(planned(tmp_path, unit=unit, budget=budget), base), near, monkeypatch)
     assert len(record.scores) == trials
     assert record.budget == {unit: budget}
     assert record.spent == {"trials": trials, "epochs": 3 * trials, "seconds": 1.5 * trials}
@@ -114,7 +116,7 @@ def test_sensitivity_is_the_score_at_a_third_and_three_times_the_best_rate(
     base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = Study(planned(tmp_path, sensitivity=True, budget=4), base)
-    record = ended(study, near, monkeypatch).tuning()
+    record = ended(study, near, monkeypatch)
     best = record.chosen["optimizer.lr"]
     assert record.sensitivity is not None
     assert record.sensitivity.factors == [0.3, 1.0, 3.0]
@@ -122,6 +124,17 @@ def test_sensitivity_is_the_score_at_a_third_and_three_times_the_best_rate(
         [100 - abs(factor * best - 0.003) * 1e4 for factor in (0.3, 1, 3)], abs=0.1
     )  # rates have three digits
     assert len(record.scores) == 4  # not part of the budget
+
+
+def test_a_study_without_a_finite_loss_has_no_record(
+    base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(planned(tmp_path, sensitivity=True, budget=4), base)
+    monkeypatch.setattr(Trial, "score", lambda _: at(None))
+    study.ask()
+    study.tell()
+    assert study.ask() == []
+    assert study.tuning() is None
 
 
 def test_a_setting_is_left_alone_unless_its_condition_holds(
@@ -132,7 +145,7 @@ def test_a_setting_is_left_alone_unless_its_condition_holds(
         "head_lr": {"low": 1e-3, "high": 1e-1, "log": True, "when": {"head_start": "random"}},
     }
     study = Study(planned(tmp_path, space), base)
-    record = ended(study, lambda trial: at(float(len(trial.settings))), monkeypatch).tuning()
+    record = ended(study, lambda trial: at(float(len(trial.settings))), monkeypatch)
     rates = record.settings["head_lr"]
     pairs = {(start, rate is None) for start, rate in zip(record.settings["head_start"], rates, strict=True)}
     assert pairs == {("random", False), ("means", True)}

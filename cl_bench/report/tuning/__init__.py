@@ -29,7 +29,7 @@ FACTORS = (
 )
 """Sentence about a table of sensitivities."""
 
-_LISTED = 3  # decimals of a setting in a table
+_DIGITS = 3  # significant ones of a setting in a table
 
 
 def chosen(entry: Entry) -> str:
@@ -64,7 +64,7 @@ def best_so_far(study: Tuning) -> list[float]:
 
     A trial that was pruned, or whose loss was not finite, is not completed.
     """
-    better = max if HIGHER_IS_BETTER[study.metric] else min
+    better = max if HIGHER_IS_BETTER.get(study.metric, True) else min
     whole = max(study.experiences)
     best, found = math.nan, []
     for score, learnt in zip(study.scores, study.experiences, strict=True):
@@ -80,8 +80,8 @@ def tuned_columns(comparison: Comparison) -> list[list[str]]:
     columns: dict[str, Callable[[Tuning], str]] = {
         "seen": lambda one: one.on,
         "budget": _budget,
-        "trials": lambda one: f"{one.spent['trials']:.0f}",
-        "epochs": lambda one: f"{one.spent['epochs']:.0f}",
+        "trials": lambda one: str(len(one.scores)),
+        "epochs": lambda one: f"{one.spent['epochs']:.0f}" if "epochs" in one.spent else UNDEFINED,
         "score": lambda one: one.metric,
         "as configured": lambda one: _score(one.scores[0]),
         "best": lambda one: _score(one.scores[one.best]),
@@ -117,7 +117,7 @@ def _budget(one: Tuning) -> str:
 
 def _settings(one: Tuning) -> str:
     named = (
-        f"{key} {value:.{_LISTED}g}" if isinstance(value, float) else f"{key} {value}"
+        f"{key} {value:.{_DIGITS}g}" if isinstance(value, float) else f"{key} {value}"
         for key, value in one.chosen.items()
     )
     return ", ".join(named)

@@ -55,7 +55,7 @@ def over_settings(comparison: Comparison, style: Style = DEFAULT) -> Picture | N
     The title of a panel is the setting, with its importance. The best trial is filled; a trial that was
     pruned, whose score is that of fewer experiences, is a cross. None without a study.
     """
-    rows = studies(comparison)[:_MOST_ROWS]
+    rows = [(entry, study) for entry, study in studies(comparison) if study.settings][:_MOST_ROWS]
     if not rows:
         return None
     columns = max(len(study.settings) for _, study in rows)
