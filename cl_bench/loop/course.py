@@ -1,4 +1,4 @@
-"""Where a run stands in its stream, and what may end it early: a signal, or a number that is not finite."""
+"""Where a run stands in its stream, and what may end it early: a signal, a loss without a value, memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import torch
 
+from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.data.experience import Experience
+from cl_bench.errors import is_of_memory, is_of_shared_memory
 
 Phase = Literal["expanded", "training", "merging", "testing"]
 """What comes next: the pass before training, the steps, the pass after them, or the evaluation."""
@@ -139,3 +141,28 @@ class Diverged(RuntimeError):
         """Return an error about ``what`` is not finite and where, with a remedy."""
         remedy = "lower the learning rate, or clip gradients with --trainer.gradient_clip_val."
         return cls(f"{what}: {remedy}")
+
+
+class OutOfMemory(RuntimeError):
+    """A batch does not fit into memory."""
+
+
+@contextmanager
+def naming_batch_size(course: Course, datamodule: StreamDataModule) -> Iterator[None]:
+    """Name the batch size in an out-of-memory error, and the workers if they share too little memory."""
+    try:
+        yield
+    except Exception as error:
+        if is_of_shared_memory(error):
+            raise OutOfMemory(
+                "The batches that workers load do not fit into the memory that processes share, /dev/shm: "
+                "choose fewer --num_workers, a smaller --batch_size and --test_batch_size, or enlarge it "
+                "(docker run --shm-size)."
+            ) from error
+        if not is_of_memory(error):
+            raise
+        name = "batch_size" if course.stepping else "test_batch_size"
+        raise OutOfMemory(
+            f"A batch of {getattr(datamodule, name)} images does not fit into the memory of "
+            f"{course.device}: lower --data.{name}."
+        ) from error

@@ -24,22 +24,18 @@ from lightning.pytorch.strategies import Strategy as Distribution
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
-from cl_bench.errors import is_of_memory, is_of_shared_memory, sentence
+from cl_bench.errors import sentence
 from cl_bench.loop import progress
 from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, Once, StreamMetrics
 from cl_bench.loop.checkpoint import Checkpoints
 from cl_bench.loop.continuation import Continuation
-from cl_bench.loop.course import Course, Diverged, Interrupted
+from cl_bench.loop.course import Course, Diverged, Interrupted, naming_batch_size
 from cl_bench.loop.provenance import file_hashes, provenance
 from cl_bench.network.heads import TrainableHead
 from cl_bench.processes.distributed import Agreement, distribution, launch, require_one_command
 from cl_bench.processes.launcher import is_single
 from cl_bench.processes.ranks import be_first, failed_first, is_first
 from cl_bench.results.result import Cost, Protocol, Regime, Result
-
-
-class OutOfMemory(RuntimeError):
-    """A batch does not fit into memory."""
 
 
 class StreamTrainer(Trainer):
@@ -196,7 +192,7 @@ class StreamTrainer(Trainer):
         continuation = Continuation(self, strategy, result, checkpoints)
         save()
         try:
-            naming = _naming_batch_size(course, datamodule)
+            naming = naming_batch_size(course, datamodule)
             with course.interruption, naming, self._watched(continuation, metrics, once):
                 self._walk(continuation, metrics, once, strategy, datamodule, save)
             result.status = "done"
@@ -412,27 +408,6 @@ def _title(strategy: Strategy, regime: Regime) -> str:
     """Return what tables call the strategy; variants do not differ over one experience of all classes."""
     variant = "joint" if regime == "joint" else strategy.variant
     return strategy.name if variant is None else f"{strategy.name} ({variant})"
-
-
-@contextmanager
-def _naming_batch_size(course: Course, datamodule: StreamDataModule) -> Iterator[None]:
-    """Name the batch size in an out-of-memory error, and the workers if they share too little memory."""
-    try:
-        yield
-    except Exception as error:
-        if is_of_shared_memory(error):
-            raise OutOfMemory(
-                "The batches that workers load do not fit into the memory that processes share, /dev/shm: "
-                "choose fewer --num_workers, a smaller --batch_size and --test_batch_size, or enlarge it "
-                "(docker run --shm-size)."
-            ) from error
-        if not is_of_memory(error):
-            raise
-        name = "batch_size" if course.stepping else "test_batch_size"
-        raise OutOfMemory(
-            f"A batch of {getattr(datamodule, name)} images does not fit into the memory of "
-            f"{course.device}: lower --data.{name}."
-        ) from error
 
 
 def _experiences(datamodule: StreamDataModule, regime: Regime) -> list[Experience]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cl_bench.contracts.strategy import Strategy, TrainingData
 from cl_bench.data.experience import Experience
-from cl_bench.loop.course import Diverged
-from cl_bench.loop.trainer import OutOfMemory, StreamTrainer
+from cl_bench.loop.course import Diverged, OutOfMemory
+from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import FILE_NAME, Result, read
 from datamodules.toy import Toy
