@@ -24,8 +24,8 @@ from cl_bench.grid.engine import Engine
 from cl_bench.report.command import METRICS, with_confusions
 from cl_bench.report.comparison import Comparison, comparisons
 from cl_bench.report.comparison import Entry as Row
-from cl_bench.report.figures import DEFAULT, Picture, Style
 from cl_bench.report.pictures import PICTURES
+from cl_bench.report.pictures.figures import DEFAULT, Picture, Style
 from cl_bench.report.tables import compared, protocol_differences, tables
 from cl_bench.report.text import means
 from cl_bench.results.metrics import Matrix, accuracy_matrix

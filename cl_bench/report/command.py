@@ -11,9 +11,9 @@ from typing import Literal, get_args
 from cl_bench.artifacts.confusion import confusions_below
 from cl_bench.errors import suggestion, visible
 from cl_bench.report.comparison import Comparison, Entry, comparisons
-from cl_bench.report.figures import DEFAULT, Style
 from cl_bench.report.page import page
 from cl_bench.report.pictures import PICTURES, pictures
+from cl_bench.report.pictures.figures import DEFAULT, Style
 from cl_bench.report.ranking import Columns, described
 from cl_bench.report.records import tidy, tidy_absences, tidy_differences, tree
 from cl_bench.report.tables import Table, tables

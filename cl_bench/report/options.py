@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cl_bench.report.figures import Style
+    from cl_bench.report.pictures.figures import Style
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _style(options: argparse.Namespace) -> Style:
     """Return the style of the pictures that ``options`` describe."""
-    from cl_bench.report.figures import DEFAULT, WIDTHS, Style
+    from cl_bench.report.pictures.figures import DEFAULT, WIDTHS, Style
 
     given = {"--figure-width": options.figure_width, "--font-size": options.font_size}
     if options.format not in ("md", "latex"):

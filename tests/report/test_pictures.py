@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from cl_bench.report.comparison import Comparison, comparisons
-from cl_bench.report.figures import MOST_DRAWN, WIDTHS, Picture, Style
 from cl_bench.report.pictures import PICTURES, costs, curves, matrices, pictures, spread
+from cl_bench.report.pictures.figures import MOST_DRAWN, WIDTHS, Picture, Style
 from cl_bench.results.result import Cost, Result
 
 Made = Callable[..., Result]

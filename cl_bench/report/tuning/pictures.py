@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from cl_bench.report.comparison import Comparison, Entry
-from cl_bench.report.figures import DEFAULT, FAINT, MOST_DRAWN, Picture, Style, headline, labels
 from cl_bench.report.pictures import Kind, pens
+from cl_bench.report.pictures.figures import DEFAULT, FAINT, MOST_DRAWN, Picture, Style, headline, labels
 from cl_bench.report.tuning import best_so_far, studies
 from cl_bench.results.tuning import Tuning
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from cl_bench.artifacts.confusion import placed
 from cl_bench.errors import sentence, visible
 from cl_bench.report.comparison import RANKING, Comparison, Entry
-from cl_bench.report.figures import (
+from cl_bench.report.pictures.figures import (
     DEFAULT,
     FAINT,
     MOST_DRAWN,
