@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help quickstart test lint types tests browser notebooks soak bench clean
+.PHONY: help quickstart test lint types tests browser notebooks soak bench gpu clean
 
 help:
 	@echo "make quickstart   install, run the grid configs/grids/quickstart.yaml, print its table"
@@ -13,6 +13,7 @@ help:
 	@echo "make notebooks    execute every notebook"
 	@echo "make soak         the long versions of the tests"
 	@echo "make bench        training steps against a hand-written loop, on ViT-B/16 and a small ViT"
+	@echo "make gpu          every strategy checked and measured on one GPU, in nine minutes; again to resume"
 	@echo "make clean        remove caches and build output; .venv and results stay"
 
 quickstart: .venv/installed
@@ -50,12 +51,20 @@ notebooks: .venv/installed-dev
 soak: .venv/installed-dev
 	$(BIN)/pytest -m soak
 	$(BIN)/pytest -m soak tests/devices
+	rm -rf results/survey-rehearsal
+	$(MAKE) gpu SIZE=rehearsal
 
 bench: .venv/installed
 	mkdir -p results/bench
 	@echo "Rows go to results/bench/*.json, and the table with its findings to a .txt of the same name."
 	$(BIN)/cl-bench bench --json > results/bench/vit_base_patch16_224.json 2> results/bench/vit_base_patch16_224.txt
 	$(BIN)/cl-bench bench --backbone small --json > results/bench/small.json 2> results/bench/small.txt
+
+# The rehearsal makes the same rows, small, on the CPU: make gpu SIZE=rehearsal
+SIZE ?= full
+DEVICE ?= $(if $(filter rehearsal,$(SIZE)),cpu,cuda)
+gpu: .venv/installed
+	$(BIN)/cl-bench survey results/survey-$(SIZE) --size $(SIZE) --device $(DEVICE)
 
 clean:
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info

@@ -32,6 +32,7 @@ _VERBS = {
     "reproduce": "compare our cells with a published number, and run those that are missing",
     "prepare": "download, verify and scan a dataset",
     "bench": "compare the speed of training steps with a hand-written loop",
+    "survey": "check and measure every strategy on a GPU, in one call of nine minutes",
 }
 _SECONDS_FOR_THE_FIRST = 3.0
 

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from cl_bench.bench.floor import Floor
+from cl_bench.bench.floor import Floor, Unmeasurable
 from cl_bench.bench.subject import CLASSES, RECIPES, Setup, Subject
 from cl_bench.contracts.low_rank import LowRankStrategy
 from cl_bench.contracts.strategy import Strategy
@@ -132,8 +132,8 @@ def bench(options: Namespace, report: Callable[[str], None] = lambda _: None) ->
             report(f"measuring {stem}, {done + 1} of {len(options.strategies)}")
             rows: list[Row] = []
             for precision in setup.precisions:
-                rows += _experience(stem, EARLY, precision, setup, passes=not done)
-                rows += _experience(stem, LATE, precision, setup)
+                rows += measurements(stem, EARLY, precision, setup, passes=not done)
+                rows += measurements(stem, LATE, precision, setup)
             found.rows += rows
             found.findings += _findings(stem, rows, setup)
         found.matrix_rates = add_shares(found.rows)
@@ -167,10 +167,13 @@ def _require_known(kind: str, given: Sequence[str], known: Sequence[str]) -> Non
             raise ValueError(f"There is no {kind} {name!r}. {suggestion(name, known)}")
 
 
-def _experience(stem: str, number: int, precision: str, setup: Setup, passes: bool = False) -> list[Row]:
+def measurements(stem: str, number: int, precision: str, setup: Setup, passes: bool = False) -> list[Row]:
     """Measure the steps of one experience, a large product of matrices, and what surrounds the steps.
 
     With ``passes``, also measure what no strategy changes: single passes over a batch, and its loading.
+
+    Raises:
+        Unmeasurable: If the strategy has no step that can be compared with the floor.
     """
     subject, rows = Subject(stem, number, precision, setup), list[Row]()
     place = {"strategy": stem, "experience": number, "precision": precision}
@@ -222,7 +225,7 @@ def _experience(stem: str, number: int, precision: str, setup: Setup, passes: bo
 
     took = subject.run(steps())
     if not rows:
-        raise ValueError(f"{stem} trains nothing, so it has no step to measure.")
+        raise Unmeasurable(f"{stem} trains nothing, so it has no step to measure.")
     images = {"passes": setup.batches[-1], "evaluation": sum(subject.stream.test_images)}
     rows += [place | timing(name, images.get(name, 0), [spent]) for name, spent in took.items() if spent]
     return rows

@@ -26,6 +26,10 @@ _LEARNING_RATE = 1e-4
 _COPIES = 3  # of a trained tensor: itself, and the two averages of Adam
 
 
+class Unmeasurable(ValueError):
+    """A strategy has no step that can be compared with the floor."""
+
+
 class Floor:
     """A hand-written training of the adapters or prompts that a strategy currently has, and of a head.
 
@@ -36,7 +40,7 @@ class Floor:
         half: Whether autocast multiplies in bfloat16.
 
     Raises:
-        ValueError: If adapted layers hold something else than pairs of factors.
+        Unmeasurable: If adapted layers hold something else than pairs of factors.
 
     Attributes:
         model: The transformer, followed by the head.
@@ -107,7 +111,7 @@ class _Adapted(nn.Module):
     def __init__(self, layer: AdaptedLinear, dtype: torch.dtype) -> None:
         super().__init__()
         if not layer.rows.keys() <= layer.adapters.keys():
-            raise ValueError(
+            raise Unmeasurable(
                 f"The floor is written for pairs of factors and for prompts, and {type(layer).__name__} adds "
                 "something else: bench another strategy."
             )

@@ -8,8 +8,15 @@ from argparse import ArgumentParser, Namespace
 
 from rich.console import Console
 
-_PUBLISHED = ["lora", "inflora", "keeplora", "janus_lora", "loda"]
+PUBLISHED = ["lora", "inflora", "keeplora", "janus_lora", "loda"]
+"""Config stems of the strategies that are measured unless others are named."""
+
 _PRECISIONS = ["32-true", "bf16-mixed"]
+
+
+# The profiler of torch logs every measurement. Torch reads the first variable when it is imported, and the
+# second when the profiler starts.
+SILENT = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -18,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     backbone = "a timm model, or small, 2.7 million parameters; its weights are random (default: ViT-B/16)"
     precisions = "32-true or bf16-mixed (default: both)"
     add = parser.add_argument
-    add("--strategy", dest="strategies", nargs="+", default=_PUBLISHED, help=strategies)
+    add("--strategy", dest="strategies", nargs="+", default=PUBLISHED, help=strategies)
     add("--backbone", default="vit_base_patch16_224", help=backbone)
     add("--device", help="cpu or cuda (default: cuda if PyTorch sees one)")
     add("--precision", dest="precisions", nargs="+", default=_PRECISIONS, help=precisions)
@@ -36,10 +43,7 @@ def run(options: Namespace) -> int:
     Raises:
         ValueError: If the options ask for what cannot be measured.
     """
-    # The profiler of torch logs every measurement. Torch reads the first variable when it is imported, and
-    # the second when the profiler starts.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.update({**SILENT, **os.environ})
     import torch
 
     from cl_bench.bench.command import bench

@@ -23,6 +23,7 @@ from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Result
 from cl_bench.run.configs import CONFIGS, Config
 from cl_bench.run.run import quiet
+from cl_bench.survey.agreement import WAITING, OnHost
 from strategies.lora import LoRA
 
 CONFIG_FILES = sorted(CONFIGS.glob("strategies/*.yaml"))
@@ -30,9 +31,6 @@ each_strategy = pytest.mark.parametrize("config", CONFIG_FILES, ids=lambda path:
 
 IN_BF16 = {"janus_lora", "keeplora", "l2p", "lora"}
 """Strategies that are tested in bf16 every time; `make soak` tests all."""
-
-WAITING = {"loda"}
-"""Strategies whose step waits by design: LoDA splits every batch by its classes, so the host reads labels."""
 
 # inference_mode is off because torch gives a tensor subclass that is made in it the storage of the CPU.
 ON_TWIN = ("--trainer.accelerator=twin", "--trainer.strategy=twin", "--trainer.inference_mode=false")
@@ -156,6 +154,21 @@ def test_a_fault_that_the_cpu_forgives_is_found(fault: type[LoRA]) -> None:
     with SecondDevice() as device, pytest.raises(Exception) as caught:
         trained(config, *ON_TWIN, callbacks=[NoWait(device)])
     assert FAULTS[fault] in " ".join(causes(caught.value))
+
+
+def test_draws_on_the_host_are_those_of_the_cpu() -> None:
+    images = torch.rand(4, 3)
+
+    def draws(device: torch.device) -> list[Tensor]:
+        torch.manual_seed(0)
+        dropped = torch.nn.functional.dropout(images.to(device), 0.5)
+        return [torch.rand(3, device=device), torch.randperm(9, device=device), dropped.normal_()]
+
+    with SecondDevice(), OnHost():  # type: ignore[no-untyped-call]
+        on_twin = draws(TWIN)
+        assert all(one.device.type == "twin" for one in on_twin)
+        found = [one.cpu() for one in on_twin]
+    assert all(map(torch.equal, found, draws(torch.device("cpu"))))
 
 
 def test_tensors_of_the_second_device_hold_real_values() -> None:
