@@ -199,11 +199,11 @@ def _size(one: Any) -> tuple[int, int]:
         return id(one), 8 * len(one)
     if issubclass(kind, int):
         return id(one), one.bit_length() // 8
-    if issubclass(kind, Tensor) and one.layout == torch.strided and one.device.type == "cpu":
+    if issubclass(kind, Tensor) and one.layout == torch.strided:
         one = one.untyped_storage()
-        return one.data_ptr(), one.nbytes()
-    if issubclass(kind, torch.UntypedStorage):
-        return one.data_ptr(), one.nbytes()
+    if isinstance(one, torch.UntypedStorage):
+        in_memory = one.device.type == "cpu"  # that of a tensor which compiling has traced is not
+        return (one.data_ptr(), one.nbytes()) if in_memory else (id(one), 0)
     if issubclass(kind, io.BytesIO):
         return id(one), one.getbuffer().nbytes
     if issubclass(kind, mmap.mmap | ctypes.Array):

@@ -30,7 +30,7 @@ def _is_published(configuration: Configuration) -> bool:
     _, strategy, dataset, *recipe = files
     data = {key: value for key, value in load(dataset).items() if key == "data"}
     try:
-        model = resolve([strategy, data, *recipe]).cell["model"]
+        model = resolve([strategy, data, *recipe]).resolved["model"]
     except ValueError:  # the method needs what else the dataset's config sets
         return False
-    return bool(model == configuration.cell["model"])
+    return bool(model == configuration.resolved["model"])

@@ -14,6 +14,7 @@ from cl_bench.__main__ import main
 from cl_bench.data.published import domainnet
 from cl_bench.data.published.imagenet_r import SHA256, Split
 from cl_bench.grid.cells import Cell
+from cl_bench.loop.provenance import data_hashes
 from cl_bench.reproduce.command import Wanted
 from cl_bench.results.result import Cost, Protocol, Result, Row
 from datamodules.toy import Toy
@@ -140,9 +141,12 @@ def test_lists_with_equal_numbers_of_test_images_are_distinguished(
     wanted: Wanted, split: Split, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Toy, "name", "imagenet_r")
+    (first, *_) = wanted.cells("lora")
+    ours = data_hashes(first.configuration().datamodule)["test_images"]
+    monkeypatch.setitem(SHA256, (split, "test"), ours)
     for name in ("lora", "inflora"):
         for cell in wanted.cells(name):
-            _leave(cell, 70.0, identity={"test_images": SHA256[split, "test"]})
+            _leave(cell, 70.0, identity={"test_images": ours})
     assert main(_command(wanted)) == 0
     text = capsys.readouterr().out
     named = {
