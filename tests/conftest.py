@@ -32,6 +32,13 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
+def chosen(request: pytest.FixtureRequest) -> Callable[[str], set[str]]:
+    """Function that returns the values of a parameter in the tests that run."""
+    tests = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    return lambda parameter: {params[parameter] for params in tests if isinstance(params.get(parameter), str)}
+
+
+@pytest.fixture(scope="session")
 def checkout() -> Path:
     """Root of this checkout."""
     return CHECKOUT

@@ -19,7 +19,7 @@ from torch import Tensor
 from cl_bench.artifacts import MODELS, PREDICTIONS, models
 from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.loading import StreamLoader
-from cl_bench.loop.callbacks import experience_of_class, strategy_of, within_experience
+from cl_bench.loop.callbacks import experience_of_class, row_of, strategy_of, within_experience
 from cl_bench.loop.progress import stream_of
 from cl_bench.loop.snapshot import Pretrained, snapshot
 from cl_bench.loop.trainer import StreamTrainer
@@ -276,5 +276,4 @@ def _samples(trainer: Trainer) -> Tensor:
 def _after(trainer: Trainer) -> int:
     """Return the index of the row of the result that the experience at hand fills."""
     assert isinstance(trainer, StreamTrainer)
-    result, experience = trainer.result, stream_of(trainer).experience
-    return result.num_experiences - 1 if result.regime == "joint" else experience.index
+    return row_of(trainer.result, stream_of(trainer).experience)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,17 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="slurm: parameters of sbatch, such as partition=gpu time=240, in minutes (default: a day)",
     )
+
+
+def require_settings(words: Sequence[str]) -> None:
+    """Require that the words which a verb passes on to its cells are settings.
+
+    Raises:
+        ValueError: If a word is not written as ``--KEY=VALUE``.
+    """
+    for word in words:
+        if not word.startswith("--") or "=" not in word:
+            raise ValueError(f"{word!r} is not a setting: write --KEY=VALUE, with the equals sign.")
 
 
 def engine_of(options: argparse.Namespace) -> Callable[[Path], Engine]:

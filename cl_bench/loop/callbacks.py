@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from cl_bench.contracts.datamodule import StreamDataModule
 from cl_bench.contracts.strategy import Strategy
-from cl_bench.data.experience import Batch
+from cl_bench.data.experience import Batch, Experience
 from cl_bench.loop import progress
 from cl_bench.loop.continuation import Continuation
 from cl_bench.loop.course import Course, Diverged
@@ -135,6 +135,11 @@ def experience_of_class(result: Result) -> Tensor:
     """Return the index of the experience that brings each class (C,)."""
     sizes = torch.tensor([stop - start for start, stop in result.experiences])
     return torch.repeat_interleave(torch.arange(result.num_experiences), sizes)
+
+
+def row_of(result: Result, experience: Experience) -> int:
+    """Return the index of the row that an evaluation after ``experience`` fills; joint training has one."""
+    return experience.index if result.regime == "sequential" else result.num_experiences - 1
 
 
 def within_experience(logits: Tensor, labels: Tensor, experiences: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from cl_bench.contracts.strategy import Strategy
 from cl_bench.data.experience import Experience
 from cl_bench.errors import sentence
 from cl_bench.loop import progress
-from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, Once, StreamMetrics
+from cl_bench.loop.callbacks import DivergenceGuard, Lifecycle, Once, StreamMetrics, row_of
 from cl_bench.loop.checkpoint import Checkpoints
 from cl_bench.loop.continuation import Continuation
 from cl_bench.loop.course import Course, Diverged, Interrupted, naming_batch_size
@@ -243,7 +243,7 @@ class StreamTrainer(Trainer):
             else:
                 self._resume(continuation, strategy, datamodule, stream[: experience.index + 1])
             self._learn(continuation, strategy, datamodule)
-            metrics.row = experience.index if result.regime == "sequential" else result.num_experiences - 1
+            metrics.row = row_of(result, experience)
             with course.timed("evaluation"), once.applied():
                 self.test(strategy, datamodule=datamodule, verbose=False)
             peak = self._peak_memory()

@@ -13,6 +13,7 @@ from cl_bench.errors import suggestion
 from cl_bench.report.comparison import Comparison, Entry
 from cl_bench.report.statistics import CONFIDENCE, RESAMPLES, Interval
 from cl_bench.report.tables import SHORT_NAMES
+from cl_bench.report.text import signed
 from cl_bench.results.published import Published, published
 
 METRICS = ("acc/sample", "maa/sample", "bwt/gem")
@@ -162,13 +163,9 @@ def described(comparison: Comparison, columns: Columns) -> str:
         f"{len(methods)} methods ({', '.join(methods)}), with {CONFIDENCE:.0%} bootstrap intervals over "
         "methods and runs:\n",
         *(
-            f"* {SHORT_NAMES[of.metric]}: Kendall's τ {of.kendall:+.2f} {_range(of.kendall_interval)}, "
-            f"Spearman's ρ {of.spearman:+.2f} {_range(of.spearman_interval)}"
+            f"* {SHORT_NAMES[of.metric]}: Kendall's τ {of.kendall:+.2f} {signed(of.kendall_interval)}, "
+            f"Spearman's ρ {of.spearman:+.2f} {signed(of.spearman_interval)}"
             for of in found
         ),
     ]
     return "\n".join(lines)
-
-
-def _range(interval: Interval) -> str:
-    return f"[{interval.low:+.2f}, {interval.high:+.2f}]"

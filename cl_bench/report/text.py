@@ -195,7 +195,11 @@ def _studies(table: Table) -> list[str]:
 
 def difference_interval(pair: Contrast) -> str:
     """Return the interval of a difference in signed points, or ``TOO_SMALL``."""
-    interval = pair.difference.interval
+    return signed(pair.difference.interval)
+
+
+def signed(interval: Interval) -> str:
+    """Return the ends of ``interval`` with their signs, or ``TOO_SMALL``."""
     return f"[{interval.low:+.2f}, {interval.high:+.2f}]" if interval.exists else TOO_SMALL
 
 

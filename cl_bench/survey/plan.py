@@ -100,7 +100,7 @@ class Task:
 
     Attributes:
         name: Of the row.
-        kind: What makes it, a key of ``KINDS`` in :mod:`cl_bench.survey.worker`.
+        kind: What makes it, as :func:`cl_bench.survey.worker.made` names it.
         arguments: Arguments of that function.
         seconds: Time after which its process is killed.
         alone: Whether it is timed, so that nothing else may run.

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cl_bench.grid.options import add_engine, engine_of
+from cl_bench.grid.options import add_engine, engine_of, require_settings
 
 _SHORT = {"MAA": "maa/sample", "ACC": "acc/sample"}
 
@@ -53,9 +53,7 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
     Raises:
         ValueError: If a word is not a setting, or the study cannot be done.
     """
-    for word in settings:
-        if not word.startswith("--") or "=" not in word:
-            raise ValueError(f"{word!r} is not a setting: write --KEY=VALUE, with the equals sign.")
+    require_settings(settings)
 
     from rich.console import Console
 

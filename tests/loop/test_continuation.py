@@ -70,17 +70,14 @@ def killed(folder: Path, runs: list[list[Any]]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def attempts(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    chosen: Callable[[str], set[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, list[int]]]:
     """The folder of all runs, and the exit statuses of every attempt at a cut one, by strategy."""
     folder = tmp_path_factory.mktemp("runs")
-    chosen = {
-        item.callspec.params.get("strategy") for item in request.session.items if hasattr(item, "callspec")
-    }
     runs = [
         [strategy, f"{strategy}-{name}", place]
         for strategy, kills in STRATEGIES.items()
-        if strategy in chosen
+        if strategy in chosen("strategy")
         for name, places in (("whole", [None]), ("cut", [*kills, None]))
         for place in places
     ]

@@ -118,11 +118,10 @@ def main(folder: Path, *names: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def of_two(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_two(chosen: Callable[[str], set[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of what two processes found: with the strategies of the tests that were chosen."""
     folder = tmp_path_factory.mktemp("two")
-    chosen = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
-    names = [name for name in STRATEGIES if name in chosen]
+    names = [name for name in STRATEGIES if name in chosen("name")]
     done = subprocess.run(
         [sys.executable, __file__, str(folder), *names],
         capture_output=True,
