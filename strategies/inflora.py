@@ -75,7 +75,7 @@ class InfLoRA(LowRankStrategy):
         super().__init__(backbone, **kwargs)
         self.threshold = threshold
         self.threshold_end = threshold_end
-        width = self.layers[0].weight.shape[1]
+        width = self.input_width
         form = DualGPM if memory_form == "dual" else GPM
         self.memory = form(self.layer_of, width, energy, dtype=torch.float32)
         for _, adapter in self.adapters():

@@ -112,7 +112,7 @@ class LoDA(LowRankStrategy):
             self.promises = Promises(merge_within=None)
         for general, isolated in self._branches():
             general.scale, isolated.scale = general_weight, isolated_weight
-        width = self.layers[0].weight.shape[1]
+        width = self.input_width
         self.register_buffer("old_moments", torch.zeros(len(self.layers), width, width, dtype=torch.float64))
 
     def renew(self) -> None:

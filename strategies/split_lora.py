@@ -75,7 +75,7 @@ class SplitLoRA(LowRankStrategy):
         self, backbone: Backbone, *, alpha: float = 20.0, temperature: float = 30.0, **kwargs: Any
     ) -> None:
         super().__init__(backbone, **kwargs)
-        width = self.layers[0].weight.shape[1]
+        width = self.input_width
         if self.rank >= width:
             raise ValueError(
                 f"Rank {self.rank} leaves nothing to protect in width {width}: choose a lower rank."

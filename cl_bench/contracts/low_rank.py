@@ -85,6 +85,21 @@ class LowRankStrategy(Strategy):
         """Index in :attr:`layers` of each adapted projection."""
         return [index for index, layer in enumerate(self.layers) for _ in layer.projections]
 
+    @property
+    def input_width(self) -> int:
+        """Number of inputs of every adapted layer, for methods whose memory serves one width.
+
+        Raises:
+            ValueError: If adapted layers differ in it.
+        """
+        widths = sorted({layer.weight.shape[1] for layer in self.layers})
+        if len(widths) != 1:
+            raise ValueError(
+                f"The adapted layers have inputs of {' and '.join(map(str, widths))} features, "
+                "and one memory serves one width: leave out fc2, or adapt only that."
+            )
+        return widths[0]
+
     def of_projections(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """Return the rows of each adapted projection, from a matrix (m, n) for each layer."""
         pairs = zip(self.layers, matrices, strict=True)

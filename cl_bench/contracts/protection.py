@@ -77,13 +77,7 @@ class ProtectedStrategy(LowRankStrategy):
         self.relative_damping = relative_damping
         self.threshold = threshold
         self.threshold_end = threshold_end
-        widths = {layer.weight.shape[1] for layer in self.layers}
-        if len(widths) != 1:
-            raise ValueError(
-                f"The adapted layers have inputs of {' and '.join(map(str, sorted(widths)))} features, "
-                "and one memory serves one width: leave out fc2, or adapt only that."
-            )
-        self.memory = GPM(self.layer_of, widths.pop(), energy, dtype=torch.float32)
+        self.memory = GPM(self.layer_of, self.input_width, energy, dtype=torch.float32)
 
     def protect(self, moments: Tensor, most: int | None = None) -> None:
         """Add to the memory what this experience uses.

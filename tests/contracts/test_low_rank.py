@@ -2,13 +2,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 
 from cl_bench.contracts.low_rank import LowRankStrategy, memory_of
 from cl_bench.network.backbones import Backbone
 from strategies.inflora import InfLoRA
+from strategies.janus_lora import JanusLoRA
 from strategies.linear_probe import LinearProbe
 from strategies.lora import LoRA
+from strategies.lora_drs import LoRADRS
+from strategies.lora_gpm import LoRAGPM
+from strategies.split_lora import SplitLoRA
 
 Making = Callable[..., Backbone]
 
@@ -43,3 +48,11 @@ def test_the_memory_of_a_method_is_found_if_it_keeps_one(tiny_backbone: Making) 
     assert memory_of(with_memory) is with_memory.memory
     assert memory_of(LoRA(tiny_backbone(), rank=2)) is None
     assert memory_of(LinearProbe(tiny_backbone())) is None
+
+
+@pytest.mark.parametrize("kind", (InfLoRA, JanusLoRA, LoRADRS, LoRAGPM, SplitLoRA))
+def test_a_memory_of_one_width_is_refused_two_before_training(
+    tiny_backbone: Making, kind: type[LowRankStrategy]
+) -> None:
+    with pytest.raises(ValueError, match=r"inputs of 32 and 128 features.*: leave out fc2"):
+        kind(tiny_backbone(), targets=("k", "fc2"), rank=2)

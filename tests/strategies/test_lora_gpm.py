@@ -109,8 +109,3 @@ def test_the_margin_plugs_in_by_adding_its_term(backbone: Making, walk: Walking)
     term = 0.7 * decoupled_margin(features, strategy.prototypes.means[:4], 0.2)
     assert term > 0
     torch.testing.assert_close(with_margin - strategy.loss(features, labels), term)
-
-
-def test_layers_of_two_widths_are_refused(backbone: Making) -> None:
-    with pytest.raises(ValueError, match="leave out fc2"):
-        lora_gpm(backbone, targets=("k", "fc2"))
