@@ -1,8 +1,8 @@
 """Tunes in processes that are killed. A script, so that it may fork.
 
-python tests/tune/killed.py FOLDER reads a list of [name, trials, moment] from standard input and tunes two
-methods into FOLDER/NAME; the moment is the number of the write of a result at which the process is killed, or
-null. It prints the exit status of each.
+python tests/tune/killed.py FOLDER DATASET reads a list of [name, trials, moment] from standard input and
+tunes two methods into FOLDER/NAME; the moment is the number of the write of a result at which the process is
+killed, or null. It prints the exit status of each.
 """
 
 from __future__ import annotations
@@ -52,17 +52,18 @@ class Here(Engine):
 
 
 RATE: dict[str, Any] = {"low": 1e-4, "high": 1.0, "log": True}
-SPACES: dict[str, dict[str, Any]] = {
-    "linear_probe": {"head_lr": RATE, "head_start": {"choices": ["random", "means"]}},
-    "ncm": {"similarity": {"choices": ["euclidean", "cosine"]}},
+PROBE: dict[str, Any] = {"head_lr": RATE, "head_start": {"choices": ["random", "means"]}}
+SPACES: dict[str, dict[str, dict[str, Any]]] = {
+    "toy": {"linear_probe": PROBE, "ncm": {"similarity": {"choices": ["euclidean", "cosine"]}}},
+    "characters": {"linear_probe": PROBE, "lora": {"optimizer.lr": RATE, "head_lr": RATE}},
 }
 
 
-def plans(results: Path, trials: int) -> list[Plan]:
+def plans(dataset: str, results: Path, trials: int) -> list[Plan]:
     return [
         Plan(
             name,
-            "toy",
+            dataset,
             space_of(space),
             unit="trials",
             budget=trials,
@@ -70,11 +71,11 @@ def plans(results: Path, trials: int) -> list[Plan]:
             results=results,
             sensitivity=trials > 5,  # two more cells
         )
-        for name, space in SPACES.items()
+        for name, space in SPACES[dataset].items()
     ]
 
 
-def tuned(results: Path, trials: int, moment: int | None) -> None:
+def tuned(dataset: str, results: Path, trials: int, moment: int | None) -> None:
     write, writes = Result.write, 0
 
     def counted(*args: Any, **kwargs: Any) -> Path:
@@ -85,18 +86,18 @@ def tuned(results: Path, trials: int, moment: int | None) -> None:
         return write(*args, **kwargs)
 
     Result.write = counted  # type: ignore[method-assign]
-    tune(plans(results, trials), Here, Console(quiet=True))
+    tune(plans(dataset, results, trials), Here, Console(quiet=True))
     (results / "writes").write_text(str(writes))
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, dataset = Path(sys.argv[1]), sys.argv[2]
     statuses = []
     for name, trials, moment in json.load(sys.stdin):
         child = os.fork()
         if child == 0:
             try:
-                tuned(folder / name, trials, moment)
+                tuned(dataset, folder / name, trials, moment)
             finally:
                 os._exit(0)
         statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))

@@ -126,9 +126,9 @@ def test_tuning_opens_neither_a_test_image_nor_one_of_a_later_experience(tmp_pat
     assert tune([whole], Here, Console(quiet=True)) == {}  # the images are guarded indeed
 
 
-def killed(folder: Path, studies: list[list[Any]]) -> list[int]:
+def killed(folder: Path, studies: list[list[Any]], dataset: str = "toy") -> list[int]:
     done = subprocess.run(
-        [sys.executable, str(KILLED), str(folder)],
+        [sys.executable, str(KILLED), str(folder), dataset],
         input=json.dumps(studies),
         capture_output=True,
         text=True,
@@ -140,8 +140,10 @@ def killed(folder: Path, studies: list[list[Any]]) -> list[int]:
 
 def require_equal(folder: Path) -> None:
     """Require that the interrupted studies ended as the one that was not."""
-    for name in ("linear_probe", "ncm"):
-        cut, whole = (read(folder / kind / "tuning" / f"{name}-toy.json") for kind in ("cut", "whole"))
+    names = [path.name for path in (folder / "whole" / "tuning").glob("*.json")]
+    assert len(names) == 2
+    for name in names:
+        cut, whole = (read(folder / kind / "tuning" / name) for kind in ("cut", "whole"))
         assert vars(cut) | {"spent": 0} == vars(whole) | {"spent": 0}
         assert cut.spent["trials"] == whole.spent["trials"]
     cut_rows, whole_rows = (
@@ -160,9 +162,10 @@ def test_a_study_killed_at_two_moments_ends_as_in_one_go(tmp_path: Path) -> None
 
 
 @pytest.mark.soak
-def test_a_study_killed_at_ten_random_moments_ends_as_in_one_go(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dataset", ("toy", "characters"))
+def test_a_study_killed_at_ten_random_moments_ends_as_in_one_go(tmp_path: Path, dataset: str) -> None:
     moments = [["cut", 12, random.Random(seed).randrange(2, 15)] for seed in range(10)]
-    statuses = killed(tmp_path, [["whole", 12, None], *moments, ["cut", 12, None]])
+    statuses = killed(tmp_path, [["whole", 12, None], *moments, ["cut", 12, None]], dataset)
     assert statuses[0] == statuses[-1] == 0
     assert statuses.count(-9) >= 5
     require_equal(tmp_path)
