@@ -119,7 +119,7 @@ class JanusLoRA(DecoupledMargin, ProtectedStrategy):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch; OE records the inputs of the layers meanwhile."""
-        with nullcontext() if self.inputs is None else self.inputs.recording():
+        with nullcontext() if self.inputs is None else self.inputs.recording_after():
             return super().training_step(batch, batch_idx)
 
     def after_training(self, data: TrainingData) -> None:

@@ -35,8 +35,9 @@ class Statistic:
 class InputStatistic(OfThisRank, Statistic):
     """A sum over the inputs of layers of one width, over all tokens.
 
-    :func:`measure` records automatically; a training step records inside :meth:`recording`. If the statistic
-    is an attribute of a strategy, its buffers are part of every checkpoint until :meth:`clear` frees them.
+    :func:`measure` records automatically; a training step records inside :meth:`recording_after`. The buffers
+    of a statistic that is an attribute of a strategy are part of every checkpoint until :meth:`clear` frees
+    them.
 
     Args:
         layers: Layers with one number of inputs, ``d``.
@@ -104,6 +105,25 @@ class InputStatistic(OfThisRank, Statistic):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def recording_after(self) -> Iterator[None]:
+        """Record, when the context closes, what the adapted layers multiplied in their last call inside it.
+
+        Compiled code calls no hook, and this needs none.
+        """
+        layers = [layer for layer in self.layers if isinstance(layer, AdaptedLinear)]
+        assert len(layers) == len(self.layers)
+        for layer in layers:
+            layer.keeps_inputs = True
+        try:
+            yield
+            for index, layer in enumerate(layers):
+                if layer.inputs is not None:
+                    self._record(index, layer, (layer.inputs,))
+        finally:
+            for layer in layers:
+                layer.keeps_inputs, layer.inputs = False, None
 
     @torch.no_grad()
     def _record(self, index: int, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -156,6 +156,8 @@ class AdaptedLinear(Frozen):
         weight: ``W`` (m, n), without the adapters.
         rows: Rows of the weight that each adapter adds to, by the adapter's name.
         adapters: The :class:`LowRank` of each name.
+        keeps_inputs: Whether the layer keeps the inputs of its last call, which works in compiled code too.
+        inputs: What it kept (…, n), in the type in which it multiplied them; None if nothing.
 
     >>> _ = torch.manual_seed(0)
     >>> linear = nn.Linear(4, 6)
@@ -172,6 +174,8 @@ class AdaptedLinear(Frozen):
         super().__init__()
         self._take_over(linear)
         self.rows: dict[str, slice] = {}
+        self.keeps_inputs = False
+        self.inputs: Tensor | None = None
         self.adapters = nn.ModuleDict()
         for name, own in rows.items():
             self.add(name, own, rank, scale)
@@ -275,6 +279,7 @@ class AdaptedLinear(Frozen):
         if all(adapter.is_plain for adapter in adapters):
             return self._product(x, safe=None)
         x, weight, bias = self._in_one_type(x)
+        self._keep(x)
         y = F.linear(x, weight, bias)
         for rows, adapter in zip(self.rows.values(), adapters, strict=True):
             y[..., rows] += adapter(x).to(y.dtype)
@@ -283,10 +288,15 @@ class AdaptedLinear(Frozen):
     def _product(self, x: Tensor, safe: Tensor | None) -> Tensor:
         """Return the outputs with plain adapters by the fused operation."""
         x, weight, bias = self._in_one_type(x)
+        self._keep(x)
         down, up, scales = zip(*map(self.addend, self.rows), strict=True)
         placement = Placement(tuple(self.rows.values()), tuple(map(float, scales)))
         y: Tensor = AdaptedProduct.apply(x, weight, bias, placement, *down, *up, safe)
         return y
+
+    def _keep(self, x: Tensor) -> None:
+        if self.keeps_inputs:
+            self.inputs = x.detach()
 
     def _in_one_type(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return inputs, weight and bias in the type of autocast; without it they must have one type."""

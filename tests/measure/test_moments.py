@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cl_bench.measure.moments import SecondMoments, TokenAverages, second_moments
 from cl_bench.measure.passes import measure
+from cl_bench.network.adapters import inject
 
 Making = Callable[..., Any]
 
@@ -90,6 +91,27 @@ def test_recording_while_training_leaves_the_gradients_as_they_are(
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
     assert not moments.sums.requires_grad
     torch.testing.assert_close(moments.mean(), second_moments(backbone, layers, batches(12)))
+
+
+@pytest.mark.parametrize("compiler", (None, "eager"))
+@pytest.mark.parametrize("rounded", (False, True))
+def test_recording_after_a_step_finds_what_hooks_find(
+    tiny_backbone: Making, batches: Making, compiler: str | None, rounded: bool
+) -> None:
+    backbone = tiny_backbone(compiler=compiler)
+    layers = inject(backbone, ("k", "v", "proj"), rank=2)
+    by_hooks, after = (SecondMoments(layers, every=2, dtype=torch.float32) for _ in range(2))
+    for images, _ in batches(4, torch.float32):
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            with by_hooks.recording():
+                expected = backbone(images)
+            with after.recording_after():
+                found = backbone(images)
+            assert torch.equal(found, expected)
+            backbone(images)  # not recorded
+    assert after.tokens.tolist() == [2 * 4 * 5] * len(layers)
+    assert torch.equal(after.mean(), by_hooks.mean())
+    assert all(layer.inputs is None for layer in layers)
 
 
 def test_sums_continue_from_a_saved_state_and_are_freed_by_clear() -> None:

@@ -244,7 +244,7 @@ def test_a_model_that_is_not_a_vision_transformer_is_refused() -> None:
         (InfLoRA, [3, 3, 3]),
         # Both measure before they train, without gradients but not in inference mode as an evaluation is.
         (KeepLoRA, [4, 4, 4]),
-        (JanusLoRA, [3, 3, 3]),  # whose layers have hooks in training
+        (JanusLoRA, [4, 4, 4]),  # whose layers keep their inputs in training, and which measures prototypes
         (LoDA, [3, 5, 5]),  # whose layers train other factors from the second experience on
     ],
 )
