@@ -43,6 +43,7 @@ def test_delayed_rates_are_those_that_the_released_class_of_inflora_prints(
 
 FOLLOWING_INFLORA = (
     "bilora",
+    "gainlora",
     "inflora",
     "inflora_b5",
     "janus_lora",
@@ -130,6 +131,7 @@ PRINTED = {
     ("DelayedQuarterCosine", 50): (1, 1, 0.7237, 0.0474),
     ("CosineAnnealingLR", 5): (1, 0.9045, 0.6545, 0.0955),
     ("CosineAnnealingLR", 10): (1, 0.9755, 0.5, 0.0245),
+    ("CosineAnnealingLR", 15): (1, 0.9891, 0.5523, 0.0109),
     ("CosineAnnealingLR", 20): (1, 0.9938, 0.5, 0.0062),
     ("CosineAnnealingLR", 30): (1, 0.9973, 0.5, 0.0027),
     ("CosineAnnealingLR", 50): (1, 0.9990, 0.5, 0.0010),

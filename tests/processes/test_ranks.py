@@ -32,6 +32,7 @@ from cl_bench.results.result import FILE_NAME, read
 from datamodules.toy import Toy
 from strategies.ease import EASE
 from strategies.ewc_lora import EWCLoRA
+from strategies.gainlora import GainLoRA
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
 from strategies.keeplora import KeepLoRA
@@ -42,6 +43,7 @@ from strategies.lora_gpm import LoRAGPM
 from strategies.ncm import NearestClassMean
 from strategies.ranpac import RanPAC
 from strategies.slca import SLCA
+from strategies.tuna import TUNA
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -66,6 +68,10 @@ STRATEGIES: dict[str, Callable[[Backbone], Strategy]] = {
     "RanPAC": lambda backbone: RanPAC(backbone, bottleneck=2, bottleneck_dropout=0.0, random_features=16),
     "EASE": lambda backbone: EASE(backbone, bottleneck=2, bottleneck_dropout=0.0),
     "SLCA++": lambda backbone: SLCA(backbone, rank=2, alignment_samples=8),
+    "GainLoRA": lambda backbone: GainLoRA(backbone, rank=2, threshold=0.8, gate_width=8),
+    "TUNA": lambda backbone: TUNA(
+        backbone, bottleneck=2, bottleneck_dropout=0.0, alignment_epochs=2, alignment_samples=8
+    ),
     WATCHED: lambda backbone: LoRA(backbone, rank=2, optimizer=sgd),
 }
 OFTEN = {WATCHED, "JANUS-LoRA", "KeepLoRA", "LoDA", "EWC-LoRA", "RanPAC", "SLCA++"}

@@ -14,6 +14,7 @@ from strategies.bilora import BiLoRA
 from strategies.codyra import CoDyRA
 from strategies.ease import EASE
 from strategies.ewc_lora import EWCLoRA
+from strategies.gainlora import GainLoRA
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
 from strategies.keeplora import KeepLoRA
@@ -27,6 +28,7 @@ from strategies.sd_lora import SDLoRA
 from strategies.slao import SLAO
 from strategies.slca import SLCA
 from strategies.split_lora import SplitLoRA
+from strategies.tuna import TUNA
 
 LINEAR, COSINE = 769, 768  # head parameters of a class
 
@@ -47,6 +49,8 @@ def vit() -> Backbone:
         (InfLoRA, {}, 20, 199_700, 199_700),  # ImageNet-R, T=10: printed as well
         (InfLoRA, {}, 40, 215_080, 215_080),
         (InfLoRA, {"rank": 30}, 69, 606_021, 606_021),  # DomainNet
+        # InfLoRA's, and a gate of 2 · 768 · 100 weights and a key.
+        (GainLoRA, {}, 10, 192_010 + 154_368, 192_010 + 154_368),
         (KeepLoRA, {"weight_threshold": 0.0}, 20, 589_824 + 20 * LINEAR, 589_824 + 20 * LINEAR),
         # The released log of SD-LoRA prints 384,041: its code holds 20 older magnitudes from the start.
         (SDLoRA, {}, 20, 384_041 - 20, 384_041 - 19),
@@ -70,6 +74,7 @@ def vit() -> Backbone:
         (LoDA, {}, 10, 1_179_648 + 10 * COSINE, 1_769_472 + 10 * COSINE),
         (LoDA, {"rank": 64}, 20, 2_359_296 + 20 * COSINE, 3_538_944 + 20 * COSINE),
         (EASE, {}, 10, 1_189_632 + 10 * COSINE + 1, 1_189_632 + 10 * COSINE + 1),  # printed by the code
+        (TUNA, {"covariance": "diagonal"}, 10, 304_320 + 10 * COSINE, 304_320 + 10 * COSINE),
         (RanPAC, {"random_features": 8}, 10, 1_189_632 + 10 * COSINE + 1, 0),
         (SLCA, {"covariance": "diagonal"}, 10, 516_096 + 10 * LINEAR, 516_096 + 10 * LINEAR),
     ),
