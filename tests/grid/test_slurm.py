@@ -39,11 +39,12 @@ def test_jobs_survive_sigterm_and_failed_ones_are_listed(ddp: bool, tmp_path: Pa
     for name in ("Dying", "Terminated"):
         (tmp_path / f"{name.lower()}.yaml").write_text(f"model: {{class_path: slurm_strategies.{name}}}")
     path = tmp_path / "grid.yaml"
+    settings = "settings: {ncm: {two: {trainer.devices: 2, trainer.strategy: ddp}}}\n" if ddp else ""
     path.write_text(
         f"strategies: [{tmp_path}/terminated.yaml, {tmp_path}/dying.yaml{', ncm' * ddp}]\n"
         "datasets: [toy]\n"
         "common: {trainer.accelerator: cpu}\n"
-        f"settings: {{{'ncm: {two: {trainer.devices: 2, trainer.strategy: ddp}}' * ddp}}}\n"
+        f"{settings}"
     )
     results = tmp_path / "results"
     entries = known([*read_grid(str(path), results).cells()])
