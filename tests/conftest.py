@@ -46,7 +46,8 @@ def pytest_collection_finish() -> None:
 
     No command imports them, and to search what is reached from thousands of tests takes seconds.
     """
-    if (leftovers := sys.modules.get("cl_bench.check.leftovers")) is not None:
+    leftovers: Any = sys.modules.get("cl_bench.check.leftovers")
+    if leftovers is not None:
         rooms = [str(path) for path in (CHECKOUT / "tests").iterdir() if path.name != "check"]
         leftovers._INSTALLED = (*leftovers._INSTALLED, *rooms)
 
