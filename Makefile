@@ -46,7 +46,7 @@ browser:
 	else echo "No chromedriver, and no apt as root to install it: the tests of the page will be skipped."; fi
 
 notebooks: .venv/installed-dev
-	$(BIN)/pytest --nbmake notebooks
+	$(BIN)/pytest -n 2 --nbmake notebooks
 
 soak: .venv/installed-dev
 	$(BIN)/pytest -m soak

@@ -1,8 +1,6 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,18 +105,14 @@ def test_the_printed_config_runs_from_a_file_as_the_same_cell(
     assert "already done" in capsys.readouterr().out
 
 
-def test_a_new_strategy_is_one_file_and_one_config(tmp_path: Path) -> None:
+def test_a_new_strategy_is_one_file_and_one_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "throw_away_strategy.py").write_text(THROW_AWAY)
     config = tmp_path / "mine.yaml"
     config.write_text("model: {class_path: throw_away_strategy.Sharpened, init_args: {factor: 3}}")
-    done = subprocess.run(
-        [sys.executable, "-m", "cl_bench", "run", str(config), "toy", "--results", str(tmp_path / "results")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert main(["run", str(config), "toy", "--results", str(tmp_path / "results")]) == 0
+    assert capsys.readouterr().err == ""
     result = read(only_result(tmp_path))
     assert (result.strategy, result.status) == ("sharpened probe", "done")
     assert result.config["model"]["init_args"]["factor"] == 3.0

@@ -47,35 +47,33 @@ def test_a_full_disk_fails_a_command_that_only_prints(
     assert capsys.readouterr().err == "error: The output could not be written (No space left on device).\n"
 
 
+SLURM = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_NODELIST": "n[1-2]"}
+SECOND_RANK = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2"}
+
+
 @pytest.mark.parametrize(
-    "variables",
+    ("home", "variables"),
     (
+        ("empty", SLURM | SECOND_RANK),
+        pytest.param("file/none", {}, marks=pytest.mark.soak),
         pytest.param(
-            {"SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "alloc"},
+            "empty",
+            SLURM | {"SLURM_PROCID": "0", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "alloc"},
             marks=pytest.mark.soak,
         ),
-        {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_NNODES": "2"},
-        pytest.param({"RANK": "1", "LOCAL_RANK": "1"}, marks=pytest.mark.soak),
+        pytest.param("empty", SLURM | {"RANK": "1", "LOCAL_RANK": "1"}, marks=pytest.mark.soak),
     ),
 )
-def test_ranks_in_the_variables_of_a_session_do_not_change_a_single_process(
-    variables: dict[str, str], tmp_path: Path
+def test_a_run_needs_no_home_folder_and_reads_no_rank_of_a_session(
+    home: str, variables: dict[str, str], tmp_path: Path
 ) -> None:
-    slurm = {"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7", "SLURM_NODELIST": "n[1-2]"}
-    words = ["run", "ncm", "toy", f"--results={tmp_path}", "--trainer.accelerator=cpu"]
-    done = command(slurm | variables, *words)
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    words = ["run", "ncm", "toy", f"--results={tmp_path / 'results'}", "--trainer.accelerator=cpu"]
+    done = command({"HOME": str(tmp_path / home)} | variables, *words)
     assert (done.returncode, done.stderr) == (0, "")
     assert str(path := only_result(tmp_path)) in done.stdout
     assert read(path).status == "done"
-
-
-def test_a_run_needs_no_home_folder_and_leaves_nothing_in_one(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "empty").mkdir()
-    for home in ("empty", "file/none"):
-        results = f"--results={tmp_path}/results-{home.replace('/', '-')}"
-        done = command({"HOME": str(tmp_path / home)}, "run", "ncm", "toy", results)
-        assert (done.returncode, done.stderr) == (0, "")
     assert list((tmp_path / "empty").iterdir()) == []
 
 

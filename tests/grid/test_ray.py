@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,14 @@ TIMES = ("seconds", "provenance", "peak_memory_bytes")
 
 @dataclass
 class Nodes:
-    """A cluster of two nodes with one CPU each."""
+    """A cluster of one node, and of a second one once that is used; each has one CPU."""
 
     cluster: Cluster
-    second: Any
     killed: bool = False
+
+    @cached_property
+    def second(self) -> Any:
+        return self.cluster.add_node(**NODE)
 
     @property
     def second_raylet(self) -> int:
@@ -106,7 +110,7 @@ def nodes() -> Iterator[Nodes]:
     cluster = Cluster()
     try:
         cluster.add_node(**NODE, include_dashboard=False)
-        yield Nodes(cluster, cluster.add_node(**NODE))
+        yield Nodes(cluster)
     finally:
         cluster.shutdown()
 

@@ -106,7 +106,7 @@ def differing(one: Any, other: Any, name: str = "") -> list[str]:
 
 @pytest.mark.parametrize(
     "strategy",
-    ["janus_lora", "inflora", *(pytest.param(name, marks=pytest.mark.soak) for name in ("keeplora", "loda"))],
+    [pytest.param(name, marks=() if name == "inflora" else pytest.mark.soak) for name in STRATEGIES],
 )
 def test_a_run_killed_inside_every_phase_ends_with_the_same_bits(
     attempts: tuple[Path, dict[str, list[int]]], strategy: str

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import pickle
 import random
 import shutil
@@ -11,7 +12,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -341,6 +342,34 @@ def test_an_additional_image_is_detected(tmp_path: Path, imagenet_folders: Path,
     assert prepare("imagenet100", imagenet_folders, console, classes=["cmc"])[-1].test_images == 101
 
 
+def files_of_manifest(root: Path) -> dict[str, bytes]:
+    """Return the files of the manifest of a root that holds nothing unfinished."""
+    assert not (root / STAGING).exists()
+    assert not list(root.glob("*.part"))
+    return {name: (root / name).read_bytes() for name in (manifest.FILE_NAME, manifest.LIST_NAME)}
+
+
+def test_an_interrupted_preparation_is_completed_to_the_same_manifest(
+    tmp_path: Path, small_domainnet: list[Archive], console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "interrupted"
+    for moves, number in (("replace", 7), ("rename", 3)):  # a fetched archive, and an unpacked folder
+        left = iter(range(number))
+
+        def move(path: Path, target: Path, moves: str = moves, left: Iterator[int] = left) -> Path:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return Path(getattr(os, moves)(path, target) or target)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, moves, move)
+            prepare("domainnet", root, console)
+        assert not (root / manifest.FILE_NAME).exists()
+    for folder in (root, tmp_path / "whole"):
+        prepare("domainnet", folder, console)
+    assert files_of_manifest(root) == files_of_manifest(tmp_path / "whole")
+
+
 # A process to be killed. Its recipe is given as JSON, because the real archives are too large.
 PROCESS = """
 import json, sys
@@ -382,33 +411,20 @@ def killed(command: list[str], seconds: float, generator: random.Random) -> bool
 def finished(command: list[str], root: Path) -> dict[str, bytes]:
     """Let the process finish; return the files of its manifest."""
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert not (root / STAGING).exists()
-    assert not list(root.glob("*.part"))
-    return {name: (root / name).read_bytes() for name in (manifest.FILE_NAME, manifest.LIST_NAME)}
-
-
-def killed_and_finished(process: Callable[[Path], list[str]], folder: Path, kills: int) -> None:
-    """Kill ``kills`` preparations, each in a root of its own, and check that they can be completed."""
-    began = time.perf_counter()
-    whole = finished(process(folder / "whole"), folder / "whole")
-    seconds, generator = time.perf_counter() - began, random.Random(0)
-    for number in range(kills):
-        root = folder / f"killed {number}"
-        while not killed(process(root), seconds, generator):  # the machine was slower during the measurement
-            shutil.rmtree(root)
-            seconds *= 0.8
-        assert finished(process(root), root) == whole
-
-
-def test_a_killed_preparation_is_completed_to_the_same_manifest(
-    tmp_path: Path, process: Callable[[Path], list[str]]
-) -> None:
-    killed_and_finished(process, tmp_path, kills=1)
+    return files_of_manifest(root)
 
 
 @pytest.mark.soak
 def test_twenty_kills_leave_the_same_manifest(tmp_path: Path, process: Callable[[Path], list[str]]) -> None:
-    killed_and_finished(process, tmp_path, kills=20)
+    began = time.perf_counter()
+    whole = finished(process(tmp_path / "whole"), tmp_path / "whole")
+    seconds, generator = time.perf_counter() - began, random.Random(0)
+    for number in range(20):
+        root = tmp_path / f"killed {number}"
+        while not killed(process(root), seconds, generator):  # the machine was slower during the measurement
+            shutil.rmtree(root)
+            seconds *= 0.8
+        assert finished(process(root), root) == whole
 
 
 @pytest.mark.soak

@@ -153,7 +153,10 @@ class Continue(Callback):
             self.printed, _ = self.process.communicate(timeout=120)
 
 
-@pytest.mark.parametrize(("successor", "ending"), (("runs", "continues"), ("is done", "fails")))
+@pytest.mark.parametrize(
+    ("successor", "ending"),
+    (("runs", "continues"), pytest.param("is done", "fails", marks=pytest.mark.soak)),
+)
 def test_a_process_stopped_beyond_its_lease_writes_nothing_when_it_is_back(
     successor: str, ending: str, tmp_path: Path
 ) -> None:

@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -6,6 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cl_bench.__main__ import main
 from cl_bench.network.backbones import Backbone
 from cl_bench.run.configs import CONFIGS, load, stems_of
 from cl_bench.run.configuration import Configuration, layers, resolve
@@ -200,34 +200,32 @@ def test_an_optimizer_for_a_strategy_without_one_is_refused_with_the_remedy(tmp_
     )
 
 
-def hash_elsewhere(config: Path) -> str:
-    """Resolve a config file in a new process, in the folder of that file."""
-    code = (
-        "import sys, pathlib; from cl_bench.run.configuration import resolve; "
-        "print(resolve([pathlib.Path(sys.argv[1])]).hash)"
-    )
-    command = [sys.executable, "-c", code, str(config)]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=True, cwd=config.parent
-    ).stdout.strip()
-
-
-def test_a_printed_config_finds_the_strategy_in_the_folder_of_the_original(tmp_path: Path) -> None:
-    first = resolve(layers(str(minimal(tmp_path, "in_the_folder_of_its_config")), "cifar100"))
+def test_a_printed_config_finds_the_strategy_in_the_folder_of_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, path = "in_the_folder_of_its_config", list(sys.path)
+    first = resolve(layers(str(minimal(tmp_path, module)), "cifar100"))
     saved = tmp_path / "elsewhere" / "saved.yaml"
     saved.parent.mkdir()
     saved.write_text(first.yaml)
     assert first.resolved["code"] == [str(tmp_path)]
     assert "code" not in first.cell
     assert "code" not in toy().resolved
-    assert hash_elsewhere(saved) == first.hash
-    assert resolve([saved]).yaml == first.yaml
+    # As in a new process, in another folder.
+    monkeypatch.setattr(sys, "path", path)
+    monkeypatch.delitem(sys.modules, module)
+    monkeypatch.chdir(saved.parent)
+    again = resolve([saved])
+    assert module in sys.modules
+    assert (again.hash, again.yaml) == (first.hash, first.yaml)
 
 
-def test_the_command_line_and_python_give_the_same_cell(tmp_path: Path) -> None:
+def test_the_command_line_and_python_give_the_same_cell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["lora", "toy", "--trainer.gradient_clip_val=1", "--trainer.precision=bf16", "--print_config"]
-    command = [sys.executable, "-m", "cl_bench", "run", *words]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert main(["run", *words]) == 0
+    printed = capsys.readouterr().out
     saved = tmp_path / "saved.yaml"
     saved.write_text(printed)
     here = toy("--trainer.gradient_clip_val=1.0", "--trainer.precision=bf16-mixed")

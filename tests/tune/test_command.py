@@ -154,7 +154,7 @@ def require_equal(folder: Path) -> None:
 
 
 def test_a_study_killed_at_two_moments_ends_as_in_one_go(tmp_path: Path) -> None:
-    studies = [["whole", 5, None], ["cut", 5, 7], ["cut", 5, 7], ["cut", 5, None]]
+    studies = [["whole", 3, None], ["cut", 3, 7], ["cut", 3, 7], ["cut", 3, None]]
     assert killed(tmp_path, studies) == [0, -9, -9, 0]
     require_equal(tmp_path)
     left, whole = (int((tmp_path / kind / "writes").read_text()) for kind in ("cut", "whole"))
