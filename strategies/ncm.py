@@ -2,8 +2,7 @@
 
 One pass over the training images of an experience, transformed as at test time, gives the mean feature of
 each new class; an image gets the class whose mean is nearest. The result does not depend on the class order,
-which makes it the baseline that every trained strategy has to beat. With ``similarity: cosine`` it is
-SimpleCIL, and tables call it so.
+which makes it the baseline that every trained strategy has to beat. By cosine it is SimpleCIL.
 
 Source: iCaRL's classifier without exemplars, https://arxiv.org/abs/1611.07725; SimpleCIL,
 https://arxiv.org/abs/2303.07338.
@@ -47,10 +46,24 @@ class NearestClassMean(Strategy):
     ) -> None:
         super().__init__(backbone, **kwargs)
         self.head = Prototypes(backbone.feature_dim, similarity)
-        if similarity == "cosine":
-            self.name = "SimpleCIL"
+        self.variant = "cosine" if similarity == "cosine" else None
 
     def after_training(self, data: TrainingData) -> None:
         """Measure the mean of every new class."""
         classes = self.experience.classes
         self.head.write(class_means(self.features, data.plain(), classes), classes)
+
+
+class SimpleCIL(NearestClassMean):
+    """Class means of frozen features, the most similar by cosine.
+
+    Args:
+        backbone: Pre-trained vision transformer.
+        kwargs: Settings of every strategy.
+    """
+
+    name = "SimpleCIL"
+
+    def __init__(self, backbone: Backbone, **kwargs: Any) -> None:
+        super().__init__(backbone, similarity="cosine", **kwargs)
+        self.variant = None

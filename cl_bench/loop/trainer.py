@@ -407,7 +407,8 @@ def _without_scheduler(plugins: Any) -> list[Any]:
 def _title(strategy: Strategy, regime: Regime) -> str:
     """Return what tables call the strategy; variants do not differ over one experience of all classes."""
     variant = "joint" if regime == "joint" else strategy.variant
-    return strategy.name if variant is None else f"{strategy.name} ({variant})"
+    name = type(strategy).name  # by which a finished cell is found before the strategy is built
+    return name if variant is None else f"{name} ({variant})"
 
 
 def _experiences(datamodule: StreamDataModule, regime: Regime) -> list[Experience]:

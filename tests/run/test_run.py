@@ -43,6 +43,15 @@ def test_only_a_finished_cell_is_done_under_any_name_of_its_setting(tmp_path: Pa
     assert finished(configuration) is None
 
 
+@pytest.mark.parametrize("words", (["simplecil"], ["ncm", "--similarity=cosine"]))
+def test_a_cell_is_done_whatever_its_settings_are_called(tmp_path: Path, words: list[str]) -> None:
+    stem, *overrides = words
+    given = [f"--results={tmp_path}", "--trainer.accelerator=cpu", *overrides]
+    configuration = resolve(layers(stem, "toy"), given)
+    run(configuration)
+    assert finished(configuration) == configuration.folder / FILE_NAME
+
+
 @pytest.mark.parametrize(
     "forged",
     [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cl_bench.data.experience import Experience
 from cl_bench.network.backbones import Backbone
-from strategies.ncm import NearestClassMean
+from strategies.ncm import NearestClassMean, SimpleCIL
 
 
 class Images:
@@ -48,13 +48,21 @@ def test_there_is_nothing_to_train_and_no_loss(backbone: Backbone) -> None:
         strategy.loss(torch.zeros(1, 32), torch.tensor([0]))
 
 
-def test_nearest_by_angle_is_called_by_its_published_name(backbone: Backbone) -> None:
-    assert NearestClassMean(backbone).name == "NCM"
-    assert NearestClassMean(backbone, similarity="cosine").name == "SimpleCIL"
+def test_simplecil_is_nearest_class_mean_by_cosine(backbone: Backbone) -> None:
+    assert (NearestClassMean(backbone).variant, SimpleCIL(backbone).variant) == (None, None)
+    by_cosine = NearestClassMean(backbone, similarity="cosine")
+    assert by_cosine.variant == "cosine"
+    features = torch.randn(9, backbone.feature_dim, generator=torch.Generator().manual_seed(0))
+    found = []
+    for strategy in (by_cosine, SimpleCIL(backbone)):
+        strategy.expand(Experience(0, 1, range(2)))
+        strategy.head.write(features[:2], range(2))
+        found.append(strategy.head(features))
+    assert torch.equal(*found)
 
 
 def test_simplecil_gives_the_same_class_whatever_the_length_of_a_feature(backbone: Backbone) -> None:
-    strategy = NearestClassMean(backbone, similarity="cosine")
+    strategy = SimpleCIL(backbone)
     strategy.expand(Experience(0, 1, range(2)))
     means = torch.eye(2, backbone.feature_dim)
     means[0] *= 3  # by distance, short features would be of the other class
