@@ -14,6 +14,7 @@ from cl_bench.report.comparison import Comparison, Entry
 from cl_bench.report.statistics import CONFIDENCE, RESAMPLES, Interval
 from cl_bench.report.tables import SHORT_NAMES
 from cl_bench.report.text import signed
+from cl_bench.report.tuning import study
 from cl_bench.results.published import Published, published
 
 METRICS = ("acc/sample", "maa/sample", "bwt/gem")
@@ -50,25 +51,33 @@ Columns = tuple[str, str, int]
 """Columns of a published table: source, as in ``published.csv``, dataset, length of the stream."""
 
 
-def correlations(comparison: Comparison, columns: Columns) -> list[Correlation]:
+def correlations(comparison: Comparison, columns: Columns, *, tuned: bool = False) -> list[Correlation]:
     """Return the rank correlations of the entries of ``comparison`` with a published table.
 
     The intervals are percentiles of bootstrap samples in which methods are drawn, and then runs of each.
-    A method counts once, with its highest-ranked entry; joint training does not count.
+    Joint training does not count.
 
     Args:
         comparison: Our results.
         columns: The published columns.
+        tuned: Whether the entries are those whose settings a study found, or all others.
 
     Raises:
-        ValueError: If no such table is known, or it shares fewer than ``FEWEST`` methods with our results.
+        ValueError: If no such table is known, it shares fewer than ``FEWEST`` methods with our results, or a
+            method has several settings, of which a test result would choose one.
     """
     printed = _printed(columns)
     ours: dict[str, Entry] = {}
     for entry in comparison.finished:
-        if not entry.is_joint:
-            ours.setdefault(_stem(entry), entry)
-    shared = [stem for stem in ours if (stem, METRICS[0]) in printed]
+        if entry.is_joint or (study(entry) is not None) != tuned or (_stem(entry), METRICS[0]) not in printed:
+            continue
+        other = ours.setdefault(_stem(entry), entry)
+        if other is not entry:
+            raise ValueError(
+                f"{other.label} and {entry.label} are one method with two settings, and a rank correlation "
+                "needs one of each method: move the results of one of them elsewhere."
+            )
+    shared = [*ours]
     if len(shared) < FEWEST:
         raise ValueError(
             f"{comparison.title} shares {len(shared)} methods with the table of {columns[0]}, and a rank "
@@ -154,14 +163,24 @@ def _stem(entry: Entry) -> str:
 
 
 def described(comparison: Comparison, columns: Columns) -> str:
-    """Return the correlations in Markdown: a sentence, then a line for each metric."""
-    found = correlations(comparison, columns)
+    """Return the correlations in Markdown: a sentence, then a line for each metric.
+
+    Rows that are tuned here have correlations of their own.
+    """
+    printed = {stem for stem, _ in _printed(columns)}
+    shared = [entry for entry in comparison.finished if not entry.is_joint and _stem(entry) in printed]
+    kinds = sorted({study(entry) is not None for entry in shared}) or [False]
+    return "\n\n".join(_paragraph(comparison, columns, tuned) for tuned in kinds)
+
+
+def _paragraph(comparison: Comparison, columns: Columns, tuned: bool) -> str:
+    found = correlations(comparison, columns, tuned=tuned)
     source, dataset, length = columns
     methods = found[0].methods
     lines = [
-        f"Rank correlation of {comparison.title} with {source}'s table on {dataset}, T={length}, "
-        f"{len(methods)} methods ({', '.join(methods)}), with {CONFIDENCE:.0%} bootstrap intervals over "
-        "methods and runs:\n",
+        f"Rank correlation of {comparison.title}{', tuned here,' if tuned else ''} with {source}'s table on "
+        f"{dataset}, T={length}, {len(methods)} methods ({', '.join(methods)}), with {CONFIDENCE:.0%} "
+        "bootstrap intervals over methods and runs:\n",
         *(
             f"* {SHORT_NAMES[of.metric]}: Kendall's τ {of.kendall:+.2f} {signed(of.kendall_interval)}, "
             f"Spearman's ρ {of.spearman:+.2f} {signed(of.spearman_interval)}"

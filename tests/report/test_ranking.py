@@ -1,6 +1,7 @@
 """Rank correlations with a published table, on results whose order is known."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from scipy.stats import kendalltau, spearmanr
 
 from cl_bench.__main__ import main
 from cl_bench.report.comparison import Comparison, comparisons
-from cl_bench.report.ranking import METRICS, correlations, kendall, spearman
+from cl_bench.report.ranking import METRICS, correlations, described, kendall, spearman
 from cl_bench.results.result import Result
+from cl_bench.results.tuning import Tuning
 
 Made = Callable[..., Result]
 
@@ -28,6 +30,28 @@ ASCENDING = (
     "janus_lora",
 )
 """The methods of the published table by their final accuracy: 64.24, 64.45, 65.99, 71.56, …, 75.78."""
+
+
+STUDY = Tuning(
+    strategy="any",
+    dataset="digits",
+    space={"rank": {"choices": [4, 8]}},
+    budget={"trials": 2},
+    on="first:1",
+    metric="maa/sample",
+    val_fraction=0.2,
+    seed=0,
+    order="identity",
+    fixed=[],
+    settings={"rank": [4, 8]},
+    scores=[50.0, 60.0],
+    experiences=[1, 1],
+    spent={"trials": 2},
+    best=1,
+    runner_up=0,
+    sensitivity=None,
+    importance={},
+)
 
 
 def ranked(made: Made, stems: tuple[str, ...], seeds: int = 2) -> Comparison:
@@ -81,6 +105,27 @@ def test_correlations_with_ties_equal_those_of_scipy() -> None:
 def test_joint_training_and_unknown_methods_do_not_count(made: Made) -> None:
     comparison = ranked(made, (*ASCENDING[:4], "first_session", "ncm"))
     assert correlations(comparison, COLUMNS)[0].methods == tuple(reversed(ASCENDING[:4]))
+
+
+def test_a_method_with_two_settings_is_refused(made: Made) -> None:
+    first, second = (ranked(made, ASCENDING[:5]).results for _ in range(2))
+    for result in second:
+        result.config = result.config | {"seed": 0, "rank": 4}
+    (comparison,) = comparisons([*first, *second])
+    with pytest.raises(ValueError, match="one method with two settings"):
+        correlations(comparison, COLUMNS)
+
+
+def test_tuned_rows_have_a_correlation_of_their_own(made: Made) -> None:
+    as_they_are, tuned = (ranked(made, order).results for order in (ASCENDING, ASCENDING[::-1]))
+    for result in tuned:
+        result.config = result.config | {"tuned": True}
+        result.provenance |= {"settings": "tuned", "tuning": asdict(STUDY)}
+    (comparison,) = comparisons([*as_they_are, *tuned])
+    found = [correlations(comparison, COLUMNS, tuned=tuned)[0].kendall for tuned in (False, True)]
+    assert found == pytest.approx([1, -1])
+    paragraphs = described(comparison, COLUMNS).split("\n\nRank")
+    assert ["tuned here" in paragraph for paragraph in paragraphs] == [False, True]
 
 
 def test_three_methods_are_refused_with_those_that_are_missing(made: Made) -> None:
