@@ -152,7 +152,7 @@ class TUNA(ClassifierAlignment, BottleneckStrategy):
         self.variant = None if alignment else "without alignment"
 
     def expand(self, experience: Experience) -> None:
-        """Grow the head, and go on with a copy of the newest bottleneck."""
+        """Grow the head, and continue with a copy of the newest bottleneck."""
         super().expand(experience)
         self.renew()
 
