@@ -10,12 +10,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies import Strategy as Distribution
@@ -25,6 +27,9 @@ from cl_bench.processes.launcher import launched
 from cl_bench.processes.ranks import connected, meet, require_agreement, totals
 
 _Result = TypeVar("_Result")
+
+SECONDS_TO_REPORT = 30.0
+"""How long the first process has to write why another one failed, before Lightning kills it."""
 
 
 class SummedGradients(DDPStrategy):
@@ -137,6 +142,7 @@ def launch(distribution: Distribution, function: Callable[[], _Result]) -> _Resu
     if launcher is None:
         return function()
     threads = torch.get_num_threads()
+    subprocess_script._ChildProcessObserver = _Patient  # type: ignore[misc]
 
     def work() -> _Result:
         torch.set_num_threads(threads)  # Lightning shares the CPUs out; sums depend on the number of threads
@@ -151,3 +157,14 @@ def launch(distribution: Distribution, function: Callable[[], _Result]) -> _Resu
             child.kill()  # it may wait for a sum that never comes
         raise
     return found
+
+
+class _Patient(subprocess_script._ChildProcessObserver):
+    """Kills the first process if another one failed, but not while it may still report the failure.
+
+    Lightning's own looks every five seconds and kills at once, so some failures had no result file.
+    """
+
+    def _terminate_all(self) -> None:
+        time.sleep(SECONDS_TO_REPORT)
+        super()._terminate_all()

@@ -27,6 +27,7 @@ from cl_bench.maths.memory import GPM, DualGPM, reaching
 from cl_bench.measure.moments import SecondMoments
 from cl_bench.measure.sketch import InputSketch
 from cl_bench.network.backbones import Backbone
+from cl_bench.processes import distributed
 from cl_bench.processes.ranks import _prints, agree, is_first, place, require_agreement
 from cl_bench.results.result import FILE_NAME, read
 from datamodules.toy import Toy
@@ -272,6 +273,16 @@ def test_a_process_that_fails_ends_the_run_with_its_sentence(tmp_path: Path) -> 
     result = read(file)
     assert (result.status, len(result.rows), result.error) == ("failed", 1, sentence)
     assert "no basis left" in (file.parent / "error.txt").read_text()
+
+
+def test_the_first_process_may_report_before_it_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[float] = []
+    monkeypatch.setattr("time.sleep", events.append)
+    monkeypatch.setattr("os.kill", lambda process, _: events.append(process))
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"]) as child:
+        child.wait()
+    assert distributed._Patient(main_pid=-1, child_processes=[child])._run()
+    assert events == [distributed.SECONDS_TO_REPORT, -1]
 
 
 @pytest.mark.parametrize("strategy", ("auto", "ddp_spawn"))
