@@ -128,7 +128,7 @@ class GainLoRA(LowRankStrategy):
         self.gate_threshold = gate_threshold
         self.gate_width = gate_width
         dim = backbone.feature_dim
-        self.memory = DualGPM(self.layer_of, dim, "covariance", dtype=torch.float32)
+        self.memory = DualGPM(self.layer_of, self.input_width, "covariance", dtype=torch.float32)
         self.gates = nn.ModuleList()
         self.openings = nn.ModuleList()
         for name, size in (("inner", dim), ("outer", gate_width), ("key", dim)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,26 +68,23 @@ def correlations(comparison: Comparison, columns: Columns, *, tuned: bool = Fals
     """
     printed = _printed(columns)
     ours: dict[str, Entry] = {}
-    for entry in comparison.finished:
-        if entry.is_joint or (study(entry) is not None) != tuned or (_stem(entry), METRICS[0]) not in printed:
-            continue
+    for entry in _shared(comparison, printed)[tuned]:
         other = ours.setdefault(_stem(entry), entry)
         if other is not entry:
             raise ValueError(
                 f"{other.label} and {entry.label} are one method with two settings, and a rank correlation "
                 "needs one of each method: move the results of one of them elsewhere."
             )
-    shared = [*ours]
-    if len(shared) < FEWEST:
+    if len(ours) < FEWEST:
         raise ValueError(
-            f"{comparison.title} shares {len(shared)} methods with the table of {columns[0]}, and a rank "
+            f"{comparison.title} shares {len(ours)} methods with the table of {columns[0]}, and a rank "
             f"correlation needs {FEWEST}: run more of "
-            f"{', '.join(sorted({stem for stem, _ in printed} - {*shared}))}."
+            f"{', '.join(sorted({stem for stem, _ in printed} - ours.keys()))}."
         )
     return [
-        _correlation(metric, shared, ours, printed)
+        _correlation(metric, ours, printed)
         for metric in METRICS
-        if all((stem, metric) in printed for stem in shared)
+        if all((stem, metric) in printed for stem in ours)
     ]
 
 
@@ -122,9 +119,10 @@ def spearman(x: Array, y: Array) -> Array:
 
 
 def _correlation(
-    metric: str, methods: Sequence[str], ours: dict[str, Entry], printed: dict[tuple[str, str], Published]
+    metric: str, ours: dict[str, Entry], printed: dict[tuple[str, str], Published]
 ) -> Correlation:
-    values = [np.array(ours[stem].statistic(metric).values) for stem in methods]
+    methods = tuple(ours)
+    values = [np.array(entry.statistic(metric).values) for entry in ours.values()]
     theirs = np.array([printed[stem, metric].mean for stem in methods])
     generator = np.random.default_rng(0)
     drawn = generator.integers(len(methods), size=(RESAMPLES, len(methods)))
@@ -140,7 +138,7 @@ def _correlation(
         ends = np.quantile(defined, [tails, 1 - tails]) if len(defined) else (math.nan, math.nan)
         return float(measure(means, theirs[None])[0]), Interval(*map(float, ends))
 
-    return Correlation(metric, tuple(methods), *found(kendall), *found(spearman))
+    return Correlation(metric, methods, *found(kendall), *found(spearman))
 
 
 def _printed(columns: Columns) -> dict[tuple[str, str], Published]:
@@ -156,6 +154,15 @@ def _printed(columns: Columns) -> dict[tuple[str, str], Published]:
     return tables[columns]
 
 
+def _shared(comparison: Comparison, printed: dict[tuple[str, str], Published]) -> dict[bool, list[Entry]]:
+    """Return the entries whose method is in a published table, by whether a study found their settings."""
+    found: dict[bool, list[Entry]] = {False: [], True: []}
+    for entry in comparison.finished:
+        if not entry.is_joint and (_stem(entry), METRICS[0]) in printed:
+            found[study(entry) is not None].append(entry)
+    return found
+
+
 def _stem(entry: Entry) -> str:
     """Return the config stem of the strategy of ``entry``: the module of its class."""
     class_path = str(entry.runs[0].config.get("model", {}).get("class_path"))
@@ -167,9 +174,7 @@ def described(comparison: Comparison, columns: Columns) -> str:
 
     Rows that are tuned here have correlations of their own.
     """
-    printed = {stem for stem, _ in _printed(columns)}
-    shared = [entry for entry in comparison.finished if not entry.is_joint and _stem(entry) in printed]
-    kinds = sorted({study(entry) is not None for entry in shared}) or [False]
+    kinds = [tuned for tuned, found in _shared(comparison, _printed(columns)).items() if found] or [False]
     return "\n\n".join(_paragraph(comparison, columns, tuned) for tuned in kinds)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from cl_bench.contracts.low_rank import LowRankStrategy, memory_of
 from cl_bench.network.backbones import Backbone
+from strategies.gainlora import GainLoRA
 from strategies.inflora import InfLoRA
 from strategies.janus_lora import JanusLoRA
 from strategies.linear_probe import LinearProbe
@@ -50,7 +51,7 @@ def test_the_memory_of_a_method_is_found_if_it_keeps_one(tiny_backbone: Making) 
     assert memory_of(LinearProbe(tiny_backbone())) is None
 
 
-@pytest.mark.parametrize("kind", (InfLoRA, JanusLoRA, LoRADRS, LoRAGPM, SplitLoRA))
+@pytest.mark.parametrize("kind", (GainLoRA, InfLoRA, JanusLoRA, LoRADRS, LoRAGPM, SplitLoRA))
 def test_a_memory_of_one_width_is_refused_two_before_training(
     tiny_backbone: Making, kind: type[LowRankStrategy]
 ) -> None:
