@@ -21,7 +21,10 @@ quickstart: .venv/installed
 	$(BIN)/cl-bench report results/quickstart
 	$(BIN)/cl-bench report results/quickstart --format html
 
-test: lint types tests notebooks
+# mypy keeps one core busy, so the browser is fetched meanwhile.
+test: lint
+	$(MAKE) -j 2 types browser
+	$(MAKE) tests notebooks
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -32,7 +35,7 @@ types: .venv/installed-dev
 	$(BIN)/mypy
 
 tests: .venv/installed-dev browser
-	$(BIN)/pytest -n 2 --dist loadfile --durations=10
+	$(BIN)/pytest -n 2 --dist worksteal --durations=10
 	$(BIN)/pytest -n 2 tests/devices
 
 # The page of a report is tested in a real browser. Without apt and root, those tests are skipped, with the reason.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import struct
 import sys
@@ -30,6 +32,8 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
+# For every Trainer, Lightning asks all installed packages whether they bring callbacks.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)  # type: ignore[assignment]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -48,8 +52,7 @@ def pytest_collection_finish() -> None:
     """
     leftovers: Any = sys.modules.get("cl_bench.check.leftovers")
     if leftovers is not None:
-        rooms = [str(path) for path in (CHECKOUT / "tests").iterdir() if path.name != "check"]
-        leftovers._INSTALLED = (*leftovers._INSTALLED, *rooms)
+        leftovers.INSTALLED |= {str(room) for room in (CHECKOUT / "tests").iterdir() if room.name != "check"}
 
 
 @pytest.fixture(scope="session")

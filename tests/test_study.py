@@ -159,14 +159,15 @@ def test_an_interrupted_study_resumes(study: Study, tmp_path: Path, monkeypatch:
             signal.raise_signal(signal.SIGINT)
         on_test_start(metrics, *arguments)
 
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # shells may start tests that ignore Ctrl-C
-    with monkeypatch.context() as patched:
-        patched.setattr(StreamMetrics, "on_test_start", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            compare(["linear_probe"], "toy", results=tmp_path, max_epochs=1)
-    signal.signal(signal.SIGINT, before)
+    # Shells may start tests that ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(StreamMetrics, "on_test_start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                compare(["linear_probe"], "toy", results=tmp_path, max_epochs=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     (resumed,) = compare(["linear_probe"], "toy", results=tmp_path, max_epochs=1).results
     assert resumed.provenance["resumed"]
     (whole,) = (one for one in study.results if one.cell == resumed.cell)

@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from array import array
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -33,11 +33,20 @@ _FEW_IMAGES = 3  # of each class: a memory for more than that many is seen to gr
 _IMAGE_SIZE = 16  # so that the pixels of an image take more bytes than its feature
 _CONTAINERS = (list, tuple, dict, set, frozenset, deque)
 _BUFFERS = (Tensor, torch.UntypedStorage, np.ndarray, Image.Image, io.BytesIO, mmap.mmap, ctypes.Array)
-_SIZED = (*_CONTAINERS, *_BUFFERS, array, bytearray, bytes, str, int)
+_TEXT = (str, bytes, bytearray)
+_SIZED = (*_CONTAINERS, *_BUFFERS, *_TEXT, array, int)
 _LIBRARIES = {"builtins", "typing", "lightning", "torch"}
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+"""Folders of modules that are not own code. A program may add some that no strategy imports from."""
 
 _Found = dict[int, Any]  # objects by their ids
+
+
+def _by_id(objects: Iterable[Any]) -> _Found:
+    """Return ``objects`` by their ids, each once."""
+    objects = list(objects)
+    return dict(zip(map(id, objects), objects, strict=True))
 
 
 @dataclass(frozen=True)
@@ -134,10 +143,11 @@ class _OwnCode:
 
     def __init__(self, strategy: type[Strategy]) -> None:
         packages = {class_.__module__.partition(".")[0] for class_ in strategy.__mro__} - _LIBRARIES
+        installed = tuple(INSTALLED)
         self._globals: _Found = {}
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None)
-            if name.partition(".")[0] in packages or (file and not file.startswith(_INSTALLED)):
+            if name.partition(".")[0] in packages or (file and not file.startswith(installed)):
                 self._globals[id(vars(module))] = vars(module)
         names = [one for names in self._globals.values() for one in names.values()]
         modules = {id(one): vars(one) for one in names if type(one) is ModuleType}
@@ -149,14 +159,13 @@ class _OwnCode:
         Of the installed modules that they import, these are the globals and the containers among them; no
         other class or function of an installed package is looked into.
         """
-        found: _Found = {id(names): names for names in self._imported}
+        found = _by_id(self._imported)
         for names in self._imported:
-            found |= {id(one): one for one in names.values() if type(one) in _CONTAINERS}
+            found |= _by_id(one for one in names.values() if type(one) in _CONTAINERS)
         reached = list(self._globals.values())
         while reached:
-            referents = {id(one): one for one in gc.get_referents(*reached) if id(one) not in found}
-            reached = [one for one in referents.values() if self._is_open(one)]
-            found |= {id(one): one for one in reached}
+            reached = [one for one in _referents(reached, found) if self._is_open(one)]
+            found |= _by_id(reached)
         return list(found.values())
 
     def _is_open(self, one: Any) -> bool:
@@ -171,6 +180,12 @@ class _OwnCode:
         return not issubclass(kind, ModuleType | CodeType | BuiltinFunctionType)
 
 
+def _referents(objects: list[Any], found: _Found) -> list[Any]:
+    """Return what ``objects`` refer to directly, each object once, without those in ``found``."""
+    referents = _by_id(gc.get_referents(*objects))
+    return [referents[key] for key in referents.keys() - found.keys()]
+
+
 def _alive(run: Run, own: _OwnCode) -> int:
     """Return the bytes of tensors, arrays, text and containers in new objects and in own code.
 
@@ -180,25 +195,32 @@ def _alive(run: Run, own: _OwnCode) -> int:
     run.stream.test.read.clear()
     gc.collect()
     holders = [*gc.get_objects(), *own.objects()]
-    found = {id(one): one for one in holders}
+    found = _by_id(holders)
     while holders:
-        referents = {id(one): one for one in gc.get_referents(*holders) if id(one) not in found}
-        found |= referents
+        referents = _referents(holders, found)
+        found |= _by_id(referents)
         # The collector does not track containers of nothing but numbers and text.
-        holders = [one for one in referents.values() if type(one) in _CONTAINERS and not gc.is_tracked(one)]
-    sized = {kind for kind in set(map(type, found.values())) if issubclass(kind, _SIZED)}
-    return sum(dict(_size(one) for one in found.values() if type(one) in sized).values())
+        holders = [one for one in referents if type(one) in _CONTAINERS and not gc.is_tracked(one)]
+    kinds = set(map(type, found.values()))
+    objects: dict[type, list[Any]] = {kind: [] for kind in kinds if issubclass(kind, _SIZED)}
+    for one in found.values():
+        if (kind := type(one)) in objects:
+            objects[kind].append(one)
+    buffers = [one for kind, ones in objects.items() if issubclass(kind, _BUFFERS) for one in ones]
+    plain = [_bytes(kind, ones) for kind, ones in objects.items() if not issubclass(kind, _BUFFERS)]
+    return sum(plain) + sum(dict(map(_memory, buffers)).values())
 
 
-def _size(one: Any) -> tuple[int, int]:
-    """Return where the memory of an object is, and its bytes; 8 for each entry of a container."""
-    kind = type(one)
-    if issubclass(kind, (str, bytes, bytearray)):
-        return id(one), len(one)
-    if issubclass(kind, (*_CONTAINERS, array)):
-        return id(one), 8 * len(one)
+def _bytes(kind: type, objects: list[Any]) -> int:
+    """Return the bytes of different objects of a kind; 8 for each entry of a container."""
     if issubclass(kind, int):
-        return id(one), one.bit_length() // 8
+        return sum(one.bit_length() // 8 for one in objects)
+    return sum(map(len, objects)) * (1 if issubclass(kind, _TEXT) else 8)
+
+
+def _memory(one: Any) -> tuple[int, int]:
+    """Return where the memory of a buffer is, which others may share, and its bytes."""
+    kind = type(one)
     if issubclass(kind, Tensor) and one.layout == torch.strided:
         one = one.untyped_storage()
     if isinstance(one, torch.UntypedStorage):

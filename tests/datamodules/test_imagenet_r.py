@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cl_bench.data.sources import FileSource
 from datamodules.imagenet_r import ImageNetR
 
 
+@cache  # to look for all 30,000 files takes seconds
 def imagenet(root: Path, **arguments: Any) -> ImageNetR:
     usual: dict[str, Any] = {"root": str(root), "num_experiences": 10, "image_size": 8}
     data = ImageNetR(**usual | arguments)
