@@ -217,6 +217,8 @@ def _readable(archive: Path) -> Iterator[None]:
     """Turn every error of a damaged archive into one sentence."""
     try:
         yield
-    except _UNREADABLE as error:
+    except (*_UNREADABLE, OSError) as error:
+        if not isinstance(error, _UNREADABLE) and str(error) != "Invalid data stream":  # what bz2 raises
+            raise
         reason = str(error).partition("\n")[0].rstrip(":")
         raise ValueError(f"{archive} is damaged or truncated ({reason}): remove it and run again.") from error

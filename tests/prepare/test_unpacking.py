@@ -12,6 +12,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cl_bench.prepare.unpacking import unpack
@@ -187,6 +188,15 @@ def test_a_compressed_tar_with_a_flipped_byte_is_refused(root: Path, mode: str, 
     archive = tar(root / "a.tar", lambda opened: add(opened, "data/c", os.urandom(2000)), mode=mode)
     damaged = bytearray(archive.read_bytes())
     damaged[place] ^= 0xFF
+    archive.write_bytes(damaged)
+    refused(archive, root, "is damaged or truncated")
+
+
+def test_damage_in_the_second_block_of_a_bz2_is_refused(root: Path) -> None:
+    large = np.random.RandomState(0).bytes(1_000_000)  # a block holds 900,000 bytes
+    archive = tar(root / "a.tar", lambda opened: add(opened, "data/c", large), mode="w:bz2")
+    damaged = bytearray(archive.read_bytes())
+    damaged[-300] ^= 0xFF
     archive.write_bytes(damaged)
     refused(archive, root, "is damaged or truncated")
 
