@@ -149,6 +149,10 @@ class _OwnCode:
             file = getattr(module, "__file__", None)
             if name.partition(".")[0] in packages or (file and not file.startswith(installed)):
                 self._globals[id(vars(module))] = vars(module)
+        # A loader may hold much more than its module: that of pytest holds all tests.
+        self._loading = {
+            id(names.get(name)) for names in self._globals.values() for name in ("__loader__", "__spec__")
+        }
         names = [one for names in self._globals.values() for one in names.values()]
         modules = {id(one): vars(one) for one in names if type(one) is ModuleType}
         self._imported = [names for names in modules.values() if id(names) not in self._globals]
@@ -170,7 +174,7 @@ class _OwnCode:
 
     def _is_open(self, one: Any) -> bool:
         """Return whether an object is looked into."""
-        if not gc.is_tracked(one):
+        if not gc.is_tracked(one) or id(one) in self._loading:
             return False
         kind = type(one)
         if kind is FunctionType:
