@@ -74,14 +74,15 @@ clean:
 	find cl_bench strategies datamodules tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The two files mark what is installed, so a second call installs nothing; a change of pyproject.toml installs again.
+# Python compiles what is imported; pip would compile every file of every package.
 .venv/installed: pyproject.toml | $(BIN)/pip
 	@echo "Installing cl-bench into .venv; the first time takes a few minutes."
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install --no-compile -e .
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | $(BIN)/pip
 	@echo "Installing cl-bench and its development tools into .venv; the first time takes a few minutes."
-	$(BIN)/python -m pip install -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile -e '.[dev]'
 	@touch .venv/installed $@
 
 # pip comes last when an environment is made, so one that was interrupted is completed.

@@ -101,7 +101,7 @@ def test_the_error_of_a_missing_grid_names_the_nearest() -> None:
 def test_the_cells_of_every_shipped_grid_differ(path: Path) -> None:
     cells = list(read_grid(path.stem).cells())
     assert cells
-    assert len({cell.configuration().hash for cell in cells}) == len(cells)
+    assert len({found.hash for found in configurations(cells)}) == len(cells)
 
 
 def test_a_setting_of_its_own_is_parsed_once_on_top_of_complete_values(
