@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import os
 import struct
 import sys
@@ -31,9 +29,6 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-
-# For every Trainer, Lightning asks all installed packages whether they bring callbacks.
-importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)  # type: ignore[assignment]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
