@@ -27,8 +27,8 @@ Departures:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,6 @@ class SLCA(ClassifierAlignment, SlowAdapters):
     """
 
     name = "SLCA++"
-    small: ClassVar[Mapping[str, object]] = {"alignment_epochs": 2, "alignment_samples": 8}
 
     def __init__(
         self,

@@ -110,11 +110,7 @@ class TUNA(ClassifierAlignment, BottleneckStrategy):
 
     # Old logits change with the number of classes that the entropy is over.
     promises = Promises(start_within=None, state_grows_with=("experiences",))
-    small: ClassVar[Mapping[str, object]] = {
-        "bottleneck": 4,
-        "alignment_epochs": 2,
-        "alignment_samples": 8,
-    }
+    small: ClassVar[Mapping[str, object]] = {**ClassifierAlignment.small, **BottleneckStrategy.small}
     head: ScaledCosine  # type: ignore[assignment]
 
     def __init__(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,7 @@ class ClassifierAlignment(Strategy):
         covariances: Covariance of each class (C, d, d), or its diagonal (C, d).
     """
 
+    small: ClassVar[Mapping[str, object]] = {"alignment_epochs": 2, "alignment_samples": 8}
     head: AlignedLinear
     means: Tensor
     covariances: Tensor

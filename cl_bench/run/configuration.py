@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +286,7 @@ def resolve(layers: Sequence[Path | Config], overrides: Sequence[str] = ()) -> C
     return found.overridden(overrides)
 
 
-_schema = lru_cache(maxsize=8)(Schema)  # cells of a grid share few pairs of classes
+_schema = cache(Schema)  # cells of a grid share few pairs of classes
 
 
 def layers(strategy: str, dataset: str) -> list[Path]:

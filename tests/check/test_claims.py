@@ -1,19 +1,20 @@
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 
 from cl_bench import check as checks
-from cl_bench.check.command import CLAIMS, layer, verdicts
-from cl_bench.check.subject import Moment, Subject, Verdict
+from cl_bench.check.command import CLAIMS
+from cl_bench.check.subject import Moment
 from cl_bench.check.training import Stages, _remedy_of_start
 from cl_bench.contracts.strategy import Promises
-from cl_bench.run.run import quiet
+
+Checked = Callable[..., Any]
 
 WRONG = Path(__file__).with_name("wrong_strategies.py")
 WRONG_DATA = Path(__file__).with_name("wrong_data.py")
@@ -42,16 +43,6 @@ def together(claim: str) -> tuple[str, ...]:
     """The claims that are checked by the same training as ``claim``."""
     groups = ((START, FROZEN, HEADS, MERGE, OPTIMIZER, CONSTANT), (TASK, DATA), (STATE, STEP))
     return next((group for group in groups if claim in group), (claim,))
-
-
-def checked(name: str, claims: Iterable[str] = CLAIMS) -> dict[str, Verdict]:
-    with quiet():
-        found = verdicts(Subject(layer(name)), claims)
-        return {verdict.claim: verdict for verdict in found}
-
-
-def failed(found: dict[str, Verdict]) -> dict[str, str]:
-    return {claim: verdict.why for claim, verdict in found.items() if not verdict.passed}
 
 
 FAULTS = [
@@ -174,18 +165,22 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("file", "strategy", "claim", "reason"), FAULTS)
-def test_a_wrong_strategy_breaks_its_claim(file: Path, strategy: str, claim: str, reason: str) -> None:
-    broken = failed(checked(f"{file}:{strategy}", claims=together(claim)))
+def test_a_wrong_strategy_breaks_its_claim(
+    checked: Checked, file: Path, strategy: str, claim: str, reason: str
+) -> None:
+    broken = checked(f"{file}:{strategy}", claims=together(claim)).broken
     assert broken.keys() == {claim}
     assert re.search(reason, broken[claim]), broken[claim]
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(("file", "strategy", "claim", "reason"), FAULTS)
-def test_a_wrong_strategy_breaks_no_other_claim(file: Path, strategy: str, claim: str, reason: str) -> None:
+def test_a_wrong_strategy_breaks_no_other_claim(
+    checked: Checked, file: Path, strategy: str, claim: str, reason: str
+) -> None:
     # No checkpoint holds a parameter that the optimizer has and the strategy has not.
     follows = {RESUME} if claim == OPTIMIZER else set()
-    assert failed(checked(f"{file}:{strategy}")).keys() == {claim} | follows
+    assert checked(f"{file}:{strategy}").broken.keys() == {claim} | follows
 
 
 @pytest.mark.parametrize(
@@ -202,15 +197,17 @@ def test_a_wrong_strategy_breaks_no_other_claim(file: Path, strategy: str, claim
         (WRONG_PROMISES, "KeepsLessAndLess", STATE, "and 1024 to the rest"),
     ),
 )
-def test_what_is_declared_passes_and_is_shown(file: Path, strategy: str, claim: str, words: str) -> None:
+def test_what_is_declared_passes_and_is_shown(
+    checked: Checked, file: Path, strategy: str, claim: str, words: str
+) -> None:
     found = checked(f"{file}:{strategy}", claims=together(claim))
-    assert failed(found) == {}
+    assert found.broken == {}
     assert words in found[claim].why
 
 
-def test_correct_pools_and_ridge_heads_keep_the_contract() -> None:
+def test_correct_pools_and_ridge_heads_keep_the_contract(checked: Checked) -> None:
     for strategy in ("Pool", "Ridge", "RidgeOfLittle"):
-        assert failed(checked(f"{WRONG_DATA}:{strategy}", claims=(TASK, DATA, KEPT))) == {}
+        assert checked(f"{WRONG_DATA}:{strategy}", claims=(TASK, DATA, KEPT)).broken == {}
 
 
 def hints() -> dict[str, str]:

@@ -187,6 +187,6 @@ def forked(strategy: str, folder: Path, place: Place) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     root, runs = Path(sys.argv[1]), json.load(sys.stdin)
-    with TemporaryDirectory() as name, quiet():
-        run(configuration("lora", Path(name)))  # imports what a run imports late, once for all forks
+    with TemporaryDirectory() as scratch, quiet():
+        run(configuration("lora", Path(scratch)))  # imports what a run imports late, once for all forks
     print(json.dumps([forked(strategy, root / name, place) for strategy, name, place in runs]))
