@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,16 @@ def _tiny_backbone(
 @pytest.fixture(scope="session")
 def wandb_records() -> Callable[[Path], list[Any]]:
     """Returns the records that an offline run of W&B, given its folder, would send."""
-    return lambda folder: [*_records(folder)]
+    return _complete
+
+
+def _complete(folder: Path) -> list[Any]:
+    """Return all records of a finished run, which another process may write after the run has ended."""
+    late = time.monotonic() + 60
+    while not (records := [*_records(folder)]) or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < late, f"{folder} holds {len(records)} records and not the last one"
+        time.sleep(0.1)
+    return records
 
 
 def _records(folder: Path) -> Iterator[Any]:
