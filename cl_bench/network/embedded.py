@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
 }
 """Options of timm's VisionTransformer."""
 
-SHA256 = "f2536ac550bde722c6e8cde4384aaf1c94c7af8b4daa3cab02524872b8b4f94b"
+SHA256 = "96ad5b1318a38e00d99a80e530dcac71f6b1dde27eaf69c93e222773444efd09"
 """Sha256 of the file of weights."""
 
 

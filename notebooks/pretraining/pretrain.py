@@ -1,11 +1,13 @@
 """Pre-train the embedded transformer: ``python -m pretraining.pretrain --folder FOLDER``.
 
-The transformer learns to predict the description of a scene. The same command resumes an interrupted run.
+The transformer learns to describe scenes, and to recognise a glyph in two drawings of it. The same command
+resumes an interrupted run.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -19,17 +21,26 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Sampler
 
 from cl_bench.network.embedded import OPTIONS
+from datamodules.fractals import seeded
+from pretraining.glyphs import drawings, random_glyphs
 from pretraining.pool import Recipe, ScenePool
 
-BATCH = 128
+BATCH = 64  # scenes
 STEPS_AN_EPOCH = 100
+
+GLYPHS = ((64, 32), (64, 32), (64, 32), (32, 64))
+"""Number of glyphs, and pixels along a side of their drawings, in turn."""
+
+_OF_GLYPHS = 1 << 20  # sets the seeds of glyphs apart from those of the pool
+_PROJECTED = 96  # dimensions in which drawings are compared
+_TEMPERATURE = 0.1
 
 _WHITENED = 500  # scenes that the first layer's whitening is made from
 _FLOOR = 0.01  # share of the mean variance that is added to the variance of each direction
@@ -37,10 +48,10 @@ _POSITIONS = 0.3  # standard deviation of the initial position embeddings
 
 
 class Pretraining(LightningModule):
-    """A transformer that learns to describe scenes.
+    """A transformer that learns to describe scenes and to tell glyphs apart.
 
     Args:
-        pool: Scenes with their descriptions.
+        pool: Scenes with their descriptions; its seed is also that of the glyphs.
         steps: Number of training steps.
         lr: Peak learning rate, after a warm-up over the first tenth; it then falls to zero.
     """
@@ -52,26 +63,49 @@ class Pretraining(LightningModule):
         self.steps = steps
         self.lr = lr
         self.register_buffer("deviation", pool.descriptors.deviation.cpu().clone())
+        self.seed = pool.recipe.seed
         self.vit = _first_weights(pool, self.deviation)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            self.projection = nn.Linear(OPTIONS["embed_dim"], _PROJECTED)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Return the loss on scenes (B, 3, H, W), uint8, with the target of each token (B, tokens, dim).
 
         Targets of tokens are in units of the standard deviation of each direction. The target of an image is
-        the mean over its tokens, scaled to the length √dim.
+        the mean over its tokens, scaled to the length √dim. The contrastive loss of two drawings of each of
+        some new glyphs is added.
         """
         scenes, targets = batch
         tokens = self.vit.forward_features(scenes.float() / 127.5 - 1)
         features = self.vit.forward_head(tokens).float()
         descriptions = F.normalize(targets.mean(dim=1)) * targets.shape[-1] ** 0.5
-        of_tokens = F.mse_loss(tokens.float(), targets / self.deviation)
-        of_images = F.mse_loss(features, descriptions)
-        self.log_dict({"loss": of_tokens + of_images, "tokens": of_tokens, "images": of_images})
-        return of_tokens + of_images
+        losses = {
+            "tokens": F.mse_loss(tokens.float(), targets / self.deviation),
+            "images": F.mse_loss(features, descriptions),
+            "glyphs": self._loss_on_glyphs(*GLYPHS[self.global_step % len(GLYPHS)]),
+        }
+        loss = losses["tokens"] + losses["images"] + losses["glyphs"]
+        self.log_dict(losses | {"loss": loss})
+        return loss
+
+    def _loss_on_glyphs(self, number: int, size: int) -> Tensor:
+        """Return the cross-entropy of finding the other drawing of a glyph, in units of what chance has.
+
+        Source: NT-Xent of SimCLR, https://arxiv.org/abs/2002.05709.
+        """
+        generator = seeded(self.seed, _OF_GLYPHS, self.global_step, device=self.device)
+        glyphs = random_glyphs(number, generator)
+        pairs = torch.cat([drawings(glyphs, size, generator) for _ in range(2)])
+        projected = self.projection(self.vit(pairs.float() / 127.5 - 1)).float()
+        cosines = F.normalize(projected) @ F.normalize(projected).T
+        others = cosines.fill_diagonal_(-torch.inf) / _TEMPERATURE
+        partners = torch.arange(2 * number, device=self.device).roll(number)
+        return F.cross_entropy(others, partners) / math.log(2 * number - 1)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW with weight decay on all but one-dimensional parameters, and a one-cycle schedule."""
-        parameters = list(self.vit.parameters())
+        parameters = list(self.parameters())
         groups = [
             {"params": [each for each in parameters if each.ndim > 1], "weight_decay": 0.05},
             {"params": [each for each in parameters if each.ndim == 1], "weight_decay": 0.0},
@@ -95,7 +129,7 @@ def _first_weights(pool: ScenePool, deviation: Tensor) -> VisionTransformer:
     """Build the transformer; its first layer whitens patches of scenes, its last has the scale of targets."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(pool.recipe.seed)
-        vit: Any = VisionTransformer(num_classes=0, **OPTIONS)
+        vit: Any = VisionTransformer(num_classes=0, dynamic_img_size=True, **OPTIONS)
     for block in vit.blocks:
         block.attn.fused_attn = False  # in bf16 on a CPU, plain products are faster than the kernel
     embedding = vit.patch_embed.proj
@@ -216,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m pretraining.pretrain", description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="folder for pool, checkpoint and weights")
     parser.add_argument("--scenes", type=int, default=Recipe.scenes, help="scenes in the pool (%(default)s)")
-    parser.add_argument("--steps", type=int, default=700, help=f"steps of {BATCH} scenes (%(default)s)")
+    parser.add_argument("--steps", type=int, default=6_000, help=f"steps of {BATCH} scenes (%(default)s)")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (%(default)s)")
     parser.add_argument("--accelerator", default="auto", help="cpu, gpu or auto (%(default)s)")

@@ -29,7 +29,7 @@ def test_the_same_fonts_give_the_same_bits() -> None:
         pytest.skip("matplotlib ships other font files than those of 3.11.2, for which the hash was recorded")
     found = data.sources()
     assert isinstance(found.train, ArraySource)
-    assert hashlib.sha256(found.train.images.numpy().tobytes()).hexdigest()[:16] == "549a88f2d92f5966"
+    assert hashlib.sha256(found.train.images.numpy().tobytes()).hexdigest()[:16] == "efd78bf13bb62924"
 
 
 def test_a_larger_dataset_contains_a_smaller_one() -> None:
@@ -81,6 +81,7 @@ def plain(masks: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
     words[:, 0] = np.arange(len(masks)) * (1 << 16) // len(masks) + 1
     words[:, 18:21], words[:, 21:24] = white, white
     words[:, 24] = black
+    words[:, 28] = white  # lines that neither rise nor run, and start where the first has ended
     return drawn(masks, words, size)
 
 
@@ -90,6 +91,22 @@ def test_a_letter_keeps_its_strokes_and_holes() -> None:
         ink = plain(masks, 48)[0, 0] < 200
         assert label(ink, structure=np.ones((3, 3)))[1] == strokes
         assert label(~ink)[1] == 1 + holes  # and the ground
+
+
+def test_a_third_of_the_ground_is_lines_a_little_darker_than_the_rest() -> None:
+    words = np.full((1, 32 + 240**2), 1 << 15, dtype=np.int32)
+    words[:, 24], words[:, 26], words[:, 28] = (
+        0,
+        (1 << 16) - 1,
+        0,
+    )  # a line rises by a pixel a pixel
+    ground = drawn(np.zeros((1, 480, 480), dtype=np.uint8), words, 240)[0]
+    assert (ground == ground[..., :1]).all()  # and does not run, so lines are level
+    line, rest = np.unique(ground)
+    assert rest - line == 32  # the middle of 16 and 48
+    (first,) = np.nonzero(np.diff((ground[0, :, 0] == line).astype(int)) == 1)
+    assert set(np.diff(first)) == {42}  # the middle of a tenth and a quarter of the width
+    assert (ground == line).mean() == pytest.approx(1 / 3, abs=0.02)
 
 
 def test_ink_is_darker_than_its_ground() -> None:

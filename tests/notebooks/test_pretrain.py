@@ -22,6 +22,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "BATCH", 8)
     monkeypatch.setattr(pretrain, "STEPS_AN_EPOCH", 2)
     monkeypatch.setattr(pretrain, "_WHITENED", 20)
+    monkeypatch.setattr(pretrain, "GLYPHS", ((4, 32), (2, 64)))
 
 
 @pytest.fixture(scope="module")
