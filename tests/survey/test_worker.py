@@ -20,9 +20,9 @@ def test_a_process_that_hangs_or_dies_is_replaced(tmp_path: Path) -> None:
             os.kill(worker._process.pid, signal.SIGKILL)
 
         threading.Timer(0.5, die).start()
-        found = worker.found(TASK, seconds=60)
+        found = worker.found(TASK, seconds=600)
         assert found is not None and found["failed"] == ["The process ended with status -9."]
-        found = worker.found(TASK, seconds=60)
+        found = worker.found(TASK, seconds=600)
         assert found is not None and not found["failed"] and found["graphs"] >= 0
     finally:
         worker.close()
