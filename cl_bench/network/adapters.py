@@ -103,10 +103,6 @@ class LowRank(nn.Module):
         """Whether the scale is a number and there is no gate."""
         return self.gate is None and not isinstance(self.scale, Tensor)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return what the adapter adds to the outputs, B (s g(x) A x), (…, m), of inputs (…, n)."""
-        return F.linear(self.inner(x), self.B)
-
     def inner(self, x: Tensor) -> Tensor:
         """Return s g(x) A x, (…, r), of inputs (…, n)."""
         inner = self.scale * F.linear(x, self.A)

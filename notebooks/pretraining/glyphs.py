@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from pretraining.drawing import grid, integers, uniform
+
 STROKES = 4
 """Largest number of strokes in a glyph."""
 
@@ -46,21 +48,21 @@ def random_glyphs(number: int, generator: Generator) -> Glyphs:
     """Draw glyphs of two to four strokes: lines, arcs and S-shapes between places of a loose grid."""
     shape = (number, STROKES)
     start, end = _places(shape, generator), _places(shape, generator)
-    joined = _uniform(0, 1, shape, generator) < 0.55  # to an end of the stroke before
-    at_start = _uniform(0, 1, (number, STROKES, 1), generator) < 0.5
+    joined = uniform(0, 1, shape, generator) < 0.55  # to an end of the stroke before
+    at_start = uniform(0, 1, (number, STROKES, 1), generator) < 0.5
     for stroke in range(1, STROKES):
         before = torch.where(at_start[:, stroke], start[:, stroke - 1], end[:, stroke - 1])
         start[:, stroke] = torch.where(joined[:, stroke, None], before, start[:, stroke])
     end = torch.where((end - start).norm(dim=2, keepdim=True) < 0.5, -start, end)
     along = end - start
     across = torch.stack([-along[..., 1], along[..., 0]], dim=-1)
-    kind = _uniform(0, 1, (number, STROKES, 1), generator)
-    side = torch.where(_uniform(0, 1, (number, STROKES, 1), generator) < 0.5, -1.0, 1.0)
-    bend = torch.where(kind < 0.45, 0.0, side * _uniform(0.2, 0.9, (number, STROKES, 1), generator))
+    kind = uniform(0, 1, (number, STROKES, 1), generator)
+    side = torch.where(uniform(0, 1, (number, STROKES, 1), generator) < 0.5, -1.0, 1.0)
+    bend = torch.where(kind < 0.45, 0.0, side * uniform(0.2, 0.9, (number, STROKES, 1), generator))
     first = start + along / 4 + bend * across
     second = end - along / 4 + torch.where(kind > 0.9, -bend, bend) * across
     strokes = torch.stack([start, first, second, end], dim=2)
-    count = torch.randint(2, STROKES + 1, (number, 1), generator=generator, device=generator.device)
+    count = 2 + integers(STROKES - 1, (number, 1), generator)
     present = torch.arange(STROKES, device=generator.device) < count
     return Glyphs(_fitted(strokes, present), present)
 
@@ -69,47 +71,42 @@ def drawings(glyphs: Glyphs, size: int, generator: Generator) -> Tensor:
     """Draw each glyph once (N, 3, size, size), uint8, on the device of ``generator``."""
     number = len(glyphs)
 
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return _uniform(low, high, (number, *shape), generator)
+    def between(low: float, high: float, *shape: int) -> Tensor:
+        return uniform(low, high, (number, *shape), generator)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn((number, *shape), generator=generator, device=generator.device)
 
     def whether(share: float, *shape: int) -> Tensor:
-        return uniform(0, 1, *shape) < share
+        return between(0, 1, *shape) < share
 
-    wobbling = glyphs.strokes + 0.05 * uniform(0, 1, 1, 1, 1) * normal(STROKES, 4, 2)
-    curves = _curves(wobbling) @ _linear_maps(number, generator)[:, None] + uniform(-0.22, 0.22, 1, 1, 2)
+    wobbling = glyphs.strokes + 0.05 * between(0, 1, 1, 1, 1) * normal(STROKES, 4, 2)
+    curves = _curves(wobbling) @ _linear_maps(number, generator)[:, None] + between(-0.22, 0.22, 1, 1, 2)
     steps = curves.diff(dim=2)
     angles = torch.atan2(steps[..., 1], steps[..., 0])
     angles = torch.cat([angles, angles[..., -1:]], dim=2)
     # As a broad nib draws: the weight of a stroke depends on its direction, in half of the drawings.
-    contrast = uniform(0, 0.6, 1, 1) * whether(0.5, 1, 1)
-    thinned = contrast * (1 + torch.cos(2 * (angles - uniform(-0.4, 0.4, 1, 1)))) / 2
-    radii = (uniform(0.045, 0.17, 1, 1) * (1 - thinned)).clamp(min=0.035)
-    coverage = _coverage(curves, radii, glyphs.present, 2 / size * uniform(0.5, 1.2, 1, 1), size)[:, None]
+    contrast = between(0, 0.6, 1, 1) * whether(0.5, 1, 1)
+    thinned = contrast * (1 + torch.cos(2 * (angles - between(-0.4, 0.4, 1, 1)))) / 2
+    radii = (between(0.045, 0.17, 1, 1) * (1 - thinned)).clamp(min=0.035)
+    coverage = _coverage(curves, radii, glyphs.present, 2 / size * between(0.5, 1.2, 1, 1), size)[:, None]
 
     dark = whether(0.7, 1, 1, 1)
-    ground = torch.where(dark, uniform(0.35, 1, 3, 1, 1), uniform(0, 0.65, 3, 1, 1))
-    distance = uniform(0.2, 0.6, 3, 1, 1)
+    ground = torch.where(dark, between(0.35, 1, 3, 1, 1), between(0, 0.65, 3, 1, 1))
+    distance = between(0.2, 0.6, 3, 1, 1)
     ink = torch.where(dark, ground - distance, ground + distance)
-    line = torch.linspace(-1, 1, size, device=generator.device)
-    rows, columns = line[:, None], line
-    across, down, both = (uniform(-most, most, 3, 1, 1) for most in (0.2, 0.2, 0.15))
+    rows, columns = grid(size, generator.device)
+    across, down, both = (between(-most, most, 3, 1, 1) for most in (0.2, 0.2, 0.15))
     lit = ground + across * columns + down * rows + both * rows * columns
-    noise = uniform(0, 0.09, 1, 1, 1) * normal(1, size, size)
+    noise = between(0, 0.09, 1, 1, 1) * normal(1, size, size)
     return (255 * (torch.lerp(lit, ink, coverage) + noise).clamp(0, 1)).round().to(torch.uint8)
-
-
-def _uniform(low: float, high: float, shape: tuple[int, ...], generator: Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
 
 
 def _places(shape: tuple[int, ...], generator: Generator) -> Tensor:
     """Draw points (*shape, 2) near those of a grid of three columns and four rows."""
-    column, row = (torch.randint(end, shape, generator=generator, device=generator.device) for end in (3, 4))
-    grid = torch.stack([0.62 * (column - 1), 0.6 * row - 0.9], dim=-1)
-    return grid + _uniform(-0.12, 0.12, (*shape, 2), generator)
+    column, row = (integers(end, shape, generator) for end in (3, 4))
+    places = torch.stack([0.62 * (column - 1), 0.6 * row - 0.9], dim=-1)
+    return places + uniform(-0.12, 0.12, (*shape, 2), generator)
 
 
 def _fitted(strokes: Tensor, present: Tensor) -> Tensor:
@@ -134,7 +131,7 @@ def _curves(strokes: Tensor) -> Tensor:
 def _linear_maps(number: int, generator: Generator) -> Tensor:
     """Draw matrices (number, 2, 2) that scale, slant and tilt points in rows."""
     tilt, slant, width, stretch = (
-        _uniform(low, high, (number,), generator)
+        uniform(low, high, (number,), generator)
         for low, high in ((-0.12, 0.12), (-0.3, 0.3), (0.5, 0.8), (0.8, 1.25))
     )
     height = width * stretch

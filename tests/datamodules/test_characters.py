@@ -95,11 +95,8 @@ def test_a_letter_keeps_its_strokes_and_holes() -> None:
 
 def test_a_third_of_the_ground_is_lines_a_little_darker_than_the_rest() -> None:
     words = np.full((1, 32 + 240**2), 1 << 15, dtype=np.int32)
-    words[:, 24], words[:, 26], words[:, 28] = (
-        0,
-        (1 << 16) - 1,
-        0,
-    )  # a line rises by a pixel a pixel
+    words[:, 24] = words[:, 28] = 0
+    words[:, 26] = (1 << 16) - 1  # a line rises by a pixel a pixel
     ground = drawn(np.zeros((1, 480, 480), dtype=np.uint8), words, 240)[0]
     assert (ground == ground[..., :1]).all()  # and does not run, so lines are level
     line, rest = np.unique(ground)
