@@ -191,11 +191,11 @@ class TUNA(ClassifierAlignment, BottleneckStrategy):
             for name, value in universal.named_parameters():
                 value.copy_(unified(torch.stack([one.get_parameter(name) for one in specific])))
 
-    def _align(self, heads: GrowingLinear) -> None:
+    def align(self, heads: GrowingLinear) -> None:
         """Train ``heads`` by their scaled cosines."""
         cosines = ScaledCosine(self.head.feature_dim, self.head.scale)
         cosines.parts = heads.parts
-        super()._align(cosines)
+        super().align(cosines)
 
     def drawn(self) -> tuple[Tensor, Tensor]:
         """Return features (N, d), as many of each class seen, and their labels (N,)."""

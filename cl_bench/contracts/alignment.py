@@ -151,12 +151,12 @@ class ClassifierAlignment(Strategy):
         heads.parts = copy.deepcopy(self.head.parts)
         if not self.experience.is_first:
             with torch.enable_grad():
-                self._align(heads.requires_grad_(True))
+                self.align(heads.requires_grad_(True))
             for age, part in enumerate(reversed(heads.parts)):
                 part.get_parameter("weight").mul_(1 + self.drift * age)
         self.head.aligned.load_state_dict(heads.parts.state_dict())
 
-    def _align(self, heads: GrowingLinear) -> None:
+    def align(self, heads: GrowingLinear) -> None:
         """Train ``heads`` on drawn features."""
         optimizer = torch.optim.SGD(
             heads.parameters(), self.alignment_lr, momentum=0.9, weight_decay=self.alignment_weight_decay

@@ -126,7 +126,7 @@ def test_alignment_tells_apart_classes_whose_gaussians_are(
     heads = copy.deepcopy(strategy.head)
     heads.parts.requires_grad_(True)
     heads.aligned = heads.parts
-    strategy._align(heads)
+    strategy.align(heads)
     after = (heads(features).argmax(dim=1) == labels).float().mean()
     assert before < 0.6 and after > 0.95
 
