@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 
 from cl_bench.artifacts import PREDICTIONS
 from cl_bench.errors import sentence, visible
 from cl_bench.results.result import FILE_NAME, Result, result_files
 from cl_bench.results.result import read as read_result
+
+if TYPE_CHECKING:  # slow to import
+    import pandas as pd
 
 Counts = npt.NDArray[np.int64]
 
@@ -99,6 +102,7 @@ def between_classes(table: pd.DataFrame, after: int) -> Counts:
     Raises:
         ValueError: If the table has no such evaluation.
 
+    >>> import pandas as pd
     >>> table = pd.DataFrame({"after": [0, 1, 1, 1], "label": [0, 0, 0, 1], "prediction": [0, 1, 0, 1]})
     >>> between_classes(table, after=1)
     array([[1, 1],
