@@ -31,7 +31,7 @@ from cl_bench.run.configuration import Configuration, resolve
 RANK = 4
 """Rank and inner size of adapters under check; a published one would fill the tiny transformer."""
 
-LONG = 20
+LONG = 12
 """Number of experiences of the long stream, on which growth is measured."""
 
 _LEARNING_RATE, _WEIGHT_DECAY = 0.01, 0.1
