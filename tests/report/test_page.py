@@ -217,6 +217,12 @@ def test_a_cell_holds_the_number_of_the_table(opened: Browser, folder: Path) -> 
     assert _rows(opened)["JANUS-LoRA"][0] == f"{row[1]} ± {row[2]}"
 
 
+def test_numbers_are_rounded_as_in_the_other_formats(opened: Browser) -> None:
+    numbers = [number / divisor for divisor in (8, 7, 1000) for number in range(-120, 120)]
+    shown: list[str] = opened.execute_script("return arguments[0].map(percent)", numbers)
+    assert shown == [f"{number:.2f}".replace("-", "−") for number in numbers]
+
+
 def test_a_heading_sorts_in_both_directions_then_restores_the_order(opened: Browser) -> None:
     reported = list(_rows(opened))
     _head(opened, "ACC").click()

@@ -37,7 +37,9 @@ const options = (names, chosen, text = (name) => name) =>
   names.map((name) => element("option", { value: name, selected: name === chosen }, text(name)));
 
 const known = (number) => number !== null && number !== undefined;
-const percent = (number) => (known(number) ? number.toFixed(2).replace("-", "−") : UNDEFINED);
+/** Two decimals; a tie, which only odd eighths are, goes to the even digit as in the other formats. */
+const rounded = (number) => (number - (Math.abs(number * 8) % 4 === 1 ? Math.sign(number) / 1000 : 0)).toFixed(2);
+const percent = (number) => (known(number) ? rounded(number).replace("-", "−") : UNDEFINED);
 const signed = (number) => (known(number) ? (number > 0 ? "+" : "") + percent(number) : UNDEFINED);
 const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
