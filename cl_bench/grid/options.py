@@ -31,9 +31,10 @@ def run(options: argparse.Namespace, tuned: Tuned) -> int:
     Raises:
         ValueError: If the grid, one of its cells or an option is not valid. No cell has run then.
     """
+    engine = engine_of(options)
     from cl_bench.grid.command import run_grid
 
-    done = run_grid(options.grid, options.results, engine_of(options), tuned=tuned, dry_run=options.dry_run)
+    done = run_grid(options.grid, options.results, engine, tuned=tuned, dry_run=options.dry_run)
     return 0 if done else 1
 
 
@@ -75,12 +76,16 @@ def engine_of(options: argparse.Namespace) -> Callable[[Path], Engine]:
     """Return a function from the folder of all results to the engine that ``options`` choose.
 
     That function raises ValueError if an option has no effect with that engine, or its extra is not
-    installed.
+    installed. The local engine begins to import at once: call this before importing what is slow.
 
     Raises:
         ValueError: If a parameter of sbatch is not written as KEY=VALUE.
     """
     slurm = None if options.slurm is None else dict(map(_parameter, options.slurm))
+    if options.engine == "local" and not vars(options).get("dry_run"):
+        from cl_bench.grid.work import begin_imports
+
+        begin_imports()
 
     def engine(results: Path) -> Engine:
         _require_effect(options)

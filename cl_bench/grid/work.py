@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import platform
 import signal
@@ -75,6 +76,12 @@ class Outcome:
 _children = threading.Lock()
 
 
+def begin_imports() -> None:
+    """Let the process from which cells are forked import what they need, while this one goes on."""
+    _context()
+    multiprocessing.forkserver.ensure_running()
+
+
 def in_new_process(job: Job, stopped: threading.Event | None = None) -> Outcome:
     """Run ``job`` in a new process with the environment of this one, and return how it ended.
 
@@ -84,8 +91,7 @@ def in_new_process(job: Job, stopped: threading.Event | None = None) -> Outcome:
         job: The cell.
         stopped: Terminates the cell if it is set while the process starts, which may take seconds.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = _context()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_outcome, args=(job, dict(os.environ), sender), daemon=False)
     with receiver:
@@ -143,6 +149,12 @@ def in_this_process(job: Job) -> Outcome:
             return Outcome(f"{message} The traceback is in {job.log}")
         finally:
             sys.stdout, sys.stderr = outputs
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def _send_outcome(job: Job, environment: Mapping[str, str], sender: Connection) -> None:

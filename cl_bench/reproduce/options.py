@@ -37,6 +37,7 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
         ValueError: If a word is not a setting, no such number is known, or a cell is not valid.
     """
     require_settings(settings)
+    engine = engine_of(options)
 
     from cl_bench.reproduce.command import Wanted, reproduce
 
@@ -50,4 +51,4 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
         results=options.results,
         overrides=settings,
     )
-    return 0 if reproduce(wanted, engine_of(options), dry_run=options.dry_run) else 1
+    return 0 if reproduce(wanted, engine, dry_run=options.dry_run) else 1

@@ -54,6 +54,7 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
         ValueError: If a word is not a setting, or the study cannot be done.
     """
     require_settings(settings)
+    engine = engine_of(options)
 
     from rich.console import Console
 
@@ -81,4 +82,4 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
         wandb=options.wandb,
     )
     console = Console(highlight=False, emoji=False, soft_wrap=True)
-    return 0 if tune([plan], engine_of(options), console) else 1
+    return 0 if tune([plan], engine, console) else 1

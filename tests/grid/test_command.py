@@ -185,7 +185,9 @@ def test_two_grids_with_one_results_folder_run_no_cell_twice(tmp_path: Path) -> 
 
 
 @pytest.mark.soak
-def test_a_grid_terminated_while_its_first_cell_starts_does_not_wait_for_it(tmp_path: Path) -> None:
+def test_a_grid_terminated_while_its_first_cell_starts_does_not_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "recorded_strategies.py").write_text(STRATEGIES)
     (tmp_path / "recorded.yaml").write_text("model: {class_path: recorded_strategies.Recorded}")
     (tmp_path / "go").touch()
@@ -193,17 +195,19 @@ def test_a_grid_terminated_while_its_first_cell_starts_does_not_wait_for_it(tmp_
     path.write_text(
         f"{{strategies: [{tmp_path}/recorded.yaml], datasets: [toy], common: {{trainer.accelerator: cpu}}}}"
     )
-    while_next_cell_starts(lambda forkserver: os.kill(os.getpid(), signal.SIGTERM))
+    while_next_cell_starts(monkeypatch, lambda forkserver: os.kill(os.getpid(), signal.SIGTERM))
     status, _ = grid(path, tmp_path / "results")
     assert status == INTERRUPTED
     assert not (tmp_path / "begun").exists()
 
 
 @pytest.mark.soak
-def test_a_cell_killed_while_it_starts_fails_and_the_next_one_runs(tmp_path: Path) -> None:
+def test_a_cell_killed_while_it_starts_fails_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text("{strategies: [ncm], datasets: [toy], seeds: [1, 2], common: {trainer.accelerator: cpu}}")
-    while_next_cell_starts(lambda forkserver: os.kill(forkserver, signal.SIGKILL))
+    while_next_cell_starts(monkeypatch, lambda forkserver: os.kill(forkserver, signal.SIGKILL))
     status, output = grid(path, tmp_path / "results", "--workers", "1")
     assert status == 1
     assert output.count("The process of the cell could not be started (") == 1
@@ -217,8 +221,11 @@ def let_go_at(number: int, begun: Path) -> None:
     (begun.parent / "go").touch()
 
 
-def while_next_cell_starts(act: Callable[[int], None]) -> None:
-    """Call ``act`` with the id of the forkserver of the next cell while it imports its modules."""
+def while_next_cell_starts(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+    """Call ``act`` with the id of the forkserver of the next cell while it imports its modules.
+
+    The forkserver starts with that cell, and not while the command still reads its grid.
+    """
 
     def forkservers() -> list[int]:
         words = ["pgrep", "-P", str(os.getpid()), "-f", "multiprocessing.forkserver"]
@@ -230,6 +237,7 @@ def while_next_cell_starts(act: Callable[[int], None]) -> None:
             time.sleep(0.05)
         act(found[0])
 
+    monkeypatch.setattr("cl_bench.grid.work.begin_imports", lambda: None)
     for warm in forkservers():
         os.kill(warm, signal.SIGKILL)
     while forkservers():
