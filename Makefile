@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Where this is set, every process compiles all that it imports, which doubles the time of its imports.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help quickstart test lint types tests browser notebooks soak bench gpu clean
 
 help:
