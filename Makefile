@@ -77,20 +77,20 @@ clean:
 	find cl_bench strategies datamodules tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The two files mark what is installed, so a second call installs nothing; a change of pyproject.toml installs again.
-# pip would compile every file of every package. The command of FIRST_RUN compiles what a run imports, so that the
-# processes of a grid or of the tests, which start together, do not all do so.
-FIRST_RUN := $(BIN)/cl-bench run ncm digits --print_protocol > /dev/null
+# pip would compile every file of every package. The last command compiles what a run imports, so that the processes
+# of a grid or of the tests, which start together, do not all do so.
+define install
+	@echo "Installing cl-bench$(1) into .venv; the first time takes a few minutes."
+	$(BIN)/python -m pip install --no-compile -e '.$(1)'
+	$(BIN)/cl-bench run ncm digits --print_protocol > /dev/null
+endef
 
 .venv/installed: pyproject.toml | $(BIN)/pip
-	@echo "Installing cl-bench into .venv; the first time takes a few minutes."
-	$(BIN)/python -m pip install --no-compile -e .
-	$(FIRST_RUN)
+	$(call install,)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | $(BIN)/pip
-	@echo "Installing cl-bench and its development tools into .venv; the first time takes a few minutes."
-	$(BIN)/python -m pip install --no-compile -e '.[dev]'
-	$(FIRST_RUN)
+	$(call install,[dev])
 	@touch .venv/installed $@
 
 # pip comes last when an environment is made, so one that was interrupted is completed.
