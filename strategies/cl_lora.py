@@ -12,10 +12,11 @@ https://github.com/JiangpengHe/CL-LoRA, whose letters for the two projections ar
 ============================================  ======================================================
 released code                                 here
 ============================================  ======================================================
-shared, blocks 0 to 5: A fixed, B trained     ``shared``, ``A`` from a QR decomposition
+shared, blocks 0 to 5: A fixed, B trained     ``shared``
 specific, blocks 6 to 11: A_t, B_t trained    ``specific``, two new adapters in each block
+every A starts with orthonormal rows          ``orthonormal``
 block weights w_t, uniform in [0.5, 1.5]      ``scale`` of each specific adapter
-CE over scaled cosines                        ``loss``, ``weight`` and their scale ``temper``
+CE over scaled cosines                        ``loss``, ``weight`` and their scale ``temper``, new each time
 ``mean_{i<t} |cos(w_i, w_t)|`` times 1e-4     ``overlap``, ``orthogonality``
 soft CE at temperature 2, times 5             ``distillation``, ``distillation_weight``
 row j of that gradient times 768 ‖b_j‖/Σ‖b‖   ``multipliers``, of the up-projection before
@@ -92,7 +93,6 @@ class CLLoRA(LowRankStrategy):
         self.orthogonality = orthogonality
         self.distillation_weight = distillation_weight
         self.head = Prototypes(backbone.feature_dim, "cosine")
-        self.temper = nn.Parameter(torch.ones(()))
         self.early = backbone.depth // 2
         self.shared, self.specific = self.layers[: self.early], self.layers[self.early :]
         self._thirds = dict(self.layers[0].rows)
@@ -104,12 +104,13 @@ class CLLoRA(LowRankStrategy):
         if index == 0:
             super().renew()
             for adapter in self._shared():
-                adapter.A.copy_(torch.linalg.qr(torch.rand_like(adapter.A).mT).Q.mT).requires_grad_(False)
+                adapter.A.copy_(orthonormal(adapter.A)).requires_grad_(False)
         for layer in self.specific:
             layer.adapters.requires_grad_(False)
             for third, rows in self._thirds.items():
                 name = _name(third, index)
                 adapter = layer.adapter(name) if index == 0 else layer.add(name, rows, self.rank)
+                adapter.A.copy_(orthonormal(adapter.A))
                 adapter.scale = nn.Parameter(torch.empty(()).uniform_(0.5, 1.5))  # w_t
                 adapter.requires_grad_(True)
             layer.rows = self._rows(index)
@@ -124,6 +125,7 @@ class CLLoRA(LowRankStrategy):
         bound = self.backbone.feature_dim**-0.5
         classes = self.experience.num_classes
         self.weight = nn.Parameter(torch.empty(classes, self.backbone.feature_dim).uniform_(-bound, bound))
+        self.temper = nn.Parameter(torch.ones(()))
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-entropy over the classes of this experience, and the weighted overlap."""
@@ -218,6 +220,12 @@ class CLLoRA(LowRankStrategy):
 
     def _rows(self, of: int | str) -> dict[str, slice]:
         return {_name(third, of): rows for third, rows in self._thirds.items()}
+
+
+def orthonormal(down: Tensor) -> Tensor:
+    """Return a random matrix of the shape of a down-projection (r, n), with orthonormal rows."""
+    basis: Tensor = torch.linalg.qr(torch.rand_like(down).mT).Q.mT
+    return basis
 
 
 def multipliers(up: Tensor) -> Tensor:

@@ -56,6 +56,28 @@ def test_shared_down_projections_are_orthonormal_and_never_move(
         assert adapter.B.any()
 
 
+def test_each_experience_starts_from_orthonormal_rows_and_a_scale_of_1(
+    backbone: Making, walk: Callable[..., Any]
+) -> None:
+    starts, ends = [], []
+
+    class Watched(CLLoRA):
+        def before_training(self, data: TrainingData) -> None:
+            starts.append(float(self.temper))
+            for layer in self.specific:
+                for name in self._rows(self.experience.index):
+                    rows = layer.adapter(name).A.detach()
+                    torch.testing.assert_close(rows @ rows.T, torch.eye(3), rtol=0, atol=1e-6)
+
+        def after_training(self, data: TrainingData) -> None:
+            super().after_training(data)
+            ends.append(float(self.temper))
+
+    walk(Watched(backbone(), rank=3, optimizer=sgd))
+    assert starts == [1.0, 1.0, 1.0]
+    assert 1.0 not in ends
+
+
 def test_adapters_and_block_weights_of_old_experiences_stay(
     backbone: Making, walk: Callable[..., Any]
 ) -> None:
