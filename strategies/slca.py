@@ -1,7 +1,7 @@
 """SLCA++: adapters that learn slowly throughout the stream, and classifiers that are aligned after it.
 
-One set of low-rank adapters is trained in all experiences, with a learning rate far below that of the head,
-so that features move little. After every experience but the first, the heads of all experiences are trained
+One set of low-rank adapters is trained in all experiences, at a small share of the learning rate, so that
+features move little. After every experience but the first, the heads of all experiences are trained
 together on features drawn from a Gaussian of each class seen, and these heads classify. Before the next
 experience the heads are as they were.
 
@@ -11,7 +11,7 @@ https://github.com/GengDavid/SLCA, ``models/slca_pp.py``.
 ================================================  ======================================
 paper                                             here
 ================================================  ======================================
-slow learner                                      ``first_lr``, ``later_lr``
+slow learner                                      ``first_share``, ``later_share``
 Hybrid-SL: low-rank update of W                   ``LowRankStrategy``, A from W's SVD
 symmetric cross-entropy                           ``symmetric_cross_entropy``
 classifier alignment (CA)                         ``ClassifierAlignment``
@@ -46,8 +46,8 @@ class SlowAdapters(LowRankStrategy):
 
     Args:
         backbone: Pre-trained vision transformer.
-        first_lr: Learning rate of the adapters in the first experience; the head has the optimizer's.
-        later_lr: Their learning rate in all others.
+        first_share: Share of the optimizer's learning rate that the adapters have in the first experience.
+        later_share: The share that they have in all others.
         cross_entropy: Weight a of the cross-entropy.
         reverse: Weight b of the reverse cross-entropy.
         targets: Projections that carry an adapter.
@@ -60,8 +60,8 @@ class SlowAdapters(LowRankStrategy):
         self,
         backbone: Backbone,
         *,
-        first_lr: float = 5e-3,
-        later_lr: float = 1e-3,
+        first_share: float = 0.5,
+        later_share: float = 0.1,
         cross_entropy: float = 1.0,
         reverse: float = 0.1,
         targets: Sequence[str] = ("qkv", "fc1", "fc2"),
@@ -70,8 +70,8 @@ class SlowAdapters(LowRankStrategy):
         **kwargs: Any,
     ) -> None:
         super().__init__(backbone, targets=targets, rank=rank, scale=scale, **kwargs)
-        self.first_lr = first_lr
-        self.later_lr = later_lr
+        self.first_share = first_share
+        self.later_share = later_share
         self.cross_entropy = cross_entropy
         self.reverse = reverse
 
@@ -86,9 +86,10 @@ class SlowAdapters(LowRankStrategy):
                     layer.adapter(name).B.zero_()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Give the adapters their own learning rate."""
+        """Give the adapters their share of the learning rate."""
         slow, *rest = super().parameter_groups()
-        return [slow | {"lr": self.first_lr if self.experience.is_first else self.later_lr}, *rest]
+        share = self.first_share if self.experience.is_first else self.later_share
+        return [slow | {"lr": share * self.base_lr}, *rest]
 
     def loss(self, features: Any, labels: Tensor) -> Tensor:
         """Return a CE + b RCE over the classes of this experience."""

@@ -110,7 +110,7 @@ class Strategy(LightningModule):
         scheduler: Called with the optimizer at the start of every experience; stepped once an epoch.
         head_lr: Learning rate of the head, if it differs from that of the rest.
         head_start: Where the head of new classes starts: random, as PyTorch draws it; or means, from their
-            mean features. A head of prototypes always consists of means.
+            mean features. A head of prototypes always consists of means, so neither setting concerns it.
     """
 
     name: str
@@ -212,6 +212,11 @@ class Strategy(LightningModule):
         if self._experience is None:
             raise RuntimeError("There is no experience yet: call expand(experience) first.")
         return self._experience
+
+    @property
+    def base_lr(self) -> float:
+        """The learning rate of the optimizer, which parameter groups have unless they set their own."""
+        return float(self._optimizer([nn.Parameter(torch.empty(0))]).defaults["lr"])
 
     @property
     def trains(self) -> bool:
