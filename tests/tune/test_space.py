@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from cl_bench.data.experience import Experience
 from cl_bench.run.configs import CONFIGS, load, stems_of, words
 from cl_bench.run.configuration import Configuration, layers, resolve
 from cl_bench.tune.space import read_space, space_of
@@ -38,6 +39,24 @@ def test_every_space_contains_the_published_value(bases: dict[str, Configuration
                 configured(base, "optimizer.lr") if value is None else value
             )  # a head without its own rate
             assert setting.holds(value), (name, setting.key, value)
+
+
+def test_the_rates_of_a_space_reach_the_optimizer() -> None:
+    """A study would spend trials on a rate that nothing is trained with."""
+    for name in METHODS:
+        for setting in read_space(name).settings:
+            if setting.key in ("optimizer.lr", "head_lr"):
+                low, high = (rates(name, f"--{setting.key}={rate}") for rate in (0.25, 0.5))
+                assert low != high, (name, setting.key)
+
+
+def rates(name: str, word: str) -> list[float]:
+    """The learning rates of the parameter groups in the first experience of toy, with five blocks."""
+    base = resolve(layers(name, "toy"), ["--backbone.options.depth=5", "--optimizer=SGD", word])
+    strategy, _ = base.overridden(words(base.strategy_class.small)).build([], [])
+    strategy.expand(Experience(0, 3, range(2)))
+    optimizer: Any = strategy.configure_optimizers()
+    return [group["lr"] for group in optimizer.param_groups]
 
 
 @pytest.mark.parametrize(
