@@ -269,10 +269,12 @@ RECIPES = sorted((CONFIGS / "recipes").glob("*/*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_recipe_resolves_and_names_the_source_of_every_line(recipe: Path) -> None:
-    configuration = resolve(layers(recipe.stem, recipe.parent.name), ["--root=somewhere"])
-    assert configuration.resolved["trainer"]["max_epochs"] == load(recipe)["trainer"]["max_epochs"]
     comment, *lines = (line for line in recipe.read_text().splitlines() if line.strip())
-    assert comment == f"# cl-bench run {recipe.stem} {recipe.parent.name} --root FOLDER --seed 1"
+    command, _, order = comment.partition(" --order ")
+    assert command == f"# cl-bench run {recipe.stem} {recipe.parent.name} --root FOLDER --seed 1"
+    words = ["--root=somewhere", f"--order={order or 'identity'}"]
+    configuration = resolve(layers(recipe.stem, recipe.parent.name), words)
+    assert configuration.resolved["trainer"]["max_epochs"] == load(recipe)["trainer"]["max_epochs"]
     settings = [line for line in lines if not line.lstrip().startswith("#") and not line.endswith(":")]
     assert settings and all("  # " in line for line in settings)
 
