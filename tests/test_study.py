@@ -119,6 +119,16 @@ def test_what_does_not_exist_is_answered_with_the_nearest(study: Study, tmp_path
         study.accuracy_matrix("ncm")
     with pytest.raises(ValueError, match=r"There is no key rnk\. Did you mean model\.rank\?"):
         compare(["lora"], "toy", results=tmp_path, rnk=4)
+    with pytest.raises(ValueError, match=r"seed cannot be in common, .* use seeds"):
+        compare(["lora"], "toy", results=tmp_path, seed=3)
+    with pytest.raises(ValueError, match="settings for loar, which is not among the strategies"):
+        compare(["lora"], "toy", results=tmp_path, settings={"loar": {"small": {"rank": 2}}})
+
+
+def test_finished_results_of_two_sizes_of_image_are_read_again(tmp_path: Path) -> None:
+    sizes = {str(size): {"image_size": size, "backbone.options.img_size": size} for size in (16, 24)}
+    first, second = (compare(["ncm"], "toy", settings={"ncm": sizes}, results=tmp_path) for _ in range(2))
+    assert [one.cell for one in first.results] == [one.cell for one in second.results]
 
 
 def test_settings_are_rows_of_their_own(tmp_path: Path) -> None:

@@ -31,6 +31,15 @@ _KEYS = {
 }
 
 
+_AXES = {
+    "order": "orders: [numpy:1993]",
+    "seed": "seeds: [3]",
+    "setting": "the name of the setting",
+    "results": "results: FOLDER",
+}
+"""Options of a run that a grid has keys for, and what to write instead."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """The words of the command that runs a cell.
@@ -93,6 +102,27 @@ class Grid:
     common: dict[str, Any] = field(default_factory=dict)
     tune: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse overrides that no cell would have.
+
+        Raises:
+            ValueError: If settings are of another strategy, or options are given twice or as an axis.
+        """
+        for strategy in self.settings:
+            if strategy not in self.strategies:
+                raise ValueError(f"There are settings for {strategy}, which is not among the strategies.")
+        sets = {
+            f"the setting {name} of {strategy}": overrides
+            for strategy, settings in self.settings.items()
+            for name, overrides in settings.items()
+        }
+        for where, overrides in {"common": self.common, **sets}.items():
+            _require_one_spelling(overrides, where)
+            for key in overrides.keys() & _AXES.keys():
+                raise ValueError(
+                    f"{key} cannot be in {where}, because each cell has its own: use {_AXES[key]}."
+                )
+
     def cells(self) -> Iterator[Cell]:
         """Yield the cells, with seeds outermost: an unfinished grid has the first seed of every strategy."""
         for seed, order, dataset, strategy in itertools.product(
@@ -140,9 +170,6 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
         if not isinstance(value, _KEYS[key]):
             raise ValueError(f"In {path}, {key} must be a {_KEYS[key].__name__}, not {value!r}.")
     _require_names(content, path)
-    for strategy in content.get("settings", {}):
-        if strategy not in content["strategies"]:
-            raise ValueError(f"{path} has settings for {strategy}, which is not among its strategies.")
     for strategy, settings in content.get("settings", {}).items():
         if not isinstance(settings, dict) or not all(
             isinstance(overrides, dict) for overrides in settings.values()
@@ -151,12 +178,12 @@ def read_grid(name: str, results: Path | None = None) -> Grid:
                 f"In {path}, the settings of {strategy} must be names with their overrides, such as "
                 "{small: {rank: 4}}."
             )
-        for name, overrides in settings.items():
-            _require_one_spelling(overrides, f"the setting {name} of {strategy} in {path}")
-    _require_one_spelling(content.get("common", {}), f"common in {path}")
     if results is not None:
         content["results"] = str(results)
-    return Grid(**content)
+    try:
+        return Grid(**content)
+    except ValueError as error:
+        raise ValueError(f"In {path}: {error}") from error
 
 
 def _require_names(content: dict[str, Any], path: Path) -> None:

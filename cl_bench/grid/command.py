@@ -37,7 +37,6 @@ from cl_bench.run.tracking import how_to_read
 # Settings of a dataset that leave its images as they are; cells of a grid may differ in them.
 _NOT_OF_IMAGES = {
     "batch_size",
-    "image_size",
     "num_classes_per_experience",
     "num_experiences",
     "num_workers",

@@ -65,4 +65,5 @@ def _terminate_cells() -> None:
 def _room(jobs: Sequence[Job]) -> int:
     if torch.cuda.is_available():
         return 1
-    return max(1, len(os.sched_getaffinity(0)) // max(job.threads for job in jobs))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    return max(1, cores // max(job.threads for job in jobs))

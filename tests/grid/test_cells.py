@@ -48,7 +48,7 @@ def test_cells_that_share_a_setting_resolve_as_each_would_by_itself(tmp_path: Pa
     settings: {loda: {slow: {optimizer.lr: 1e-5}, sgd: {optimizer: SGD, data.batch_size: 4}}}
     orders: [identity, numpy:1993, [5, 4, 3, 2, 1, 0]]
     seeds: [3, 1]
-    common: {trainer.max_epochs: 2, seed: 7}
+    common: {trainer.max_epochs: 2}
     """
     cells = list(read_grid(grid_file(tmp_path, text)).cells())
     for cell, shared in zip(cells[::5], list(configurations(cells))[::5], strict=True):
@@ -76,12 +76,20 @@ def test_a_wrong_seed_is_refused_among_cells_that_share_a_setting(tmp_path: Path
         ),
         (
             "{strategies: [lora], datasets: [toy], common: {rank: 2, model.rank: 4}}",
-            "rank and model.rank are one key in common in .*: keep one of them",
+            "rank and model.rank are one key in common: keep one of them",
         ),
         (
             "{strategies: [lora], datasets: [toy], settings: {lora: {a: {optimizer.lr: 1, "
             "model.optimizer.init_args.lr: 2}}}}",
             "are one key in the setting a of lora",
+        ),
+        (
+            "{strategies: [lora], datasets: [toy], common: {seed: 3}}",
+            r"seed cannot be in common, because each cell has its own: use seeds: \[3\]",
+        ),
+        (
+            "{strategies: [lora], datasets: [toy], settings: {lora: {a: {results: here}}}}",
+            "results cannot be in the setting a of lora",
         ),
         ("a: [", "is not valid YAML"),
         ("{strategies: lora, datasets: [toy]}", "strategies must be a list"),
