@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from rich.console import Console
 from cl_bench.grid.command import run_entries, working
 from cl_bench.grid.engine import Engine
 from cl_bench.results.tuning import Tuning
+from cl_bench.run.configuration import Configuration
+from cl_bench.run.tracking import how_to_read
 from cl_bench.tune.study import TRIALS_FOLDER, Plan, Study, studies
 from cl_bench.tune.trials import Trial
 
@@ -32,9 +35,12 @@ def tune(plans: Sequence[Plan], engine: Callable[[Path], Engine], console: Conso
     running = studies(plans)
     results = plans[0].results
     records: dict[str, Tuning] = {}
+    tried: dict[Path, Configuration] = {}
     with working(engine(results), results / TRIALS_FOLDER) as worker:
         while running:
             asked = {study: trials for study in running if (trials := study.ask())}
+            for one in itertools.chain.from_iterable(asked.values()):
+                tried[one.configuration.folder] = one.configuration
             if waiting := _unfinished(asked):
                 run_entries(waiting, worker, console)
             for study in running.copy():
@@ -51,6 +57,8 @@ def tune(plans: Sequence[Plan], engine: Callable[[Path], Engine], console: Conso
                     record.write(study.plan.record)
                     remedy = closing(record, study.plan.record)
                 console.print(f"{study.plan.strategy} on {study.plan.dataset}: {remedy}", markup=False)
+    for line in how_to_read(list(tried.values())):
+        console.print(line, markup=False)
     return records
 
 

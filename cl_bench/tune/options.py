@@ -8,8 +8,6 @@ from pathlib import Path
 
 from cl_bench.grid.options import add_engine, engine_of, require_settings
 
-_SHORT = {"MAA": "maa/sample", "ACC": "acc/sample"}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the verb to ``parser``."""
@@ -73,7 +71,7 @@ def run(options: argparse.Namespace, settings: Sequence[str]) -> int:
         budget=budget,
         on=options.on,
         results=options.results,
-        metric=_SHORT.get(options.metric, options.metric),
+        metric=options.metric,
         fixed=tuple(settings),
         val_fraction=options.val_fraction,
         seed=options.seed,

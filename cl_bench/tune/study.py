@@ -8,6 +8,7 @@ are told in the order of their numbers, however many run at a time and whichever
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,7 @@ from cl_bench.errors import suggestion
 from cl_bench.grid.cells import Cell
 from cl_bench.results.files import file_name
 from cl_bench.results.metrics import BOUNDS, DEFINITIONS, HIGHER_IS_BETTER
+from cl_bench.results.result import digest
 from cl_bench.results.tuning import Sensitivity, Tuning, read
 from cl_bench.run.configs import words
 from cl_bench.run.configuration import Configuration
@@ -38,7 +40,12 @@ FIRST = "first:3"
 FACTORS = (0.3, 1.0, 3.0)
 """By what the tuned learning rate is multiplied to see how much depends on it."""
 
+_METRIC = "maa/sample"
+_VAL_FRACTION = 0.2
+_SHORT = {"MAA": "maa/sample", "ACC": "acc/sample"}
+
 _GENERATION = 4
+_HOPELESS = 3 * _GENERATION  # trials, none of which had a finite loss
 _PRUNED_AFTER = 2  # experiences
 _FAR_BEHIND = 0.25  # a trial below this quantile of the earlier ones
 
@@ -52,7 +59,7 @@ class Plan:
         dataset: Config stem or path.
         space: What may be varied.
         unit: What the budget is counted in.
-        budget: The budget; no trial starts once it is spent.
+        budget: The budget; no generation of trials starts once it is spent.
         on: ``first:k`` for the first k experiences, or ``all``.
         results: Folder of all results.
         metric: The score, a key of :data:`cl_bench.results.metrics.DEFINITIONS`.
@@ -72,9 +79,9 @@ class Plan:
     budget: float
     on: str
     results: Path
-    metric: str = "maa/sample"
+    metric: str = _METRIC
     fixed: tuple[str, ...] = ()
-    val_fraction: float = 0.2
+    val_fraction: float = _VAL_FRACTION
     seed: int = 0
     order: str | list[int] = "identity"
     sensitivity: bool = False
@@ -82,7 +89,8 @@ class Plan:
     setting: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse what no study can do."""
+        """Refuse what no study can do, and write out a short name of the metric."""
+        object.__setattr__(self, "metric", _SHORT.get(self.metric, self.metric))
         if self.metric not in DEFINITIONS:
             raise ValueError(f"The metric {self.metric!r} is unknown. {suggestion(self.metric, DEFINITIONS)}")
         kind, _, number = self.on.partition(":")
@@ -106,8 +114,11 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Name of the study, and of its record."""
-        parts = stem(self.strategy), self.setting, stem(self.dataset)
+        """Name of the study, and of its record; it ends in a hash if not all of what is asked is as usual."""
+        fixed = [word for word in self.fixed if not word.startswith("--root=")]
+        asked = [fixed, self.on, self.metric, self.val_fraction, self.seed, self.order]
+        usual = [[], FIRST, _METRIC, _VAL_FRACTION, 0, "identity"]
+        parts = stem(self.strategy), self.setting, stem(self.dataset), digest(asked) if asked != usual else ""
         return file_name("-".join(part for part in parts if part))
 
     @property
@@ -209,14 +220,16 @@ class Study:
 
     @property
     def is_over(self) -> bool:
-        """Whether the budget is spent, or the space is empty and its only trial has ended."""
+        """Whether the budget is spent, the only trial of an empty space has ended, or all trials diverge."""
         if not self.plan.space.settings and self._told:
+            return True
+        if len(self._told) >= _HOPELESS and all(told.score.value is None for told in self._told):
             return True
         return self.spent[self.plan.unit] >= self.plan.budget
 
     @property
     def spent(self) -> dict[str, float]:
-        """Trials, epochs and seconds so far."""
+        """Trials, epochs and seconds so far, without trials that a generation ran beyond the budget."""
         ended = [told.score for told in self._told]
         epochs, seconds = sum(one.epochs for one in ended), sum(one.seconds for one in ended)
         return {"trials": len(ended), "epochs": epochs, "seconds": round(seconds, 1)}
@@ -305,11 +318,8 @@ class Study:
     def _bound(self) -> Bound | None:
         """The bound of the next generation; None if too few trials have ended, or none can be cut short."""
         length = self.base.datamodule.stream_length
-        earlier = [
-            told.score.by_experience[_PRUNED_AFTER - 1]
-            for told in self._told
-            if len(told.score.by_experience) >= _PRUNED_AFTER
-        ]
+        scores = [told.score.by_experience[_PRUNED_AFTER - 1 : _PRUNED_AFTER] for told in self._told]
+        earlier = [value for (value,) in filter(None, scores) if not math.isnan(value)]
         is_joint = self.base.namespace.regime == "joint"
         if self.is_over or is_joint or length <= _PRUNED_AFTER or len(earlier) < _GENERATION:
             return None
@@ -383,4 +393,22 @@ def studies(plans: Sequence[Plan]) -> list[Study]:
         ValueError: If a plan does not fit its strategy and dataset.
         FileNotFoundError: If a config does not exist.
     """
-    return [Study(plan, plan.cell({}).configuration()) for plan in plans]
+    found = [Study(plan, plan.cell({}).configuration()) for plan in plans]
+    for study in found:
+        _require_defined(study)
+    return found
+
+
+def _require_defined(study: Study) -> None:
+    """Check that the score will be defined: forgetting and backward transfer need two evaluations.
+
+    Raises:
+        ValueError: If not.
+    """
+    metric, base = study.plan.metric, study.base
+    evaluations = 1 if base.namespace.regime == "joint" else base.datamodule.stream_length
+    if metric.startswith(("bwt/", "forgetting/")) and evaluations < 2:
+        raise ValueError(
+            f"{metric} needs two evaluations, and a trial of {study.plan.strategy} has one: choose another "
+            "metric, or more experiences."
+        )

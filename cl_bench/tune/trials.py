@@ -72,8 +72,9 @@ class Score:
         value: Its score; None if the loss was not finite.
         experiences: Number of experiences that it learnt.
         pruned: Whether it was stopped before the last.
-        by_experience: The score after each experience.
-        epochs: Number of epochs that it trained, those of all experiences together.
+        by_experience: The score after each experience; NaN where the metric is not defined.
+        epochs: Number of epochs that it trained, those of all experiences together, with the one in which the
+            loss was not finite.
         seconds: Wall-clock seconds.
     """
 
@@ -139,13 +140,18 @@ class Trial(Entry):
             score(result, self.metric, index + 1) for index in range(learnt) if result.rows[index] is not None
         )
         diverged = not pruned and result.status == "diverged"
+        if not diverged and math.isnan(scores[-1]):
+            raise ValueError(
+                f"{self.metric} is not defined after {learnt} experiences of {result.strategy}: choose "
+                "another metric, or more experiences."
+            )
         epochs = self.configuration.namespace.trainer.max_epochs
         return Score(
             value=None if diverged else scores[-1],
             experiences=learnt,
             pruned=pruned,
             by_experience=scores,
-            epochs=epochs * learnt,
+            epochs=epochs * (learnt + diverged),
             seconds=sum(sum(cost.seconds.values()) for cost in result.costs[:learnt]),
         )
 
@@ -159,19 +165,10 @@ class Trial(Entry):
 
 
 def score(result: Result, metric: str, experiences: int) -> float:
-    """Return a metric as if the stream ended after a number of experiences.
+    """Return a metric as if the stream ended after a number of experiences; NaN if it is not defined there.
 
     A joint run is evaluated once, so its average over the stream is its final accuracy.
-
-    Raises:
-        ValueError: If it is not defined there.
     """
     if result.regime == "joint":
         metric = metric.replace("maa/", "acc/")
-    value = result.metrics_after(experiences - 1)[metric]
-    if math.isnan(value):
-        raise ValueError(
-            f"{metric} is not defined after {experiences} experiences of {result.strategy}: choose another "
-            "metric, or more experiences."
-        )
-    return value
+    return result.metrics_after(experiences - 1)[metric]

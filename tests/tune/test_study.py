@@ -173,3 +173,31 @@ def test_a_plan_that_no_study_can_do_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         planned(tmp_path, **changed)
+
+
+def test_the_record_of_a_study_with_options_of_its_own_has_a_name_of_its_own(tmp_path: Path) -> None:
+    usual = planned(tmp_path)
+    assert usual.record == tmp_path / "tuning" / "lora-toy.json"
+    assert planned(tmp_path, fixed=("--root=/data",), budget=3).record == usual.record
+    own = {
+        planned(tmp_path, **changed).record
+        for changed in (
+            {"fixed": ("--num_experiences=2",)},
+            {"on": "all"},
+            {"metric": "acc/sample"},
+            {"order": "numpy:1993"},
+        )
+    }
+    assert len(own | {usual.record}) == 5
+
+
+def test_a_study_whose_first_trials_all_diverge_ends_without_a_record(
+    base: Configuration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(planned(tmp_path, unit="seconds", budget=100.0), base)
+    diverged = Score(None, 0, pruned=False, by_experience=(), epochs=1, seconds=0.0)
+    monkeypatch.setattr(Trial, "score", lambda trial: diverged)
+    while study.ask():
+        study.tell()
+    assert study.spent["trials"] == 12
+    assert study.tuning() is None

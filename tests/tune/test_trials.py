@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from cl_bench.grid.work import in_this_process
 from cl_bench.results.result import read
 from cl_bench.tune.space import space_of
-from cl_bench.tune.study import Plan
+from cl_bench.tune.study import Plan, studies
 from cl_bench.tune.trials import Bound, Trial, score
 
 
@@ -53,10 +55,18 @@ def test_the_first_experiences_are_those_of_the_whole_stream(tmp_path: Path) -> 
         trial(tmp_path, None, "first:4").configuration.datamodule.setup()
 
 
-def test_a_metric_that_is_not_defined_yet_is_refused(tmp_path: Path) -> None:
-    one = trial(tmp_path, None)
+def test_forgetting_is_the_score_of_a_trial_that_is_evaluated_twice(tmp_path: Path) -> None:
+    one = replace(trial(tmp_path, None), metric="bwt/gem")
     assert in_this_process(one.job(waits=False)).error is None
     result = read(next(tmp_path.rglob("result.json")))
-    assert score(result, "acc/sample", 1) == result.metrics_after(0)["acc/sample"]
-    with pytest.raises(ValueError, match="bwt/gem is not defined after 1 experiences of linear probe"):
-        score(result, "bwt/gem", 1)
+    assert math.isnan(score(result, "bwt/gem", 1))
+    ended = one.score()
+    assert ended is not None
+    assert ended.value == result.metrics()["bwt/gem"] == ended.by_experience[-1]
+    plan = Plan(
+        "linear_probe", "toy", space_of({}), "trials", 1, on="first:1", results=tmp_path, metric="bwt/gem"
+    )
+    with pytest.raises(
+        ValueError, match="bwt/gem needs two evaluations, and a trial of linear_probe has one"
+    ):
+        studies([plan])
