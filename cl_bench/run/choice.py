@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from cl_bench.run.configs import Config, load, words
 from cl_bench.run.configuration import Configuration, resolve
@@ -12,25 +13,44 @@ from cl_bench.run.configuration import Configuration, resolve
 def choice(configuration: Configuration) -> Config:
     """Return how the settings of a run were chosen, for its provenance.
 
-    They are ``tuned`` if those that a study varied are as in its best trial, and ``published`` if those of
-    the method are as in its own config, its recipe and its class. Otherwise somebody chose them ``by hand``,
-    such as the author of the dataset's config.
+    They are ``tuned`` if those that a study of this pair varied are as in its best trial, and ``published``
+    if those of the method are as in its own config, its recipe and its class, and all that the recipe sets
+    for trainer and data is as there. Otherwise somebody chose them ``by hand``, such as the author of the
+    dataset's config.
     """
     study = configuration.tuning
     if study is None:
         return {"settings": "published" if _is_published(configuration) else "by hand"}
     as_tuned = configuration.overridden(words(study.chosen)).cell == configuration.cell
-    return {"settings": "tuned" if as_tuned else "by hand", "tuning": asdict(study)}
+    of_pair = [Path(study.strategy).stem, Path(study.dataset).stem] == [
+        one.stem for one in _pair(configuration)
+    ]
+    return {"settings": "tuned" if as_tuned and of_pair else "by hand", "tuning": asdict(study)}
 
 
 def _is_published(configuration: Configuration) -> bool:
-    files = [layer for layer in configuration.layers if isinstance(layer, Path)]
-    if len(files) < 3:  # the config of a whole run, whose parts have no names of their own
+    if not (pair := _pair(configuration)):
         return False
-    _, strategy, dataset, *recipe = files
+    strategy, dataset = pair
+    recipe = [load(layer) for layer in configuration.layers[3:] if isinstance(layer, Path)]
     data = {key: value for key, value in load(dataset).items() if key == "data"}
     try:
-        model = resolve([strategy, data, *recipe]).resolved["model"]
+        published = resolve([strategy, data, *recipe]).resolved
     except ValueError:  # the method needs what else the dataset's config sets
         return False
-    return bool(model == configuration.resolved["model"])
+    return all(
+        _agree(one, published, configuration.resolved) for one in [{"model": published["model"]}, *recipe]
+    )
+
+
+def _agree(keys: Any, first: Any, second: Any) -> bool:
+    """Return whether two configs have the same value at every key of a third."""
+    if not isinstance(keys, dict):
+        return bool(first == second)
+    return all(_agree(below, first.get(key), second.get(key)) for key, below in keys.items())
+
+
+def _pair(configuration: Configuration) -> list[Path]:
+    """Return the configs of method and dataset; none for the config of a whole run."""
+    files = [layer for layer in configuration.layers if isinstance(layer, Path)]
+    return files[1:3] if len(files) > 2 else []

@@ -45,8 +45,9 @@ def test_only_settings_of_config_recipe_and_class_are_published() -> None:
         return choice(cell(dataset, *words))["settings"]
 
     assert settings("imagenet_r") == "published"
-    assert settings("imagenet_r", "--seed=3", "--num_experiences=20", "--batch_size=16") == "published"
-    assert settings("imagenet_r", "--rank=4") == "by hand"
+    assert settings("imagenet_r", "--seed=3", "--num_experiences=20", "--test_batch_size=16") == "published"
+    for word in ("--rank=4", "--batch_size=16", "--max_epochs=1"):
+        assert settings("imagenet_r", word) == "by hand"
     assert settings("characters") == "by hand"  # its config sets the rates of every method
 
 
@@ -64,6 +65,10 @@ def test_a_run_starts_from_the_best_trial_and_names_its_study(tuned: str) -> Non
     by_hand = cell("imagenet_r", "--rank=8", "--head_lr=0.03")
     assert {**run.cell, "tuning": None} == {**by_hand.cell, "tuning": None}
     assert run.hash != by_hand.hash
+
+
+def test_the_best_settings_of_another_dataset_are_a_choice_by_hand(tuned: str) -> None:
+    assert choice(cell("characters", tuned))["settings"] == "by hand"
 
 
 def test_options_after_a_record_replace_it_and_those_before_give_way(tuned: str) -> None:
