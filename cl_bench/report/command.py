@@ -91,7 +91,7 @@ def report(
     Raises:
         FileNotFoundError: If the folder does not exist, or has no result that can be read.
         ValueError: If a metric has no definition, the published table is unknown or shares too few methods
-            with the results, or the folder of the report is a link.
+            with every comparison, or the folder of the report is a link.
     """
     shown = defined(METRICS if metrics is None else metrics)
     with without_collector():
@@ -100,7 +100,7 @@ def report(
         unreadable += with_confusions(compared, results_folder)
         laid_out = tables(compared, shown)
         texts = _texts(laid_out, format, results_folder.resolve().name, unreadable)
-        ranked = [described(comparison, published) for comparison in compared] if published else []
+        ranked = _ranked(compared, published) if published else []
         if format == "md":
             texts["table.md"] += "".join(f"\n{paragraph}\n" for paragraph in ranked)
             ranked = []
@@ -187,6 +187,24 @@ def defined(metrics: Sequence[str]) -> list[str]:
         if name not in DEFINITIONS:
             raise ValueError(f"There is no metric {name!r}. {suggestion(name, DEFINITIONS)}")
     return list(dict.fromkeys(metrics))
+
+
+def _ranked(compared: Sequence[Comparison], published: Columns) -> list[str]:
+    """Return the correlation of each comparison with a published table, or why it has none, if any has one.
+
+    Raises:
+        ValueError: If none has one.
+    """
+    lines, errors = [], []
+    for comparison in compared:
+        try:
+            lines.append(described(comparison, published))
+        except ValueError as error:
+            errors.append(error)
+            lines.append(f"No rank correlation of {comparison.title}: {error}")
+    if len(errors) == len(compared):
+        raise errors[0]
+    return lines
 
 
 def _texts(

@@ -159,3 +159,13 @@ def test_the_report_prints_the_correlations_after_its_tables(
         "* ACC: Kendall's τ +1.00 [+" in text.partition("Rank correlation of digits-T2 with janus_lora's")[2]
     )
     assert text.rstrip() == capsys.readouterr().out.rstrip()
+
+
+def test_a_comparison_without_a_rank_correlation_leaves_the_others(made: Made, tmp_path: Path) -> None:
+    for result in ranked(made, ASCENDING).results:
+        result.write(tmp_path / result.strategy / str(result.seed))
+    made("other", [[10], [3, 4], [3, 3, 4]]).write(tmp_path / "other")
+    assert main(["report", str(tmp_path), "--published", *map(str, COLUMNS)]) == 0
+    text = (tmp_path / "report" / "table.md").read_text(encoding="utf-8")
+    assert "Rank correlation of digits-T2 with" in text
+    assert "No rank correlation of digits-T3: digits-T3 shares 0 methods with the table" in text
