@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -49,7 +50,7 @@ def with_launcher(options: Sequence[str], environment: Mapping[str, str] = os.en
     """Return a command's options, extended by those that the variables of its launcher imply.
 
     Raises:
-        ValueError: If the command sets an option that the launcher decides.
+        ValueError: If the command sets an option otherwise than the launcher, which decides.
 
     >>> two = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     >>> with_launcher(["--rank", "4"], two)
@@ -59,15 +60,16 @@ def with_launcher(options: Sequence[str], environment: Mapping[str, str] = os.en
     """
     if launched(environment) == 1:
         return list(options)
-    for option in options:
-        name = option.partition("=")[0].removeprefix("--").removeprefix("trainer.")
-        if name in ("devices", "num_nodes"):
-            raise ValueError(
-                f"The launcher started {launched(environment)} processes, so the launcher decides --{name}. "
-                "Remove the option."
-            )
     here = int(environment["LOCAL_WORLD_SIZE"])
     found: dict[str, Any] = {"devices": here, "num_nodes": launched(environment) // here, "strategy": "ddp"}
     if "LT_CLI_USED" in environment:
         found |= {option: environment[name] for name, option in _OF_FABRIC.items() if name in environment}
+    for option, following in itertools.zip_longest(options, options[1:], fillvalue=""):
+        key, equals, value = option.partition("=")
+        name = key.removeprefix("--").removeprefix("trainer.")
+        if name in found and (value if equals else following) != str(found[name]):
+            raise ValueError(
+                f"The launcher started {launched(environment)} processes and decides --{name}, which is "
+                f"{found[name]} here: remove the option, or give it to the launcher."
+            )
     return [*options, *(f"--trainer.{option}={value}" for option, value in found.items())]

@@ -55,7 +55,6 @@ _TRAINER_KEYS_OUTSIDE_THE_CELL = {
     "enable_model_summary",
     "enable_progress_bar",
     "log_every_n_steps",
-    "logger",
     "model_registry",
     "num_nodes",
     "profiler",

@@ -27,6 +27,7 @@ from cl_bench.loop.checkpoint import EVERY
 from cl_bench.loop.trainer import StreamTrainer
 from cl_bench.network.backbones import Backbone
 from cl_bench.results.result import Regime
+from cl_bench.results.tuning import read
 from cl_bench.run.configs import GROUPS, Config, require_tree
 
 WANDB = {
@@ -94,7 +95,7 @@ class Schema:
         self.parser = ArgumentParser(exit_on_error=False)
         _add_settings(self.parser)
         _add_group(self.parser, "backbone", Backbone)
-        _add_group(self.parser, "trainer", StreamTrainer)
+        _add_group(self.parser, "trainer", StreamTrainer, skip={"logger"})  # wandb and tensorboard set it
         _add_group(self.parser, "model", strategy, skip={"backbone"})
         _add_group(self.parser, "data", datamodule)
         self.parser.link_arguments("seed", "data.seed")
@@ -145,7 +146,19 @@ class Schema:
 
         for key in keys_of(config):
             self.full_key(key, in_config(key).removeprefix("--"))
+        if config.get("tuned"):
+            self._require_as_tuned(Path(config["tuned"]), files or {})
         return _parsed(lambda: self.parser.parse_object(config), in_config)
+
+    def _require_as_tuned(self, record: Path, files: Mapping[str, Path]) -> None:
+        """Require that the file which names a record of cl-bench tune also sets what the study found."""
+        for key in read(record).chosen:
+            full = ".".join(self.full_key(key).split(".")[:2])
+            if files.get(full) != files.get("tuned"):
+                raise ValueError(
+                    f"tuned in {files.get('tuned', 'a config')} does not set {key}: give --tuned={record} on "
+                    "the command line, which sets all that the study found."
+                )
 
     def overridden(self, values: Namespace, overrides: Sequence[str]) -> Namespace:
         """Return ``values``, which are changed, with command-line ``overrides`` on top.
@@ -160,6 +173,9 @@ class Schema:
         words = self._with_full_keys(overrides)
         parse = partial(self.parser.parse_args, words, namespace=values, defaults=False)  # values has them
         values = _parsed(parse, "--{}".format)
+        of_wandb = [word.partition("=")[0] for word in words if word.startswith("--wandb_")]
+        if of_wandb and not values.wandb:
+            raise ValueError(f"{of_wandb[0]} has no effect without --wandb: add it.")
         for group in GROUPS:
             if group not in values:  # its class takes no arguments
                 values[group] = Namespace()

@@ -10,8 +10,14 @@ def test_a_launcher_and_a_command_cannot_contradict_each_other() -> None:
     assert "--trainer.num_nodes=2" in with_launcher([], two)
     fabric = two | {"LT_CLI_USED": "1", "LT_PRECISION": "bf16-mixed"}
     assert "--trainer.precision=bf16-mixed" in with_launcher([], fabric)
-    with pytest.raises(ValueError, match=r"so the launcher decides --devices\. Remove the option"):
-        with_launcher(["--rank", "4", "--trainer.devices=1"], two)
+    assert with_launcher(["--trainer.strategy", "ddp"], two)[:2] == ["--trainer.strategy", "ddp"]
+    for words in (["--rank", "4", "--trainer.devices=1"], ["--devices", "1", "--rank=4"]):
+        with pytest.raises(ValueError, match="decides --devices, which is 2 here: remove the option"):
+            with_launcher(words, two)
+    with pytest.raises(ValueError, match="decides --strategy, which is ddp here"):
+        with_launcher(["--trainer.strategy", "fsdp"], two)
+    with pytest.raises(ValueError, match="decides --precision, which is bf16-mixed here"):
+        with_launcher(["--precision=32"], fabric)
 
 
 def test_a_process_reads_its_rank_from_a_launcher_or_from_lightning() -> None:

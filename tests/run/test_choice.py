@@ -77,3 +77,16 @@ def test_options_after_a_record_replace_it_and_those_before_give_way(tuned: str)
     assert choice(before)["settings"] == "tuned"
     assert choice(after)["settings"] == "by hand"
     assert before.varied("5", "identity").cell["tuning"] == before.cell["tuning"]
+
+
+def test_a_file_that_names_a_record_without_its_settings_is_refused(tuned: str, tmp_path: Path) -> None:
+    record = tuned.removeprefix("--tuned=")
+    saved, bare = tmp_path / "saved.yaml", tmp_path / "bare.yaml"
+    run = cell("imagenet_r", tuned, "--head_lr=0.5")
+    saved.write_text(run.yaml)
+    assert resolve([saved]).cell == run.cell
+    bare.write_text(f"tuned: {record}")
+    with pytest.raises(
+        ValueError, match=rf"tuned in .*bare.yaml does not set rank: give --tuned={record} on"
+    ):
+        resolve([*layers("lora", "imagenet_r"), bare])

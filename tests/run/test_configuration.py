@@ -151,6 +151,21 @@ def test_a_broken_config_is_one_sentence(tmp_path: Path, content: str, sentence:
         resolve([path])
 
 
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    (
+        ("--wandb_project=mine", "--wandb_project has no effect without --wandb: add it"),
+        ("--trainer.logger=false", "There is no key trainer.logger"),
+    ),
+)
+def test_an_option_without_effect_is_refused(word: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        resolve(layers("ncm", "toy"), [word])
+    assert (
+        resolve(layers("ncm", "toy"), ["--wandb", "--wandb_project=mine"]).namespace.wandb_project == "mine"
+    )
+
+
 def test_an_empty_group_sets_nothing(tmp_path: Path) -> None:
     layer = tmp_path / "layer.yaml"
     layer.write_text("{model: {init_args: null}, data: null, trainer: null, backbone: null}")
