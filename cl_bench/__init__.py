@@ -8,7 +8,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_MODULES = {"compare": "cl_bench.study", "load": "cl_bench.export.loading"}
+_MODULES = {"compare": "cl_bench.compared", "load": "cl_bench.export.loading"}
 
 
 def __getattr__(name: str) -> Any:

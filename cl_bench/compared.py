@@ -1,7 +1,7 @@
 """Strategies compared from Python: the cells of a grid, their results, tables and pictures.
 
 A cell from here and one from the command line are the same cell, in the same folder: whichever comes first
-runs it, and an interrupted one resumes. A study can begin in a notebook and be finished on a cluster.
+runs it, and an interrupted one resumes. A comparison can begin in a notebook and be finished on a cluster.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Kind = Literal["curves", "matrix", "cost", "confusion"]
 
 
 @dataclass(frozen=True, repr=False)
-class Study:
+class Compared:
     """The results of a comparison; printed, it is a table of means.
 
     Attributes:
@@ -135,7 +135,7 @@ def compare(
     engine: Engine | None = None,
     progress: bool = False,
     **options: Any,
-) -> Study:
+) -> Compared:
     """Run what is not done of strategies × seeds × class orders on a dataset, and return all results.
 
     Args:
@@ -171,7 +171,7 @@ def compare(
         if failed:
             raise RunFailed(f"{failed}\nRepeat the call once that is mended: what is done is kept.")
         paths = [finished(entry.configuration) for entry in entries]
-        return Study([read(path) for path in paths if path is not None], Path(results))
+        return Compared([read(path) for path in paths if path is not None], Path(results))
 
 
 def _run_here(entries: Sequence[Entry], progress: bool) -> str:

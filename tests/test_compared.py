@@ -10,25 +10,25 @@ import numpy as np
 import pytest
 
 import cl_bench
-from cl_bench import study as studies
+from cl_bench import compared as module
 from cl_bench.__main__ import main
+from cl_bench.compared import Compared, compare
 from cl_bench.grid.engine import Engine
 from cl_bench.grid.work import Job, Outcome, in_this_process
 from cl_bench.loop.callbacks import StreamMetrics
 from cl_bench.results.result import FILE_NAME
 from cl_bench.run.run import RunFailed
-from cl_bench.study import Study, compare
 
 STRATEGIES = ["ncm", "linear_probe"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("study")
+    return tmp_path_factory.mktemp("compared")
 
 
 @pytest.fixture(scope="module")
-def study(folder: Path) -> Study:
+def compared(folder: Path) -> Compared:
     return compare(STRATEGIES, "toy", seeds=[1, 2], results=folder, max_epochs=1)
 
 
@@ -37,7 +37,7 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         pytest.fail("a finished cell ran again")
 
-    monkeypatch.setattr(studies, "run", refuse)
+    monkeypatch.setattr(module, "run", refuse)
 
 
 def _files(folder: Path) -> Iterator[dict[str, Any]]:
@@ -49,7 +49,7 @@ def test_the_package_has_the_function() -> None:
     assert cl_bench.compare is compare
 
 
-def test_a_study_prints_nothing_and_warns_of_nothing(
+def test_a_comparison_prints_nothing_and_warns_of_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     compare(["lora"], "toy", results=tmp_path, max_epochs=1)
@@ -69,12 +69,12 @@ def test_a_finished_cell_of_the_command_line_is_served(tmp_path: Path, nothing_r
     assert (result.seed, result.order, result.status) == (3, "numpy-1", "done")
 
 
-def test_a_second_call_runs_nothing(study: Study, folder: Path, nothing_runs: None) -> None:
+def test_a_second_call_runs_nothing(compared: Compared, folder: Path, nothing_runs: None) -> None:
     again = compare(STRATEGIES, "toy", seeds=[1, 2], results=folder, max_epochs=1)
-    assert again.to_frame().equals(study.to_frame())
+    assert again.to_frame().equals(compared.to_frame())
 
 
-def test_the_matrix_is_the_mean_over_the_files(study: Study, folder: Path) -> None:
+def test_the_matrix_is_the_mean_over_the_files(compared: Compared, folder: Path) -> None:
     matrix = np.full((3, 3), np.nan)
     files = [file for file in _files(folder) if file["strategy"] == "linear probe"]
     for i in range(3):
@@ -82,11 +82,11 @@ def test_the_matrix_is_the_mean_over_the_files(study: Study, folder: Path) -> No
             right = [sum(file["rows"][i]["correct"][start:stop]) for file in files]
             matrix[i, j] = 100 * np.mean(right) / sum(files[0]["test_images"][start:stop])
     assert len(files) == 2
-    np.testing.assert_allclose(study.accuracy_matrix("linear probe"), matrix)
+    np.testing.assert_allclose(compared.accuracy_matrix("linear probe"), matrix)
 
 
-def test_a_frame_has_a_row_for_every_run(study: Study, folder: Path) -> None:
-    frame = study.to_frame()
+def test_a_frame_has_a_row_for_every_run(compared: Compared, folder: Path) -> None:
+    frame = compared.to_frame()
     assert sorted(zip(frame["strategy"], frame["seed"], strict=True)) == [
         *(("NCM", 1), ("NCM", 2)),
         *(("linear probe", 1), ("linear probe", 2)),
@@ -99,24 +99,24 @@ def test_a_frame_has_a_row_for_every_run(study: Study, folder: Path) -> None:
         assert row["acc/sample"] == pytest.approx(100 * right / sum(file["test_images"]))
 
 
-def test_printed_it_is_a_table(study: Study) -> None:
-    assert "| NCM " in str(study)
-    assert str(study).startswith("toy: 6 classes in 3 experiences")
+def test_printed_it_is_a_table(compared: Compared) -> None:
+    assert "| NCM " in str(compared)
+    assert str(compared).startswith("toy: 6 classes in 3 experiences")
 
 
-def test_a_picture_names_the_strategies_and_a_notebook_shows_it(study: Study, tmp_path: Path) -> None:
-    picture = study.plot()
+def test_a_picture_names_the_strategies_and_a_notebook_shows_it(compared: Compared, tmp_path: Path) -> None:
+    picture = compared.plot()
     assert {"NCM", "linear probe"} <= {text.get_text() for text in picture.axes[0].texts}
     assert picture._repr_png_().startswith(b"\x89PNG")
-    study.plot("cost").savefig(tmp_path / "cost.svg")
+    compared.plot("cost").savefig(tmp_path / "cost.svg")
     assert "linear probe" in (tmp_path / "cost.svg").read_text()
 
 
-def test_what_does_not_exist_is_answered_with_the_nearest(study: Study, tmp_path: Path) -> None:
+def test_what_does_not_exist_is_answered_with_the_nearest(compared: Compared, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"There is no picture 'curve'\. Did you mean curves\?"):
-        study.plot("curve")  # type: ignore[arg-type]
+        compared.plot("curve")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"There is no strategy 'ncm' here\. Choose among NCM, linear probe"):
-        study.accuracy_matrix("ncm")
+        compared.accuracy_matrix("ncm")
     with pytest.raises(ValueError, match=r"There is no key rnk\. Did you mean model\.rank\?"):
         compare(["lora"], "toy", results=tmp_path, rnk=4)
     with pytest.raises(ValueError, match=r"seed cannot be in common, .* use seeds"):
@@ -133,14 +133,14 @@ def test_finished_results_of_two_sizes_of_image_are_read_again(tmp_path: Path) -
 
 def test_settings_are_rows_of_their_own(tmp_path: Path) -> None:
     settings = {"linear_probe": {"slow": {"optimizer.lr": 1e-4}, "fast": {"optimizer.lr": 1e-2}}}
-    study = compare(["linear_probe"], "toy", settings=settings, results=tmp_path, max_epochs=1)
-    assert set(study.to_frame()["strategy"]) == {"linear probe, slow", "linear probe, fast"}
+    compared = compare(["linear_probe"], "toy", settings=settings, results=tmp_path, max_epochs=1)
+    assert set(compared.to_frame()["strategy"]) == {"linear probe, slow", "linear probe, fast"}
 
 
-def test_unequal_protocols_share_no_picture(study: Study, tmp_path: Path) -> None:
+def test_unequal_protocols_share_no_picture(compared: Compared, tmp_path: Path) -> None:
     other = compare(["ncm"], "toy", results=tmp_path, noise=0.5)
     with pytest.raises(ValueError, match="2 protocols, which share no table"):
-        Study([*study.results, *other.results], tmp_path).plot()
+        Compared([*compared.results, *other.results], tmp_path).plot()
 
 
 def test_a_cell_that_fails_costs_no_other_and_ends_in_an_error(
@@ -161,7 +161,9 @@ def test_a_cell_that_fails_costs_no_other_and_ends_in_an_error(
     assert len(compare(STRATEGIES, "toy", results=tmp_path, max_epochs=1).results) == 2
 
 
-def test_an_interrupted_study_resumes(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_comparison_resumes(
+    compared: Compared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_test_start = StreamMetrics.on_test_start
 
     def interrupted(metrics: StreamMetrics, *arguments: Any) -> None:
@@ -180,7 +182,7 @@ def test_an_interrupted_study_resumes(study: Study, tmp_path: Path, monkeypatch:
         signal.signal(signal.SIGINT, before)
     (resumed,) = compare(["linear_probe"], "toy", results=tmp_path, max_epochs=1).results
     assert resumed.provenance["resumed"]
-    (whole,) = (one for one in study.results if one.cell == resumed.cell)
+    (whole,) = (one for one in compared.results if one.cell == resumed.cell)
     assert resumed.rows == whole.rows
 
 
@@ -200,9 +202,9 @@ class Here(Engine):
 
 
 def test_an_engine_runs_the_same_cells(
-    study: Study, tmp_path: Path, nothing_runs: None, capfd: pytest.CaptureFixture[str]
+    compared: Compared, tmp_path: Path, nothing_runs: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     there = compare(["ncm"], "toy", seeds=[1, 2], results=tmp_path, engine=Here(), max_epochs=1)
-    own = [result for result in study.results if result.strategy == "NCM"]
+    own = [result for result in compared.results if result.strategy == "NCM"]
     assert [(one.cell, one.rows) for one in there.results] == [(one.cell, one.rows) for one in own]
     assert tuple(capfd.readouterr()) == ("", "")
