@@ -1,4 +1,4 @@
-"""cl-bench: continual learning with low-rank adapters, measured so that the numbers can be trusted."""
+"""cl-bench: class-incremental learning with pre-trained vision transformers, without rehearsal."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ Departures:
 * As in the released code, gradients are squared after the mean over a batch, not for each image: the batch
   size scales ``F``, and the strength goes with it. The pass draws images as in training.
 * The penalty is left out of the gradients of ``F``, as at a minimum of the cross-entropy.
-* Means of its four datasets are printed without their names in what was at hand; the logs of the code are
-  quoted instead.
+* The text at hand prints four means without naming their datasets, so the logs of the code are quoted.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ Departures:
   in the results. The released code continues with singular vectors of rounding errors, which may lie in what
   it protects. KeepLoRA and JANUS-LoRA, whose memories fill up by design, warn and learn in what is left.
 * ``energy: features`` is the paper's rule; the default ``covariance`` is that of the code, which produced the
-  published numbers, and so is its first experience of one direction fewer.
+  published numbers, and which also takes one direction fewer in the first experience.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model after an experience, in a file of tensors and JSON that no reader has to trust.
+"""The model after an experience, in a file of tensors and JSON that is safe to read even if untrusted.
 
 A file holds what the strategy has beyond its pre-trained backbone, bit by bit. Tensors are stored as
 safetensors; everything else is JSON in the header of the file.

@@ -1,7 +1,6 @@
 """Class orders, the sizes of experiences, and dealing a dataset into a stream.
 
-A stream is built from Avalanche's own objects. No other module of the suite uses Avalanche, and this one
-imports it only when a stream is dealt.
+A stream is built from Avalanche's own objects, which `avalanche.py` imports only when a stream is dealt.
 """
 
 from __future__ import annotations

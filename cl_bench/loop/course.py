@@ -1,4 +1,4 @@
-"""Where a run stands in its stream, and what may end it early: a signal, a loss without a value, memory."""
+"""Where a run stands in its stream, and what may end it early: a signal, a loss of NaN or ∞, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of ``cl-bench predictions``. What reads the predictions is imported only when they are run."""
+"""The options of ``cl-bench predictions``. The rest is imported only when the command runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way in which a tensor returns to a module, from a checkpoint or from another process."""
+"""The one way to restore a tensor into a module, from a checkpoint or from another process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The output of a process, which never decides over its work: what cannot be shown is dropped."""
+"""The output of a process, whose failure never affects its work: what cannot be shown is dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of ``cl-bench run``. Torch and Lightning are imported only when they are run."""
+"""The options of ``cl-bench run``. Torch and Lightning are imported only when the command runs."""
 
 from __future__ import annotations
 

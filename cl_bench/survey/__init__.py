@@ -6,5 +6,5 @@ command.py    the file of rows, and who works on which
 worker.py     a process that works on one row after another, and may die
 agreement.py  rows that check a strategy: CPU against device, repeated, cut off and resumed, bf16
 speed.py      rows that measure: steps, compiled code, loading, a stream of the shape of ImageNet-R
-table.py      the table for the README
+table.py      the tables for cl_bench/bench/README.md
 """

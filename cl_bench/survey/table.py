@@ -1,4 +1,4 @@
-"""What a survey found, in Markdown: tables for the README, aims that were missed, and what failed."""
+"""What a survey found, in Markdown, for cl_bench/bench/README.md: tables, missed aims, and what failed."""
 
 from __future__ import annotations
 

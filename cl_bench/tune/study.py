@@ -3,7 +3,7 @@
 A study keeps no state on disk but its trials, which are cells. A study that was killed is repeated from the
 beginning: the seeded sampler proposes the same trials, and those that have ended are read instead of run. For
 that to hold, a generation has a fixed size, its trials are proposed before any of them runs, and their scores
-are told in the order of their numbers, however many run at a time and whichever ends first.
+reach the sampler in the order of their numbers, however many run at a time and whichever ends first.
 """
 
 from __future__ import annotations
