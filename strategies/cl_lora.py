@@ -35,8 +35,8 @@ Departures:
 * The overlap that is penalised is that of the block weights, as in the code; in the paper it is that of the
   adapters.
 
-Both steps of a batch share one optimizer, as in the code, which has SGD. Adam rescales small gradients, so the
-distillation weighs other than published under it, and features drift more.
+Both steps of a batch share one optimizer, as in the code, which has SGD. Adam rescales small gradients, so
+under it the distillation has another weight than published, and features drift more.
 """
 
 from __future__ import annotations
