@@ -34,7 +34,6 @@ _KEYS = {
 _AXES = {
     "order": "orders: [numpy:1993]",
     "seed": "seeds: [3]",
-    "setting": "the name of the setting",
     "results": "results: FOLDER",
 }
 """Options of a run that a grid has keys for, and what to write instead."""
@@ -114,7 +113,7 @@ class Grid:
         sets = {
             f"the setting {name} of {strategy}": overrides
             for strategy, settings in self.settings.items()
-            for name, overrides in settings.items()
+            for name, overrides in (settings or {}).items()
         }
         for where, overrides in {"common": self.common, **sets}.items():
             _require_one_spelling(overrides, where)

@@ -118,6 +118,7 @@ def run_grid(
     grid = read_grid(name, results)
     cells, all_tuned = [*grid.cells()], True
     if grid.tune:
+        [*configurations(cells)]  # what is not valid is refused before anything is tuned
         cells, all_tuned = tuned(grid, engine, console, dry_run=dry_run)
     entries = known(cells)
     waiting = [entry for entry in entries if entry.done is None]

@@ -67,7 +67,7 @@ def with_launcher(options: Sequence[str], environment: Mapping[str, str] = os.en
     for option, following in itertools.zip_longest(options, options[1:], fillvalue=""):
         key, equals, value = option.partition("=")
         name = key.removeprefix("--").removeprefix("trainer.")
-        if name in found and (value if equals else following) != str(found[name]):
+        if option.startswith("--") and name in found and (value if equals else following) != str(found[name]):
             raise ValueError(
                 f"The launcher started {launched(environment)} processes and decides --{name}, which is "
                 f"{found[name]} here: remove the option, or give it to the launcher."

@@ -190,10 +190,10 @@ def defined(metrics: Sequence[str]) -> list[str]:
 
 
 def _ranked(compared: Sequence[Comparison], published: Columns) -> list[str]:
-    """Return the correlation of each comparison with a published table, or why it has none, if any has one.
+    """Return, for each comparison, its correlation with a published table, or why it has none.
 
     Raises:
-        ValueError: If none has one.
+        ValueError: If no comparison has one.
     """
     lines, errors = [], []
     for comparison in compared:

@@ -15,16 +15,15 @@ def choice(configuration: Configuration) -> Config:
 
     They are ``tuned`` if those that a study of this pair varied are as in its best trial, and ``published``
     if those of the method are as in its own config, its recipe and its class, and all that the recipe sets
-    for trainer and data is as there. Otherwise somebody chose them ``by hand``, such as the author of the
-    dataset's config.
+    for trainer, data and backbone is as there. Otherwise somebody chose them ``by hand``, such as the author
+    of the dataset's config.
     """
     study = configuration.tuning
     if study is None:
         return {"settings": "published" if _is_published(configuration) else "by hand"}
     as_tuned = configuration.overridden(words(study.chosen)).cell == configuration.cell
-    of_pair = [Path(study.strategy).stem, Path(study.dataset).stem] == [
-        one.stem for one in _pair(configuration)
-    ]
+    pair = [one.stem for one in _pair(configuration)]
+    of_pair = pair in ([], [Path(study.strategy).stem, Path(study.dataset).stem])
     return {"settings": "tuned" if as_tuned and of_pair else "by hand", "tuning": asdict(study)}
 
 
@@ -38,14 +37,13 @@ def _is_published(configuration: Configuration) -> bool:
         published = resolve([strategy, data, *recipe]).resolved
     except ValueError:  # the method needs what else the dataset's config sets
         return False
-    return all(
-        _agree(one, published, configuration.resolved) for one in [{"model": published["model"]}, *recipe]
-    )
+    used = configuration.resolved
+    return published["model"] == used["model"] and all(_agree(one, published, used) for one in recipe)
 
 
 def _agree(keys: Any, first: Any, second: Any) -> bool:
     """Return whether two configs have the same value at every key of a third."""
-    if not isinstance(keys, dict):
+    if not all(isinstance(one, dict) for one in (keys, first, second)):
         return bool(first == second)
     return all(_agree(below, first.get(key), second.get(key)) for key, below in keys.items())
 

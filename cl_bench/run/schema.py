@@ -146,17 +146,21 @@ class Schema:
 
         for key in keys_of(config):
             self.full_key(key, in_config(key).removeprefix("--"))
-        if config.get("tuned"):
-            self._require_as_tuned(Path(config["tuned"]), files or {})
-        return _parsed(lambda: self.parser.parse_object(config), in_config)
+        values = _parsed(lambda: self.parser.parse_object(config), in_config)
+        if values.tuned:
+            self._require_as_tuned(Path(values.tuned), files or {})
+        return values
 
     def _require_as_tuned(self, record: Path, files: Mapping[str, Path]) -> None:
         """Require that the file which names a record of cl-bench tune also sets what the study found."""
+        file = files.get("tuned")
+        if {files.get(f"{group}.class_path") for group in ("model", "data")} == {file}:
+            return  # the config of a whole run
         for key in read(record).chosen:
             full = ".".join(self.full_key(key).split(".")[:2])
-            if files.get(full) != files.get("tuned"):
+            if files.get(full) != file:
                 raise ValueError(
-                    f"tuned in {files.get('tuned', 'a config')} does not set {key}: give --tuned={record} on "
+                    f"tuned in {file} does not set {key}: give --tuned={record} on "
                     "the command line, which sets all that the study found."
                 )
 

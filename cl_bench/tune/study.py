@@ -114,8 +114,8 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Name of the study, and of its record; it ends in a hash if not all of what is asked is as usual."""
-        fixed = [word for word in self.fixed if not word.startswith("--root=")]
+        """Name of the study and its record, with a hash of what is set other than space and budget."""
+        fixed = [word for word in self.fixed if not word.startswith(("--root=", "--data.root="))]
         asked = [fixed, self.on, self.metric, self.val_fraction, self.seed, self.order]
         usual = [[], FIRST, _METRIC, _VAL_FRACTION, 0, "identity"]
         parts = stem(self.strategy), self.setting, stem(self.dataset), digest(asked) if asked != usual else ""

@@ -11,6 +11,7 @@ def test_a_launcher_and_a_command_cannot_contradict_each_other() -> None:
     fabric = two | {"LT_CLI_USED": "1", "LT_PRECISION": "bf16-mixed"}
     assert "--trainer.precision=bf16-mixed" in with_launcher([], fabric)
     assert with_launcher(["--trainer.strategy", "ddp"], two)[:2] == ["--trainer.strategy", "ddp"]
+    assert with_launcher(["--setting", "strategy"], two)[:2] == ["--setting", "strategy"]
     for words in (["--rank", "4", "--trainer.devices=1"], ["--devices", "1", "--rank=4"]):
         with pytest.raises(ValueError, match="decides --devices, which is 2 here: remove the option"):
             with_launcher(words, two)

@@ -46,7 +46,13 @@ def test_only_settings_of_config_recipe_and_class_are_published() -> None:
 
     assert settings("imagenet_r") == "published"
     assert settings("imagenet_r", "--seed=3", "--num_experiences=20", "--test_batch_size=16") == "published"
-    for word in ("--rank=4", "--batch_size=16", "--max_epochs=1"):
+    for word in (
+        "--rank=4",
+        "--batch_size=16",
+        "--max_epochs=1",
+        "--optimizer.weight_decay=0.1",
+        "--scheduler=null",
+    ):
         assert settings("imagenet_r", word) == "by hand"
     assert settings("characters") == "by hand"  # its config sets the rates of every method
 
@@ -85,6 +91,8 @@ def test_a_file_that_names_a_record_without_its_settings_is_refused(tuned: str, 
     run = cell("imagenet_r", tuned, "--head_lr=0.5")
     saved.write_text(run.yaml)
     assert resolve([saved]).cell == run.cell
+    saved.write_text(cell("imagenet_r", tuned).yaml)
+    assert choice(resolve([saved]))["settings"] == "tuned"
     bare.write_text(f"tuned: {record}")
     with pytest.raises(
         ValueError, match=rf"tuned in .*bare.yaml does not set rank: give --tuned={record} on"
