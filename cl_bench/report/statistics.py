@@ -181,6 +181,8 @@ def bounded_interval(mean: float, std: float, n: int, bounds: Bounds = UNBOUNDED
         return Interval(least + above * math.exp(-half / above), least + above * math.exp(half / above))
     width = greatest - least
     p = above / width
+    if p == 1.0:  # a mean within rounding of the greatest value, and so are all values
+        return Interval(mean, mean)
     ends = expit(logit(p) + np.array([-1.0, 1.0]) * half / (width * p * (1 - p)))
     return Interval(*(float(least + width * end) for end in ends))
 

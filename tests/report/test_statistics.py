@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cl_bench.report.statistics import (
@@ -64,6 +64,7 @@ def test_an_interval_of_accuracies_holds_the_mean_and_possible_values(right: lis
 
 
 @given(st.lists(st.floats(-200.0, 200.0), min_size=3, max_size=8))
+@example([199.99999999999997] * 3)
 def test_an_interval_of_differences_is_mirrored_with_its_sign(values: list[float]) -> None:
     bounds = (-200.0, 200.0)
     one, other = statistic(values, bounds).interval, statistic([-value for value in values], bounds).interval
