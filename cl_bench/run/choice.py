@@ -22,23 +22,22 @@ def choice(configuration: Configuration) -> Config:
     if study is None:
         return {"settings": "published" if _is_published(configuration) else "by hand"}
     as_tuned = configuration.overridden(words(study.chosen)).cell == configuration.cell
-    pair = [one.stem for one in _pair(configuration)]
+    pair = [one.stem for one in _parts(configuration)[:2]]
     of_pair = pair in ([], [Path(study.strategy).stem, Path(study.dataset).stem])
     return {"settings": "tuned" if as_tuned and of_pair else "by hand", "tuning": asdict(study)}
 
 
 def _is_published(configuration: Configuration) -> bool:
-    if not (pair := _pair(configuration)):
+    if not (parts := _parts(configuration)):
         return False
-    strategy, dataset = pair
-    recipe = [load(layer) for layer in configuration.layers[3:] if isinstance(layer, Path)]
+    strategy, dataset, *recipe = parts
     data = {key: value for key, value in load(dataset).items() if key == "data"}
     try:
         published = resolve([strategy, data, *recipe]).resolved
     except ValueError:  # the method needs what else the dataset's config sets
         return False
     used = configuration.resolved
-    return published["model"] == used["model"] and all(_agree(one, published, used) for one in recipe)
+    return published["model"] == used["model"] and all(_agree(load(one), published, used) for one in recipe)
 
 
 def _agree(keys: Any, first: Any, second: Any) -> bool:
@@ -48,7 +47,7 @@ def _agree(keys: Any, first: Any, second: Any) -> bool:
     return all(_agree(below, first.get(key), second.get(key)) for key, below in keys.items())
 
 
-def _pair(configuration: Configuration) -> list[Path]:
-    """Return the configs of method and dataset; none for the config of a whole run."""
+def _parts(configuration: Configuration) -> list[Path]:
+    """Return the configs of method, dataset and recipe, if it has one; none for the config of a whole run."""
     files = [layer for layer in configuration.layers if isinstance(layer, Path)]
-    return files[1:3] if len(files) > 2 else []
+    return files[1:] if len(files) > 2 else []

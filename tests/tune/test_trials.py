@@ -59,10 +59,15 @@ def test_forgetting_is_the_score_of_a_trial_that_is_evaluated_twice(tmp_path: Pa
     one = replace(trial(tmp_path, None), metric="bwt/gem")
     assert in_this_process(one.job(waits=False)).error is None
     result = read(next(tmp_path.rglob("result.json")))
+    assert score(result, "acc/sample", 1) == result.metrics_after(0)["acc/sample"]
     assert math.isnan(score(result, "bwt/gem", 1))
     ended = one.score()
     assert ended is not None
     assert ended.value == result.metrics()["bwt/gem"] == ended.by_experience[-1]
+    short = replace(trial(tmp_path, None, "first:1"), metric="bwt/gem")
+    assert in_this_process(short.job(waits=False)).error is None
+    with pytest.raises(ValueError, match="bwt/gem is not defined after 1 experiences of linear probe"):
+        short.score()
     plan = Plan(
         "linear_probe", "toy", space_of({}), "trials", 1, on="first:1", results=tmp_path, metric="bwt/gem"
     )
